@@ -1,0 +1,38 @@
+// From torch tensors to the engines' rows: every check of an op's tensors, with messages that name the op, the index,
+// what it got, what it wanted and the way out. Throws before anything is changed.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../engine/table.h"
+#include "../math/rules.h"
+
+namespace fusedamp {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+// The lists of a step op as it received them. states: all first states, then all second ones, and so on.
+struct StepLists {
+  const Tensors &params, &grads, &masters, &states, &steps;
+};
+
+std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists);
+std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads);
+
+// The address of a one-element fp32 tensor on `like`'s device; null where there is none.
+float* scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like);
+int32_t* int_scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like);
+
+// Which update rule the op's number of states per tensor asks for.
+RuleId rule_for(const std::string& op, const StepLists& lists);
+
+StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, const std::vector<double>& hyper,
+                         bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
+                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf);
+
+}  // namespace fusedamp
