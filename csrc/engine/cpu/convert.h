@@ -1,0 +1,87 @@
+// Blocks of any element type to and from blocks of float or double. Hardware conversions for FP16 where the target has
+// them; everything else is plain code that the compiler vectorises. The bits are the same on every target.
+#pragma once
+#include "../../math/rounding.h"
+#include "../dtype.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fusedamp {
+inline namespace FUSEDAMP_TARGET {
+
+FUSEDAMP_FN void widen_f16(const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+#endif
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < n; ++i) to[i] = f16_to_float(from[i]);
+}
+
+FUSEDAMP_FN void narrow_f16(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0));
+#endif
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+  for (; i < n; ++i) to[i] = float_to_f16(from[i]);
+}
+
+FUSEDAMP_FN void widen_bf16(const uint16_t* from, float* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = bf16_to_float(from[i]);
+}
+
+FUSEDAMP_FN void narrow_bf16(const float* from, uint16_t* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = float_to_bf16(from[i]);
+}
+
+template <class To, class From>
+FUSEDAMP_FN void cast(const From* from, To* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+// 16-bit halves of either kind.
+FUSEDAMP_FN void widen(DType dtype, const uint16_t* from, float* to, int64_t n) {
+  dtype == DType::f16 ? widen_f16(from, to, n) : widen_bf16(from, to, n);
+}
+FUSEDAMP_FN void narrow(DType dtype, const float* from, uint16_t* to, int64_t n) {
+  dtype == DType::f16 ? narrow_f16(from, to, n) : narrow_bf16(from, to, n);
+}
+
+constexpr int64_t kBlock = 512;  // elements that are staged through the L1 cache at a time
+
+FUSEDAMP_FN const void* element(const void* base, DType dtype, int64_t index) {
+  return static_cast<const char*>(base) + index * size_of(dtype);
+}
+
+// Up to kBlock elements as V: in place where the type is V already, else converted into `staging`.
+FUSEDAMP_FN const float* load(const void* from, DType dtype, int64_t n, float* staging) {
+  if (dtype == DType::f32) return static_cast<const float*>(from);
+  if (dtype == DType::f64) {
+    cast(static_cast<const double*>(from), staging, n);
+  } else {
+    widen(dtype, static_cast<const uint16_t*>(from), staging, n);
+  }
+  return staging;
+}
+FUSEDAMP_FN const double* load(const void* from, DType dtype, int64_t n, double* staging) {
+  if (dtype == DType::f64) return static_cast<const double*>(from);
+  alignas(64) float single[kBlock];
+  cast(load(from, dtype, n, single), staging, n);
+  return staging;
+}
+
+}  // namespace FUSEDAMP_TARGET
+}  // namespace fusedamp

@@ -1,0 +1,99 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+namespace fusedamp::cpu {
+namespace {
+
+constexpr int64_t kChunk = 32 * 1024;  // elements; a 16-bit gradient chunk and its states fit the L2 cache
+
+// units[u] .. units[u + 1] are the chunks that one thread takes at once: about kChunk elements.
+struct Plan {
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> units = {0};
+  int64_t unit_count() const { return static_cast<int64_t>(units.size()) - 1; }
+};
+
+template <class Row>
+Plan plan(const std::vector<Row>& rows) {
+  Plan p;
+  int64_t filled = 0;
+  for (int64_t r = 0; r < static_cast<int64_t>(rows.size()); ++r) {
+    for (int64_t at = 0; at < rows[r].numel; at += kChunk) {
+      const int64_t n = std::min(kChunk, rows[r].numel - at);
+      p.chunks.push_back({r, at, n});
+      filled += n;
+      if (filled >= kChunk) {
+        p.units.push_back(static_cast<int64_t>(p.chunks.size()));
+        filled = 0;
+      }
+    }
+  }
+  if (filled > 0) p.units.push_back(static_cast<int64_t>(p.chunks.size()));
+  return p;
+}
+
+Norm norm_of(double norm_type) {
+  if (norm_type == 2.0) return Norm::kTwo;
+  if (norm_type == 1.0) return Norm::kOne;
+  if (norm_type == std::numeric_limits<double>::infinity()) return Norm::kMax;
+  return Norm::kGeneral;
+}
+
+// Sums, or the larger; NaN wins.
+double combine(Norm norm, double a, double b) {
+  if (norm != Norm::kMax) return a + b;
+  return a >= b || a != a ? a : b;
+}
+
+}  // namespace
+
+void step(RuleId rule, const std::vector<StepRow>& rows, const StepScalars& scalars, const Parallel& parallel) {
+  if (scalars.found_inf && !(*scalars.found_inf == 0.0f)) return;
+  const auto step_chunks = kernels().step[rule];
+  const Plan p = plan(rows);
+  parallel(p.unit_count(), [&](int64_t u) {
+    step_chunks(rows.data(), p.chunks.data() + p.units[u], p.units[u + 1] - p.units[u], scalars);
+  });
+  for (const StepRow& row : rows) *row.step += 1.0f;
+}
+
+ListStats grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_type, double* per_tensor,
+                     int64_t* counts, const Parallel& parallel) {
+  const StatsJob job = {inv_scale, norm_of(norm_type), norm_type};
+  const auto stats = kernels().stats;
+  const Plan p = plan(rows);
+  std::vector<ChunkStats> found(p.chunks.size());
+  parallel(p.unit_count(), [&](int64_t u) {
+    for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c) stats(rows.data(), p.chunks[c], job, &found[c]);
+  });
+
+  std::fill_n(per_tensor, rows.size(), 0.0);
+  std::fill_n(counts, 3 * rows.size(), int64_t{0});
+  ListStats all;
+  for (size_t c = 0; c < found.size(); ++c) {  // in the order of the chunks, whoever computed them
+    const int64_t r = p.chunks[c].row;
+    per_tensor[r] = combine(job.norm, per_tensor[r], found[c].power_sum);
+    counts[3 * r] += found[c].infs;
+    counts[3 * r + 1] += found[c].nans;
+    counts[3 * r + 2] += found[c].overflows;
+    all.found_inf |= found[c].infs + found[c].nans + found[c].overflows > 0;
+  }
+  for (size_t r = 0; r < rows.size(); ++r) all.total = combine(job.norm, all.total, per_tensor[r]);
+  return all;
+}
+
+bool unscale(const std::vector<GradRow>& rows, float inv_scale, const Parallel& parallel) {
+  const auto unscale_chunk = kernels().unscale;
+  const Plan p = plan(rows);
+  std::atomic<bool> bad{false};
+  parallel(p.unit_count(), [&](int64_t u) {
+    for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c)
+      if (unscale_chunk(rows.data(), p.chunks[c], inv_scale)) bad.store(true, std::memory_order_relaxed);
+  });
+  return bad.load();
+}
+
+}  // namespace fusedamp::cpu

@@ -1,0 +1,36 @@
+// The loop bodies for one instruction set. Compiled several times: FUSEDAMP_TARGET names the set, the compiler's flags
+// allow it. Includes nothing that could leave a shared inline function compiled for it (no standard library).
+#include "kernels.h"
+
+#include "../lane.h"
+#include "convert.h"
+
+namespace fusedamp {
+inline namespace FUSEDAMP_TARGET {
+
+using cpu::Chunk;
+using cpu::ChunkStats;
+using cpu::Norm;
+using cpu::StatsJob;
+
+#include "stats.inc"
+#include "step.inc"
+
+}  // namespace FUSEDAMP_TARGET
+
+#define FUSEDAMP_JOIN_(a, b) a##b
+#define FUSEDAMP_JOIN(a, b) FUSEDAMP_JOIN_(a, b)
+#define FUSEDAMP_TEXT_(a) #a
+#define FUSEDAMP_TEXT(a) FUSEDAMP_TEXT_(a)
+
+const cpu::Kernels cpu::FUSEDAMP_JOIN(kKernels_, FUSEDAMP_TARGET) = {
+    FUSEDAMP_TEXT(FUSEDAMP_TARGET),
+    {
+#define FUSEDAMP_RULE(op, Rule) FUSEDAMP_TARGET::step<FUSEDAMP_TARGET::Rule>,
+#include "../../math/optimizers.def"
+    },
+    FUSEDAMP_TARGET::stats,
+    FUSEDAMP_TARGET::unscale,
+};
+
+}  // namespace fusedamp

@@ -1,0 +1,103 @@
+// The ops on the CPU.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+#include <tuple>
+
+#include "../engine/cpu/engine.h"
+#include "../math/loss_scale.h"
+#include "rows.h"
+
+namespace fusedamp {
+namespace {
+
+// One region on torch's own thread pool; each thread takes the next unit when it is done with one.
+void parallel(int64_t units, const std::function<void(int64_t)>& run) {
+  const int64_t threads = std::min<int64_t>(units, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t u = 0; u < units; ++u) run(u);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t u; (u = next.fetch_add(1, std::memory_order_relaxed)) < units;) run(u);
+  });
+}
+
+template <const char* const& kName>
+void step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, double lr,
+          std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor, OptionalTensor inv_scale,
+          OptionalTensor clip_coef, OptionalTensor found_inf) {
+  if (params.empty()) return;
+  const std::string op = kName;
+  const StepLists lists = {params, grads, masters, states, steps};
+  const RuleId rule = rule_for(op, lists);
+  const StepScalars scalars =
+      step_scalars(op, params[0], lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf);
+  cpu::step(rule, step_rows(op, lists), scalars, parallel);
+}
+
+void unscale_(Tensors grads, Tensor inv_scale, Tensor found_inf) {
+  if (grads.empty()) return;
+  const auto rows = grad_rows("unscale_", grads);
+  const float inv = *scalar_at("unscale_", "inv_scale", inv_scale, grads[0]);
+  float* found = scalar_at("unscale_", "found_inf", found_inf, grads[0]);
+  if (cpu::unscale(rows, inv, parallel)) *found = 1.0f;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> grad_stats(Tensors grads, OptionalTensor inv_scale, double norm_type) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(!grads.empty(), "[grad_stats] grads is empty; expected at least one tensor");
+  const auto n = static_cast<int64_t>(grads.size());
+  const auto rows = grad_rows("grad_stats", grads);
+  const float* inv = scalar_at("grad_stats", "inv_scale", inv_scale, grads[0]);
+  Tensor found_inf = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
+  Tensor total = torch::stable::new_empty(grads[0], {}, ScalarType::Double);
+  Tensor per_tensor = torch::stable::new_empty(grads[0], {n}, ScalarType::Double);
+  Tensor counts = torch::stable::new_empty(grads[0], {n, 3}, ScalarType::Long);
+  const cpu::ListStats all =
+      cpu::grad_stats(rows, inv ? *inv : 1.0f, norm_type, static_cast<double*>(per_tensor.data_ptr()),
+                      static_cast<int64_t*>(counts.data_ptr()), parallel);
+  *static_cast<float*>(found_inf.data_ptr()) = all.found_inf ? 1.0f : 0.0f;
+  *static_cast<double*>(total.data_ptr()) = all.total;
+  return {found_inf, total, per_tensor, counts};
+}
+
+void update_scale_(Tensor scale, Tensor growth_tracker, OptionalTensor hysteresis_tracker, Tensor found_inf,
+                   double growth_factor, double backoff_factor, int64_t growth_interval, double min_scale,
+                   double max_scale, int64_t hysteresis, bool refill_on_good_step) {
+  const char* op = "update_scale_";
+  float* scale_at = scalar_at(op, "scale", scale, scale);
+  int32_t* tracker_at = int_scalar_at(op, "growth_tracker", growth_tracker, scale);
+  int32_t* budget_at = int_scalar_at(op, "hysteresis_tracker", hysteresis_tracker, scale);
+  const float* found = scalar_at(op, "found_inf", found_inf, scale);
+  const LossScaleRule rule = {growth_factor, backoff_factor, min_scale,          max_scale,
+                              growth_interval, hysteresis,   refill_on_good_step};
+  const LossScaleState now = {*scale_at, *tracker_at, budget_at ? *budget_at : 1};
+  const LossScaleState next = next_loss_scale(rule, now, !(*found == 0.0f));
+  *scale_at = next.scale;
+  *tracker_at = next.growth_tracker;
+  if (budget_at) *budget_at = next.budget;
+}
+
+#define FUSEDAMP_OP(op, Hyper) const char* const kName_##op = #op "_";
+#include "../math/optimizers.def"
+
+std::string cpu_target() { return cpu::kernels().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedamp, CompositeExplicitAutograd, m) { m.impl("cpu_target", TORCH_BOX(&cpu_target)); }
+
+STABLE_TORCH_LIBRARY_IMPL(fusedamp, CPU, m) {
+  m.impl("unscale_", TORCH_BOX(&unscale_));
+  m.impl("grad_stats", TORCH_BOX(&grad_stats));
+  m.impl("update_scale_", TORCH_BOX(&update_scale_));
+#define FUSEDAMP_OP(op, Hyper) m.impl(#op "_", TORCH_BOX(&step<kName_##op>));
+#include "../math/optimizers.def"
+}
+
+}  // namespace fusedamp

@@ -1,0 +1,13 @@
+// Declares every op. Each device's object registers its kernels for them.
+#include <torch/csrc/stable/library.h>
+
+#include "schemas.h"
+
+STABLE_TORCH_LIBRARY(fusedamp, m) {
+  m.def(fusedamp::kUnscaleSchema);
+  m.def(fusedamp::kGradStatsSchema);
+  m.def(fusedamp::kUpdateScaleSchema);
+  m.def("cpu_target() -> str");  // the instruction set that the CPU ops run on
+#define FUSEDAMP_OP(op, Hyper) m.def(FUSEDAMP_STEP_SCHEMA(op));
+#include "../math/optimizers.def"
+}

@@ -1,0 +1,44 @@
+"""Loads the op libraries, and tells torch the shapes of what the ops return."""
+
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+
+
+def _load(name: str) -> bool:
+    path = _HERE / f"lib{name}.so"
+    if path.exists():
+        torch.ops.load_library(path)
+    return path.exists()
+
+
+if not _load("fusedamp_cpu"):
+    raise ImportError(
+        f"fusedamp is not built: {_HERE / 'libfusedamp_cpu.so'} is missing. Run `pip install .` (or `pip install -e .`) in "
+        "its source folder; in a source checkout, don't import it from python/ before that."
+    )
+# The CUDA object needs the CUDA half of torch itself, GPU or not.
+HAS_CUDA_OPS: bool = torch.version.cuda is not None and _load("fusedamp_cuda")
+
+STEP_OPS = ("adamw_", "adam_", "sgd_")
+
+for _name in ("unscale_", "update_scale_", *STEP_OPS):
+    torch.library.register_fake(f"fusedamp::{_name}", lambda *args, **kwargs: None)
+
+
+@torch.library.register_fake("fusedamp::grad_stats")
+def _grad_stats_shapes(grads, inv_scale=None, norm_type=2.0):
+    like = grads[0]
+    return (
+        like.new_empty((), dtype=torch.float32),
+        like.new_empty((), dtype=torch.float64),
+        like.new_empty((len(grads),), dtype=torch.float64),
+        like.new_empty((len(grads), 3), dtype=torch.int64),
+    )
+
+
+def cpu_target() -> str:
+    """The instruction set that the CPU ops run on: "avx512", "avx2" or "baseline"."""
+    return torch.ops.fusedamp.cpu_target()

@@ -1,0 +1,312 @@
+"""The ops, typed and documented: `torch.ops.fusedamp.*` with argument names, checks that raise ValueError or TypeError, and
+version counters that autograd can trust.
+
+Every tensor of a call lives on one device. Lists mix float16, bfloat16, float32 and float64 freely. Tensors are dense in
+memory (no gaps or overlaps) in any order of dimensions; what belongs to a parameter has its shape and strides. Empty and
+0-dim tensors and views at any offset are fine, and so is an empty list: there is nothing to do then. Nothing synchronises
+with the host, and a call that raises has changed nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _library  # noqa: F401  (loads the ops)
+
+__all__ = ["GradStats", "adam_", "adamw_", "grad_stats", "sgd_", "unscale_", "update_scale_"]
+
+
+class GradStats(NamedTuple):
+    """What one read pass over n gradients finds. All tensors are on the gradients' device."""
+
+    found_inf: Tensor
+    """float32, 0-dim: 1 if an element is not finite before or after unscaling, else 0."""
+    total: Tensor
+    """float64, 0-dim: the sum of |g * inv_scale|^p over all tensors (p = inf: the maximum; p = 0: how many are not 0)."""
+    per_tensor: Tensor
+    """float64, [n]: the same for each tensor."""
+    counts: Tensor
+    """int64, [n, 3]: elements that are infinite, that are NaN, and that are finite but overflow when unscaled."""
+
+
+def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+    """Multiplies every gradient by ``inv_scale`` in place, and sets ``found_inf`` to 1 if anything is not finite.
+
+    Args:
+        grads (list of tensors, any shape, fp16|bf16|fp32|fp64): rewritten; arithmetic in fp32 (fp64 for fp64), rounded to
+            nearest even.
+        inv_scale (1 element, fp32): 1 / loss scale.
+        found_inf (1 element, fp32): set to 1 if an element is not finite before, or after as it is stored; else untouched.
+    Raises: ValueError naming the op, the index, what it got, what it wanted.
+    Cost: reads and writes each gradient once; no host sync.  Source: arXiv:1710.03740, section 3.2.
+    """
+    if not len(grads):
+        return
+    _call("unscale_", grads, inv_scale, found_inf)
+    _bump(grads, [found_inf])
+
+
+def grad_stats(grads: Sequence[Tensor], inv_scale: Tensor | None = None, norm_type: float = 2.0) -> GradStats:
+    """Finite check before and after unscaling, total and per-tensor norms and non-finite counts, in one read pass.
+
+    The norm is ``total ** (1 / norm_type)`` (for inf: ``total``). The check is made in fp32 (fp64 for fp64 gradients). Results
+    are deterministic and do not depend on the number of threads or on the instruction set.
+
+    Args:
+        grads (list of tensors, any shape, fp16|bf16|fp32|fp64, at least one): read only.
+        inv_scale (1 element, fp32): 1 / loss scale; None stands for 1.
+        norm_type: the p of the norm, 0 to inf.
+    Raises: ValueError naming the op, the index, what it got, what it wanted.
+    Cost: reads each gradient once; no host sync.
+    """
+    if not len(grads):
+        raise ValueError("[grad_stats] grads is empty; expected at least one tensor")
+    norm_type = float(norm_type)
+    if not norm_type >= 0.0:
+        raise ValueError(f"[grad_stats] norm_type is {norm_type}; expected a number from 0 to inf")
+    return GradStats(*_call("grad_stats", grads, inv_scale, norm_type))
+
+
+def update_scale_(
+    scale: Tensor,
+    growth_tracker: Tensor,
+    found_inf: Tensor,
+    *,
+    growth_factor: float,
+    backoff_factor: float,
+    growth_interval: int,
+    min_scale: float = 0.0,
+    max_scale: float = float("inf"),
+    hysteresis_tracker: Tensor | None = None,
+    hysteresis: int = 1,
+    refill_on_good_step: bool = False,
+) -> None:
+    """The loss scale of the next iteration, in place. With the defaults exactly ``torch._amp_update_scale_``.
+
+    After an overflow (``found_inf`` is not 0) the scale is multiplied by ``backoff_factor``, but never brought below
+    ``min_scale``; after ``growth_interval`` good iterations in a row it is multiplied by ``growth_factor``, but never brought
+    above ``max_scale`` nor to infinity. With ``hysteresis`` h, the first h - 1 overflows are forgiven; the budget is
+    refilled when the scale grows, or after any good iteration with ``refill_on_good_step``.
+
+    Args:
+        scale (1 element, fp32): rewritten.
+        growth_tracker (1 element, int32): good iterations in a row; rewritten.
+        found_inf (1 element, fp32): read only.
+        hysteresis_tracker (1 element, int32): what is left of the budget, ``hysteresis`` at first; rewritten.
+    Raises: ValueError naming the argument, what it got, what it wanted.
+    Cost: one element; no host sync.  Source: arXiv:1710.03740, section 3.2.
+    """
+    if hysteresis > 1 and hysteresis_tracker is None:
+        raise ValueError(f"[update_scale_] hysteresis is {hysteresis}; expected a hysteresis_tracker (int32, 1 element) with it")
+    _call(
+        "update_scale_",
+        scale,
+        growth_tracker,
+        hysteresis_tracker,
+        found_inf,
+        growth_factor=float(growth_factor),
+        backoff_factor=float(backoff_factor),
+        growth_interval=int(growth_interval),
+        min_scale=float(min_scale),
+        max_scale=float(max_scale),
+        hysteresis=int(hysteresis),
+        refill_on_good_step=bool(refill_on_good_step),
+    )
+    _bump([scale, growth_tracker], [] if hysteresis_tracker is None else [hysteresis_tracker])
+
+
+_STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing where ``found_inf`` is not 0.
+
+    Arithmetic in fp32 (fp64 for fp64 parameters). {formula}
+
+    Args:
+        params (list of tensors, any shape, fp16|bf16|fp32|fp64): rewritten; with masters, = round(master) to nearest even.
+        grads (as ``params``, any of the dtypes; fp64 for fp64 params only): read only, still multiplied by the loss scale.
+        {states} (as ``params``, fp32; fp64 for fp64 params): rewritten.
+        masters (as ``params``, fp32; one per parameter, all of them fp16 or bf16; or empty): rewritten. Where a weight is not
+            its master rounded, somebody wrote the weight, and the master follows it before the step.
+        steps (list of 1-element fp32 tensors): how many steps each parameter has taken; incremented.
+        lr (float, or 1 element fp32|fp64, on the CPU or on the same device): learning rate.
+        inv_scale, clip_coef (1 element, fp32): the gradient enters as ``g * (inv_scale * clip_coef)``; None stands for 1.
+        found_inf (1 element, fp32): not 0 means skip; None means no check.
+    Raises: ValueError naming the op, the index, what it got, what it wanted.
+    Cost: {cost}; no host sync.  Source: {source}.
+    """
+
+
+def _documented(**parts: str) -> Callable:
+    def decorate(function: Callable) -> Callable:
+        function.__doc__ = _STEP_DOC.format(**parts)
+        return function
+
+    return decorate
+
+
+_ADAM = dict(
+    states="exp_avgs, exp_avg_sqs, max_exp_avg_sqs (the last: empty without ``amsgrad``)",
+    cost="28 B/param with 16-bit weights and masters, and the 2 B that see whether the weight was written; 28 B/param in fp32",
+)
+
+
+@_documented(
+    title="AdamW",
+    formula="Weight decay is decoupled: ``p -= lr * weight_decay * p``.",
+    source="arXiv:1711.05101, Alg. 2; AMSGrad arXiv:1904.09237",
+    **_ADAM,
+)
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    inv_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    states = _adam_states("adamw_", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad)
+    hyper = [betas[0], betas[1], eps, weight_decay]
+    _step("adamw_", params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf)
+
+
+@_documented(
+    title="Adam",
+    formula="Weight decay enters the gradient: ``g += weight_decay * p``.",
+    source="arXiv:1412.6980, Alg. 1; AMSGrad arXiv:1904.09237",
+    **_ADAM,
+)
+def adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    inv_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    states = _adam_states("adam_", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad)
+    hyper = [betas[0], betas[1], eps, weight_decay]
+    _step("adam_", params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf)
+
+
+@_documented(
+    title="SGD",
+    formula="A parameter's first step puts the gradient into its momentum buffer undampened, as torch.optim.SGD does.",
+    states="momentum_buffers (empty without momentum)",
+    cost="20 B/param with 16-bit weights, masters and momentum, and the 2 B that see whether the weight was written",
+    source="Sutskever et al. 2013; torch.optim.SGD",
+)
+def sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    inv_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    if bool(len(momentum_buffers)) != (momentum != 0.0 and len(params) > 0):
+        raise ValueError(
+            f"[sgd_] momentum_buffers has {len(momentum_buffers)} tensors with momentum={momentum}; expected one per param "
+            "with momentum, none without"
+        )
+    hyper = [momentum, dampening, weight_decay, float(nesterov)]
+    _step("sgd_", params, grads, masters, momentum_buffers, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf)
+
+
+def _adam_states(op, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad) -> list[Tensor]:
+    if amsgrad != bool(len(max_exp_avg_sqs)) and len(exp_avgs):
+        raise ValueError(
+            f"[{op}] max_exp_avg_sqs has {len(max_exp_avg_sqs)} tensors with amsgrad={amsgrad}; expected one per param with "
+            "amsgrad, none without"
+        )
+    if not len(exp_avgs) == len(exp_avg_sqs) == (len(max_exp_avg_sqs) or len(exp_avgs)):
+        raise ValueError(
+            f"[{op}] exp_avgs, exp_avg_sqs and max_exp_avg_sqs have {len(exp_avgs)}, {len(exp_avg_sqs)} and "
+            f"{len(max_exp_avg_sqs)} tensors; expected one per param each"
+        )
+    return [*exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs]
+
+
+def _step(op, params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf) -> None:
+    if not len(params) and not len(grads):
+        return
+    lr_tensor = None
+    if isinstance(lr, Tensor):
+        # Reading a CPU tensor waits for nothing; one on the device is read there.
+        lr, lr_tensor = (0.0, lr) if lr.device == params[0].device or lr.device.type != "cpu" else (lr.item(), None)
+    _call(
+        op,
+        params,
+        grads,
+        masters,
+        states,
+        steps,
+        lr=float(lr),
+        hyper=[float(h) for h in hyper],
+        maximize=bool(maximize),
+        lr_tensor=lr_tensor,
+        inv_scale=inv_scale,
+        clip_coef=clip_coef,
+        found_inf=found_inf,
+    )
+    _bump(params, masters, states, steps)
+
+
+def _call(op: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls the op. Its own complaints ("[op_] params[3] is ...") become ValueErrors without C++ line numbers."""
+    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    if not isinstance(first, Tensor):
+        raise TypeError(f"[{op}] got a list of {type(first).__name__}; expected a list of tensors")
+    if first.is_meta:
+        raise ValueError(f"[{op}] got tensors on the meta device, which have no data; move them with .to_empty() first")
+    try:
+        return getattr(torch.ops.fusedamp, op)(*args, **kwargs)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"[{op}] has no kernel for tensors on {first.device} in this build of fusedamp (CUDA ops: "
+            f"{'yes' if _library.HAS_CUDA_OPS else 'no'}). Build it with nvcc under a torch that has CUDA, or move the tensors "
+            "to the CPU"
+        ) from error
+    except RuntimeError as error:
+        text = str(error)
+        start = text.find(f"[{op}]")
+        if start < 0:
+            raise
+        raise ValueError(text[start:].split("\n")[0]) from None
+
+
+def _bump(*lists: Sequence[Tensor]) -> None:
+    """A custom op does not move the version counters of what it wrote; autograd must notice all the same."""
+    for tensors in lists:
+        if len(tensors):
+            torch.autograd.graph.increment_version(tensors)
