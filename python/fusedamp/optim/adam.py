@@ -1,0 +1,139 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .. import ops
+from .base import Batch, FusedOptimizer, Group
+from .hyper import check_number
+
+
+class Adam(FusedOptimizer):
+    """``torch.optim.Adam`` with FP32 master weights, fused with unscaling, clipping and the overflow skip.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in ``torch.optim.Adam``.
+            ``lr`` may be a tensor of one element, which is read at each step, on the device.
+        foreach, fused, capturable: accepted and saved, without effect: the step is always fused, and CUDA graphs can
+            capture it once a first step has created the state.
+        differentiable: must be False.
+        master_weights: "auto" and "fp32" keep an FP32 ``master`` in the state of each FP16 and BF16 parameter, and the
+            parameter is the master rounded to nearest even, bit for bit; a weight that was written to is followed by
+            its master. "none" updates the 16-bit weights themselves, in FP32 arithmetic: steps below half a unit in
+            the last place are then lost.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, for 16-bit parameters ``master``.
+    Cost: 28 B/param read and written in BF16 with masters; no host sync.
+    Source: Kingma and Ba 2015, arXiv:1412.6980, Alg. 1; amsgrad: Reddi et al. 2018, arXiv:1904.09237.
+    """
+
+    state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    required_state = ("step", "exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        master_weights: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "master_weights": master_weights,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, where: str, group: Group) -> None:
+        super()._check_group(where, group)
+        check_number(where, "eps", group["eps"])
+        if len(group["betas"]) != 2:
+            raise ValueError(f"{where} betas is {group['betas']}; expected two numbers. Pass (beta1, beta2).")
+        for i, beta in enumerate(group["betas"]):
+            check_number(where, f"betas[{i}]", beta, below=1.0)
+
+    def _active_states(self, group: Group) -> tuple[str, ...]:
+        return self.state_names if group["amsgrad"] else self.state_names[:2]
+
+    def _launch(self, group: Group, batch: Batch, **common: Any) -> None:
+        beta1, beta2 = group["betas"]
+        update = ops.adamw_ if group["decoupled_weight_decay"] else ops.adam_
+        update(
+            batch.params,
+            batch.grads,
+            batch.states(0),
+            batch.states(1),
+            batch.states(2),
+            batch.masters,
+            batch.steps,
+            betas=(float(beta1), float(beta2)),
+            eps=float(group["eps"]),
+            amsgrad=bool(group["amsgrad"]),
+            **common,
+        )
+
+
+class AdamW(Adam):
+    """``torch.optim.AdamW``: Adam whose weight decay shrinks the weights directly. All else as in :class:`Adam`.
+
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101, Alg. 2.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        master_weights: str = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            master_weights=master_weights,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # checkpoints of Adam, and of torch before the key existed
+            group["decoupled_weight_decay"] = True

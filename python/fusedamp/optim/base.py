@@ -1,0 +1,237 @@
+"""What all fused optimizers share: the step over groups and devices, their state, and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import state_io
+from .hyper import check_common
+from .layout import STATE_DTYPES
+from .slot import Entry, Mode, Slot, check_aliasing
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInputs:
+    """What the scaler hands to the ops on one device: FP32 tensors of one element, or None."""
+
+    inv_scale: Tensor | None = None
+    clip_coef: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AmpInputs:
+    """What the scaler hands to one step."""
+
+    per_device: dict[torch.device, DeviceInputs]
+
+    def for_device(self, device: torch.device) -> DeviceInputs:
+        """The inputs on ``device``; an error where the scaler saw no gradient there."""
+        if device not in self.per_device:
+            raise RuntimeError(
+                f"[GradScaler.step] the optimizer has gradients on {device}; expected only "
+                f"{[str(seen) for seen in self.per_device]}, where the scaler looked for overflows. "
+                "Don't add gradients between unscale_ and step."
+            )
+        return self.per_device[device]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one op call updates: parameters of one group on one device, all with masters or all without."""
+
+    slots: list[Slot] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [slot.target for slot in self.slots]
+
+    @property
+    def masters(self) -> list[Tensor]:
+        return [slot.master for slot in self.slots if slot.master is not None]
+
+    @property
+    def steps(self) -> list[Tensor]:
+        return [slot.step for slot in self.slots]
+
+    def states(self, index: int) -> list[Tensor]:
+        """The states of that index in ``state_names``; nothing where the group has none such."""
+        return [slot.states[index] for slot in self.slots if index < len(slot.states)]
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose step is one op call per group and device.
+
+    The gradient of a parameter is ``param.grad``, or, where that is None, ``param.main_grad`` (an FP32 buffer that some
+    trainers accumulate into, and zero themselves). Its dtype may differ from the parameter's. It is never written.
+
+    State is created at the first step: ``step`` (FP32, 0-d, on the parameter's device), the states of the algorithm
+    and, for 16-bit parameters, ``master``; all FP32 (FP64 for FP64 parameters) in the parameter's layout and placement.
+    """
+
+    _fusedamp_fused = True  # fusedamp.GradScaler takes its fused route for us
+    _amp: AmpInputs | None = None  # set by the scaler around one step
+    state_names: tuple[str, ...] = ()  # all states that the algorithm may have, besides step and master
+    required_state: tuple[str, ...] = ()  # what a checkpoint must have for every parameter that it knows
+
+    def __init__(self, params: ParamsT, defaults: Group) -> None:
+        self._slots: dict[int, Slot] = {}
+        self._turn = 0
+        self._check_group(f"[{type(self).__name__}]", defaults)
+        super().__init__(params, defaults)
+
+    # What an optimizer defines -------------------------------------------------------------------------------------
+
+    def _check_group(self, where: str, group: Group) -> None:
+        """Raise where an option of ``group`` is unusable. ``where`` starts the message."""
+        check_common(where, group)
+
+    def _active_states(self, group: Group) -> tuple[str, ...]:
+        """The states that ``group`` uses with its present options: the first of ``state_names``."""
+        return self.state_names
+
+    def _launch(self, group: Group, batch: Batch, **common: Any) -> None:
+        """Call the op; ``common`` are the arguments that all ops have."""
+        raise NotImplementedError
+
+    def _new_state(self, name: str, param: Tensor, entry: Entry) -> Tensor:
+        return torch.zeros_like(param, dtype=STATE_DTYPES[param.dtype])
+
+    def _densified(self, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead"
+        )
+
+    def _upgrade_state(self, entry: Entry) -> None:
+        """Complete the state that another version or ``torch.optim`` saved for one parameter, in place."""
+
+    # The step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters that have a gradient; returns what ``closure`` returned.
+
+        Args:
+            closure: reevaluates the model and returns the loss, with gradients enabled.
+        Raises: ValueError naming group and parameter; nothing was updated then.
+        Cost: no host sync; one op call per group and device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    @torch._disable_dynamo  # a compiled caller runs the step eagerly: traced, it would freeze what slots remember
+    def _step(self) -> None:
+        for group, batch, common in self._prepare():  # all is checked before anything moves
+            self._launch(group, batch, **common)
+            for slot in batch.slots:
+                if slot.target is not slot.param:
+                    slot.finish()
+
+    def _prepare(self) -> list[tuple[Group, Batch, dict[str, Any]]]:
+        calls: list[tuple[Group, Batch, dict[str, Any]]] = []
+        known, used = self._slots, []
+        self._turn += 1
+        rebuilt = False
+        for g, group in enumerate(self.param_groups):
+            self._check_group(self._where(g), group)
+            mode: Mode = (self._active_states(group), group["master_weights"])
+            batches: dict[tuple[str, bool], Batch] = {}
+            for i, param in enumerate(group["params"]):
+                grad = param.grad
+                if grad is None:
+                    grad = getattr(param, "main_grad", None)
+                    if grad is None:
+                        continue
+                    if grad.shape != param.shape:
+                        raise ValueError(
+                            f"{self._where(g)} params[{i}] has a main_grad of shape {list(grad.shape)}; expected "
+                            f"{list(param.shape)}, like the parameter. Use a view of that shape."
+                        )
+                if grad.layout is not torch.strided:
+                    grad = self._densified(grad)
+                slot = known.get(id(param))
+                try:
+                    if slot is None or not slot.holds(self.state.get(param), mode):
+                        rebuilt |= slot is None or slot.reusable
+                        slot = known[id(param)] = Slot(param, self.state[param], mode, self._new_state)
+                    if slot.turn == self._turn:
+                        raise ValueError("is in the optimizer twice; expected it once. Remove the second.")
+                    grad = slot.paired(grad)
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"{self._where(g)} params[{i}] {error}") from error
+                slot.turn = self._turn
+                if (batch := batches.get(slot.key)) is None:
+                    batch = batches[slot.key] = Batch()
+                    calls.append((group, batch, self._common(group, slot.source.device)))
+                batch.slots.append(slot)
+                batch.grads.append(grad)
+                used.append(slot)
+        if rebuilt:
+            check_aliasing(used)
+            present = {id(param) for group in self.param_groups for param in group["params"]}
+            self._slots = {key: slot for key, slot in known.items() if key in present}
+        return calls
+
+    def _where(self, index: int) -> str:
+        return f"[{type(self).__name__}] group {index}:"
+
+    def _common(self, group: Group, device: torch.device) -> dict[str, Any]:
+        amp = DeviceInputs() if self._amp is None else self._amp.for_device(device)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != device:
+            lr = lr.to(device)
+        return {
+            "lr": lr if isinstance(lr, Tensor) else float(lr),
+            "weight_decay": float(group["weight_decay"]),
+            "maximize": bool(group["maximize"]),
+            "inv_scale": amp.inv_scale,
+            "clip_coef": amp.clip_coef,
+            "found_inf": amp.found_inf,
+        }
+
+    # Groups and checkpoints ----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As in torch; checks the options, and refuses a parameter that is given twice (torch warns)."""
+        if isinstance(param_group, dict):
+            where = self._where(len(self.param_groups))
+            self._check_group(where, {**self.defaults, **param_group})
+            params = param_group["params"]
+            if not isinstance(params, (Tensor, set)):
+                param_group["params"] = params = list(params)
+                tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+                if len({id(p) for p in tensors}) != len(tensors):
+                    raise ValueError(
+                        f"{where} a parameter is given twice; expected it once. Remove the second."
+                    )
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` of ours or of the ``torch.optim`` namesake returned. Copies; keeps FP32 state FP32.
+
+        A missing ``master`` is made from the weights at the next step. ``master_weights`` stays as constructed.
+        Raises: ValueError naming the state that doesn't fit; nothing was loaded then.
+        """
+        with state_io.converting(self):
+            super().load_state_dict(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._slots = {}
+        self._turn = 0
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)

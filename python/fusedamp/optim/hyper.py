@@ -1,0 +1,49 @@
+"""Checks of the numbers in a parameter group."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+MASTER_WEIGHTS = ("auto", "fp32", "none")
+
+
+def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: float = math.inf) -> None:
+    """Raise unless ``value`` is a number, or a tensor of one element, in [low, below).
+
+    A tensor on an accelerator is not read: that would synchronise.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{where} {name} is a tensor of shape {list(value.shape)}; expected one element. Pass a 0-d tensor."
+            )
+        if value.device.type != "cpu":
+            return
+        value = value.item()
+    if not isinstance(value, Real):
+        raise TypeError(
+            f"{where} {name} is {value!r} ({type(value).__name__}); expected a number. Pass a float."
+        )
+    if not low <= value < below:
+        bound = "a finite number" if below == math.inf else f"a number < {below:g}"
+        raise ValueError(f"{where} {name} is {value}; expected {bound} >= {low:g}. Pass such a value.")
+
+
+def check_common(where: str, group: dict[str, Any]) -> None:
+    """Raise unless the options that every optimizer has are usable."""
+    check_number(where, "lr", group["lr"])
+    check_number(where, "weight_decay", group["weight_decay"])
+    if group["master_weights"] not in MASTER_WEIGHTS:
+        raise ValueError(
+            f"{where} master_weights is {group['master_weights']!r}; expected one of {MASTER_WEIGHTS}. "
+            'Use "auto" for FP32 masters of FP16 and BF16 parameters.'
+        )
+    if group.get("differentiable"):
+        raise ValueError(
+            f"{where} differentiable is True; expected False: the fused step has no derivative. "
+            "Use the torch.optim optimizer of the same name to differentiate through steps."
+        )

@@ -1,0 +1,79 @@
+"""How the tensors of one parameter are paired: by strides, never by raw memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..sharding import local
+
+# Parameter dtype -> dtype of its states and of its master; also the list of what can be optimized.
+STATE_DTYPES = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex32: torch.complex64,
+    torch.complex64: torch.complex64,
+    torch.complex128: torch.complex128,
+}
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has one element per address and no gaps, in any order of dimensions.
+
+    ``empty_like`` preserves exactly the strides of such tensors.
+    """
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share an address, as after ``expand``."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def strided_like(tensor: Tensor, dense: Tensor) -> Tensor:
+    """``tensor`` with the strides of ``dense``: itself, else a view where only dimensions of size 1 differ, else a copy."""
+    wanted = dense.stride()
+    if tensor.stride() == wanted:
+        return tensor
+    if all(n == 1 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), wanted, strict=True)):
+        return tensor.as_strided(dense.shape, wanted)
+    return torch.empty_like(dense, dtype=tensor.dtype).copy_(tensor)
+
+
+def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """``tensor`` sharded as ``param`` is: redistributed, sharded or gathered where they differ."""
+    if local(param) is param:
+        return tensor if local(tensor) is tensor else tensor.full_tensor()  # type: ignore[attr-defined]
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(param, DTensor)
+    mesh, placements = param.device_mesh, param.placements
+    if not isinstance(tensor, DTensor):  # every rank has the whole of it: no communication
+        return distribute_tensor(tensor.to(param.device), mesh, placements, src_data_rank=None)
+    return tensor if tensor.placements == placements else tensor.redistribute(mesh, placements)
+
+
+def fitted(value: Tensor, param: Tensor) -> Tensor:
+    """A new tensor with the values of ``value`` and the device, placement and strides of ``param``, as FP32 (FP64 for FP64)."""
+    return torch.empty_like(param, dtype=STATE_DTYPES[param.dtype]).copy_(placed_like(value.detach(), param))
+
+
+def fits(value: object, param: Tensor) -> bool:
+    """Whether ``value`` can serve as a state of ``param`` as it is."""
+    if not isinstance(value, Tensor) or (local(value) is value) != (local(param) is param):
+        return False
+    state, source = local(value), local(param)
+    return (
+        state.dtype == STATE_DTYPES[source.dtype]
+        and state.device == source.device
+        and state.shape == source.shape
+        and state.stride() == torch.empty_like(source, device="meta").stride()
+    )

@@ -1,0 +1,99 @@
+"""Checkpoints: state stays FP32, where ``Optimizer.load_state_dict`` would cast it to the parameter's dtype."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .layout import fitted
+from .slot import as_step, check_shape, has_master
+
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
+
+class _Converted:
+    """The finished state of one parameter. Torch looks into tensors and containers; this it passes on as it is."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.entry = entry
+
+
+@contextmanager
+def converting(optimizer: FusedOptimizer) -> Iterator[None]:
+    """Within it ``Optimizer.load_state_dict`` converts states our way.
+
+    It works as the last pre-hook and the first post-hook, so that the user's hooks see what they see in torch.
+    """
+    before = optimizer.register_load_state_dict_pre_hook(_convert)
+    after = optimizer.register_load_state_dict_post_hook(_unwrap, prepend=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _convert(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    where = f"[{type(optimizer).__name__}.load_state_dict]"
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"{where} got a dict with keys {sorted(map(str, state_dict))}; expected 'state' and 'param_groups'. "
+            "Pass what an optimizer's state_dict() returned."
+        )
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
+        return None  # torch raises a ValueError that says which
+    owners: dict[Any, tuple[Tensor, str]] = {}
+    converted_groups = []
+    for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        # How masters are kept is the present optimizer's choice, not the checkpoint's.
+        converted_groups.append({**saved, "master_weights": group["master_weights"]})
+        optimizer._check_group(f"{where} group {g}:", {**optimizer.defaults, **converted_groups[-1]})
+        for index, param in zip(saved["params"], group["params"], strict=True):
+            owners[index] = (param, group["master_weights"])
+    state = {}
+    for index, entry in state_dict["state"].items():
+        if index in owners:
+            try:
+                entry = _Converted(_converted(optimizer, entry, *owners[index]))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{where} state[{index!r}] {error}") from error
+        state[index] = entry
+    return {**state_dict, "state": state, "param_groups": converted_groups}
+
+
+def _converted(
+    optimizer: FusedOptimizer, saved: dict[str, Any], param: Tensor, master_weights: str
+) -> dict[str, Any]:
+    entry = {name: value for name, value in saved.items() if value is not None}
+    optimizer._upgrade_state(entry)
+    missing = [name for name in optimizer.required_state if entry and name not in entry]
+    if missing:
+        raise ValueError(
+            f"has {sorted(entry)}, without {missing}; expected all of {list(optimizer.required_state)}. "
+            "Load the checkpoint of an optimizer of this kind."
+        )
+    if not has_master(param, master_weights):
+        entry.pop("master", None)
+    for name, value in entry.items():
+        if name == "step":
+            entry[name] = as_step(value, param)
+        elif name == "master" or name in optimizer.state_names:
+            check_shape(name, value, param)
+            entry[name] = fitted(value, param)
+        elif isinstance(value, Tensor):
+            entry[name] = value.detach().to(param.device, copy=True)
+        else:
+            entry[name] = copy.deepcopy(value)
+    return entry
+
+
+def _unwrap(optimizer: FusedOptimizer) -> None:
+    for key, value in optimizer.state.items():
+        if isinstance(value, _Converted):
+            optimizer.state[key] = value.entry
