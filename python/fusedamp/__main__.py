@@ -1,0 +1,8 @@
+"""``python -m fusedamp``."""
+
+import sys
+
+from fusedamp.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The command line: ``python -m fusedamp info`` and ``python -m fusedamp demo``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import fusedamp
+from fusedamp.capabilities import describe, system_info
+from fusedamp.demo.options import DemoError, add_arguments, options_from
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 fine, 1 the demo's claim did not show, 2 bad options."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        info = system_info()
+        print(json.dumps(info, indent=2) if args.json else describe(info))
+        return 0
+    return _demo(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedamp", description="Fused mixed-precision training for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"fusedamp {fusedamp.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help="versions, build and devices, and which 16-bit format to choose")
+    info.add_argument("--json", action="store_true", help="machine-readable")
+    demo = commands.add_parser(
+        "demo",
+        help="train a small GPT and a conv net in FP32, FP16 and BF16, with torch's AMP and with fusedamp",
+        description="Fine-tune a small GPT and a small conv net in FP32, FP16 and BF16, with torch's AMP stack, with "
+        "fusedamp, and without master weights; print a table, draw a picture. Exit code 1: the claim did not show.",
+    )
+    add_arguments(demo)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> int:
+    try:
+        options = options_from(args)
+    except DemoError as error:
+        print(f"fusedamp demo: {error}", file=sys.stderr)
+        return 2
+    from fusedamp.demo.run import run  # needs the extras, which options_from has looked for
+
+    try:
+        return run(options)
+    except DemoError as error:
+        print(f"fusedamp demo: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,5 @@
+"""The demo: a small GPT and a small conv net, fine-tuned with torch's AMP stack and with fusedamp, side by side."""
+
+from fusedamp.demo.options import DemoError, Options, add_arguments, options_from
+
+__all__ = ["DemoError", "Options", "add_arguments", "options_from"]

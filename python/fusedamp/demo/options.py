@@ -1,0 +1,140 @@
+"""What the demo may be told, checked before anything is loaded or trained."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LEARNING_RATE = 3e-5
+INIT_SCALE = 2.0**24
+MIN_TEXT_BYTES = 16_384
+EXTRAS = ("rich", "matplotlib", "sklearn", "numpy")
+
+
+class DemoError(Exception):
+    """A wish that cannot be met; its text is the one line that the user reads."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options. ``dtypes`` are the compared formats besides the FP32 reference."""
+
+    tasks: tuple[str, ...] = ("gpt", "digits")
+    dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")
+    data: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+    learning_rate: float = LEARNING_RATE
+    init_scale: float = INIT_SCALE
+    picture: Path = Path("demo.png")
+    threads: int | None = None
+    quick: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the demo's options on ``parser``."""
+    add = parser.add_argument
+    add("--task", choices=("gpt", "digits", "all"), default="all", help="what to train (default: all)")
+    add("--dtype", choices=(*DTYPES, "all"), default="all", help="format compared with FP32 (default: all)")
+    add("--data", metavar="FILE", help="text to fine-tune the GPT on (default: Python's language reference)")
+    add("--steps", type=int, metavar="N", help="fine-tuning steps (default: gpt 200, digits 800)")
+    add("--quick", action="store_true", help="a third of the steps")
+    add(
+        "--lr",
+        type=float,
+        default=LEARNING_RATE,
+        help="learning rate of the fine-tuning (default: %(default)g)",
+    )
+    add(
+        "--init-scale",
+        type=float,
+        default=INIT_SCALE,
+        help="first loss scale of the FP16 runs (default: 2**24)",
+    )
+    add("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add(
+        "--out",
+        default="demo.png",
+        metavar="PATH",
+        help="picture (.png), or a folder for it (default: %(default)s)",
+    )
+
+
+def options_from(args: argparse.Namespace) -> Options:
+    """Check parsed arguments and turn them into `Options`; raises `DemoError` with one line."""
+    _need(
+        not (missing := [m for m in EXTRAS if importlib.util.find_spec(m) is None]),
+        f'the demo needs {", ".join(missing)}, not installed here: pip install "fusedamp[demo]"',
+    )
+    _need(args.steps is None or args.steps > 0, f"--steps is {args.steps}; it must be at least 1")
+    _need(args.threads is None or args.threads > 0, f"--threads is {args.threads}; it must be at least 1")
+    _need(0 <= args.seed < 2**31, f"--seed is {args.seed}; it must be between 0 and 2**31 - 1")
+    _need(math.isfinite(args.lr) and args.lr > 0, f"--lr is {args.lr}; it must be positive and finite")
+    _need(0 < args.init_scale <= 2.0**100, f"--init-scale is {args.init_scale}; it must be in (0, 2**100]")
+    return Options(
+        tasks=("gpt", "digits") if args.task == "all" else (args.task,),
+        dtypes=tuple(DTYPES) if args.dtype == "all" else (args.dtype,),
+        data=_text_file(args.data, args.task),
+        steps=args.steps,
+        seed=args.seed,
+        device=_device(args.device),
+        learning_rate=args.lr,
+        init_scale=args.init_scale,
+        picture=_picture(Path(args.out)),
+        threads=args.threads,
+        quick=args.quick,
+    )
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise DemoError(message)
+
+
+def _text_file(name: str | None, task: str) -> Path | None:
+    if name is None:
+        return None
+    _need(task != "digits", "--data is text for the GPT; --task digits reads none")
+    path = Path(name)
+    _need(path.is_file(), f"--data {name}: no such file")
+    size = path.stat().st_size
+    _need(
+        size >= MIN_TEXT_BYTES, f"--data {name} holds {size} bytes; the GPT needs at least {MIN_TEXT_BYTES}"
+    )
+    return path
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DemoError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:N") from None
+    _need(device.type in ("cpu", "cuda"), f"--device {name}: the demo runs on cpu and cuda only")
+    if device.type == "cuda":
+        _need(
+            torch.cuda.is_available(),
+            f"--device {name}: torch {torch.__version__} sees no CUDA GPU here; use cpu",
+        )
+        count = torch.cuda.device_count()
+        _need((device.index or 0) < count, f"--device {name}: torch sees {count} GPU(s), numbered from 0")
+    return device
+
+
+def _picture(path: Path) -> Path:
+    if path.is_dir():
+        return path / "demo.png"
+    _need(path.suffix in ("", ".png"), f"--out {path}: the picture is a PNG; name a .png file or a folder")
+    _need(path.suffix == ".png", f"--out {path}: no such folder, and no .png file name")
+    _need(path.parent.is_dir(), f"--out {path}: no folder {path.parent}")
+    return path
