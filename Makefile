@@ -1,0 +1,45 @@
+# make demo   the main job: train in FP32, FP16 and BF16, with torch's AMP and with fusedamp; table and picture in demo-out/
+# make test   everything proven        make check    format, lint, types
+# make bench  optimizer phase against torch             make mutants  broken variants that the tests must notice
+# make dev    all tools, and git hooks
+#
+# They use the active virtual environment and its torch; where none is active, they make .venv and install torch there.
+# TORCH="torch==2.13.0" chooses the torch for a new environment; INSTALL=some.whl tests a built wheel.
+
+TORCH   ?= torch>=2.11
+INSTALL ?= -e .
+VENV    := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+PYTHON  := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+demo: $(VENV)/.fusedamp-demo
+	$(PYTHON) -m fusedamp demo --out demo-out $(ARGS)
+
+test: $(VENV)/.fusedamp-test
+	$(PYTHON) -m pytest -n auto $(ARGS)
+
+bench: $(VENV)/.fusedamp-bench
+	$(PYTHON) benchmarks/run.py $(ARGS)
+
+mutants: $(VENV)/.fusedamp-test
+	$(PYTHON) tests/mutants.py $(ARGS)
+
+check: $(VENV)/.fusedamp-dev
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+dev: $(VENV)/.fusedamp-dev $(VENV)/.fusedamp-test $(VENV)/.fusedamp-demo
+	@if [ -d .git ]; then $(PYTHON) -m pre_commit install; fi
+
+$(PYTHON):
+	python3 -m venv $(VENV)
+
+# Installs fusedamp with the named extra; again when something that is compiled has changed.
+$(VENV)/.fusedamp-%: $(SOURCES) | $(PYTHON)
+	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install '$(TORCH)'
+	$(PYTHON) -m pip install $(if $(filter %.whl,$(INSTALL)),'$(INSTALL)[$*]',-e '.[$*]')
+	@touch $@
+
+.PHONY: demo test bench mutants check dev
