@@ -1,0 +1,87 @@
+// A flat index over all chunks of all tensors of a list, and reductions over a block.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "engine.h"
+#include "platform.cuh"
+
+namespace fusedamp::cuda {
+
+// A row in device memory. Its chunks are first_chunk, first_chunk + 1 ...; an empty tensor has none.
+template <class Row>
+struct Placed {
+  Row row;
+  int64_t first_chunk;
+};
+
+template <class Row>
+struct Table {
+  const Placed<Row>* rows;
+  int64_t row_count, chunk_count;
+};
+
+template <class Row>
+Table<Row> place(const Device& device, const std::vector<Row>& rows) {
+  std::vector<Placed<Row>> placed(rows.size());
+  int64_t chunks = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    placed[i].row = rows[i];
+    placed[i].first_chunk = chunks;
+    chunks += (rows[i].numel + kChunk - 1) / kChunk;
+  }
+  const int64_t bytes = static_cast<int64_t>(placed.size() * sizeof placed[0]);
+  static_assert(sizeof(Placed<Row>) % 8 == 0, "uploads go in words of 8 bytes");
+  const void* resident = device.resident(placed.data(), bytes);
+  return {static_cast<const Placed<Row>*>(resident), static_cast<int64_t>(rows.size()), chunks};
+}
+
+// Blocks for `units` of work: enough to fill the device several times over, each taking every blocks-th unit.
+inline int64_t grid_for(const Device& device, int64_t units) {
+  return std::max<int64_t>(1, std::min<int64_t>(units, 8 * device.multiprocessors));
+}
+
+// The row that holds `chunk`: the last one that starts at or before it. Every thread of the block calls it; `hint` is the
+// result of the call before, or -1. A round divides the rows left by the number of threads.
+template <class Row>
+__device__ __forceinline__ int64_t find_row(const Table<Row>& table, int64_t chunk, int64_t hint) {
+  if (hint >= 0 && (hint + 1 == table.row_count || table.rows[hint + 1].first_chunk > chunk)) return hint;
+  int64_t from = 0, count = table.row_count;
+  while (count > 1) {
+    const int64_t stride = (count + blockDim.x - 1) / blockDim.x, mine = threadIdx.x * stride;
+    const bool before = mine < count && table.rows[from + mine].first_chunk <= chunk;
+    const int64_t last = (__syncthreads_count(before) - 1) * stride;
+    from += last;
+    count = min(stride, count - last);
+  }
+  return from;
+}
+
+// The part of a row that one chunk covers.
+struct Span {
+  int64_t first;
+  int count;
+};
+template <class Row>
+__device__ __forceinline__ Span span_of(const Placed<Row>& placed, int64_t chunk) {
+  const int64_t first = (chunk - placed.first_chunk) * kChunk, left = placed.row.numel - first;
+  return {first, static_cast<int>(left < kChunk ? left : kChunk)};
+}
+
+// The combination of every thread's x, in an order that depends on the block's size alone; every thread gets it.
+template <class T, class Combine>
+__device__ __forceinline__ T block_reduce(T x, Combine combine) {
+  FUSEDAMP_SHARED(T, of_warp, 32);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (int distance = 16; distance > 0; distance /= 2) x = combine(x, __shfl_down_sync(0xffffffffu, x, distance));
+  if (lane == 0) of_warp[warp] = x;
+  __syncthreads();
+  x = of_warp[0];
+  for (int w = 1; w < warps; ++w) x = combine(x, of_warp[w]);
+  __syncthreads();  // before anybody writes of_warp again
+  return x;
+}
+
+__device__ __forceinline__ bool overflowed(const float* found_inf) { return found_inf && !(*found_inf == 0.0f); }
+
+}  // namespace fusedamp::cuda

@@ -1,0 +1,73 @@
+// Which kernels an op runs: one table entry per update rule, and the small kernels that need no file of their own.
+#include "chunks.cuh"
+
+namespace fusedamp::cuda {
+
+// Instantiated once per rule: adamw.cu, adam.cu, sgd.cu ...
+template <class Rule>
+void step_with(const Device& device, const std::vector<StepRow>& rows, const StepScalars& scalars);
+#define FUSEDAMP_RULE(op, Rule) \
+  extern template void step_with<Rule>(const Device&, const std::vector<StepRow>&, const StepScalars&);
+#include "../../math/optimizers.def"
+
+void step(const Device& device, RuleId rule, const std::vector<StepRow>& rows, const StepScalars& scalars) {
+  static constexpr void (*kSteps[])(const Device&, const std::vector<StepRow>&, const StepScalars&) = {
+#define FUSEDAMP_RULE(op, Rule) &step_with<Rule>,
+#include "../../math/optimizers.def"
+  };
+  kSteps[rule](device, rows, scalars);
+}
+
+namespace {
+
+__global__ void __launch_bounds__(1) update_scale_kernel(const LossScaleRule rule, float* scale,
+                                                         int32_t* growth_tracker, int32_t* budget,
+                                                         const float* found_inf) {
+  const LossScaleState now = {*scale, *growth_tracker, budget ? *budget : 1};
+  const LossScaleState next = next_loss_scale(rule, now, overflowed(found_inf));
+  *scale = next.scale;
+  *growth_tracker = next.growth_tracker;
+  if (budget) *budget = next.budget;
+}
+
+template <int kWords>
+struct Packet {
+  uint64_t words[kWords];
+};
+
+template <int kWords>
+__global__ void __launch_bounds__(kBlock)
+    upload_kernel(const __grid_constant__ Packet<kWords> packet, uint64_t* to, int words) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < words) to[i] = packet.words[i];
+}
+
+template <int kWords>
+void upload_in_packets(CUstream_st* stream, uint64_t* to, const uint64_t* from, int64_t words) {
+  for (int64_t sent = 0; sent < words; sent += kWords) {
+    Packet<kWords> packet;
+    const int count = static_cast<int>(std::min<int64_t>(kWords, words - sent));
+    memcpy(packet.words, from + sent, count * sizeof packet.words[0]);
+    launch("upload", &upload_kernel<kWords>, (count + kBlock - 1) / kBlock, kBlock, stream, packet, to + sent, count);
+  }
+}
+
+}  // namespace
+
+void update_scale(const Device& device, const LossScaleRule& rule, float* scale, int32_t* growth_tracker,
+                  int32_t* budget, const float* found_inf) {
+  launch("update_scale", &update_scale_kernel, 1, 1, device.stream, rule, scale, growth_tracker, budget, found_inf);
+}
+
+void upload(CUstream_st* stream, void* to, const void* from, int64_t bytes) {
+  const int64_t words = bytes / 8;
+  auto* target = static_cast<uint64_t*>(to);
+  auto* source = static_cast<const uint64_t*>(from);
+  if (words <= kSmallPacketWords) {
+    upload_in_packets<kSmallPacketWords>(stream, target, source, words);
+  } else {
+    upload_in_packets<kPacketWords>(stream, target, source, words);
+  }
+}
+
+}  // namespace fusedamp::cuda

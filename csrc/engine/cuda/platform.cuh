@@ -1,0 +1,36 @@
+// The only file here that knows whether nvcc compiles the kernels for a GPU or a host compiler for the emulation that
+// tests run on a CPU (tests/emulation). Rules that keep both possible are in README.md.
+#pragma once
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define FUSEDAMP_SHARED(T, name, count) __shared__ T name[count]
+
+namespace fusedamp::cuda {
+
+constexpr int kBlock = 256;          // threads of a block
+constexpr int64_t kChunk = 16384;    // elements that a block takes at a time
+constexpr int kPacketWords = 4000;   // of 8 bytes: what one launch carries in its parameters (CUDA 12.1: up to 32,764 bytes)
+constexpr int kSmallPacketWords = 480;
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+            const Arguments&... arguments) {
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("fusedamp: CUDA kernel ") + name + " could not be launched: " +
+                             cudaGetErrorString(error));
+}
+
+}  // namespace fusedamp::cuda
+
+#else
+#include "cuda_emulation.h"
+#endif

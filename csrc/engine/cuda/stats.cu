@@ -1,0 +1,211 @@
+// The read pass: norms, and which tensor holds how many infinities, NaNs and overflows-to-be. One launch reads every
+// gradient once and writes one record per chunk; another combines them in a fixed order, so results are reproducible.
+#include <cmath>
+
+#include "chunks.cuh"
+#include "element.cuh"
+
+namespace fusedamp::cuda {
+namespace {
+
+enum class Norm : int { kTwo, kOne, kMax, kGeneral };
+
+struct Job {
+  Norm norm;
+  double p;
+};
+
+Job job_of(double norm_type) {
+  const Norm norm = norm_type == 2.0        ? Norm::kTwo
+                    : norm_type == 1.0      ? Norm::kOne
+                    : std::isinf(norm_type) ? Norm::kMax
+                                            : Norm::kGeneral;
+  return {norm, norm_type};
+}
+
+struct alignas(16) ChunkStats {
+  double power_sum;
+  uint16_t infs, nans, overflows;
+};
+static_assert(kChunk <= 0xffff, "the counts of a chunk fit 16 bits");
+
+struct Sum {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Combine {  // of power sums; NaN wins
+  Norm norm;
+  __device__ __forceinline__ double operator()(double a, double b) const {
+    return norm == Norm::kMax ? maximum(a, b) : a + b;
+  }
+};
+
+template <Norm kNorm>
+__device__ __forceinline__ float accumulate(float sum, float x) {
+  if (kNorm == Norm::kTwo) return fma(x, x, sum);
+  const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
+  if (kNorm == Norm::kOne) return sum + float_of(magnitude);
+  return float_of(max(bits_of(sum), magnitude));  // as integers, NaN > infinity > finite: nothing bad is lost
+}
+
+// What one thread finds of a chunk in float; `nonzero`: whether it met anything but zeros.
+struct FastSum {
+  float sum;
+  uint32_t nonzero;
+};
+template <Norm kNorm, class G>
+__device__ __forceinline__ FastSum fast_sum(const GradRow& row, Span span, float inv_scale) {
+  constexpr int kVector = 16 / sizeof(G);
+  const G* grads = static_cast<const G*>(row.grad) + span.first;
+  const DType dtype = row.dtype;
+  FastSum found = {0.0f, 0};
+  for_each_element<kVector>(span.count, elements_to_boundary<kVector>(grads), [&](int i, auto width) {
+    constexpr int N = decltype(width)::value;
+    const Pack<G, N> grad = load<N>(grads + i);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      const float x = widen<float>(grad.v[e], dtype) * inv_scale;
+      found.sum = accumulate<kNorm>(found.sum, x);
+      found.nonzero |= bits_of(x) << 1;
+    }
+  });
+  return found;
+}
+template <Norm kNorm>
+__device__ __forceinline__ FastSum fast_sum(const GradRow& row, Span span, float inv_scale) {
+  return row.dtype == DType::f32 ? fast_sum<kNorm, uint32_t>(row, span, inv_scale)
+                                 : fast_sum<kNorm, uint16_t>(row, span, inv_scale);
+}
+
+__device__ __forceinline__ double magnitude_of(double x) { return x < 0.0 ? -x : x; }
+
+template <bool kGeneral>
+__device__ __forceinline__ double power(const Job& job, double a) {
+  if constexpr (kGeneral) return job.p == 0.0 ? static_cast<double>(a != 0.0) : pow(a, job.p);
+  return job.norm == Norm::kTwo ? a * a : a;
+}
+
+// In double with counts, element by element: where the fast sum says nothing, for float64, and for norms of any order.
+template <class V, bool kGeneral>
+__device__ __noinline__ ChunkStats exact_stats(const GradRow& row, Span span, float inv_scale, const Job& job) {
+  const Combine combine = {job.norm};
+  double power_sum = 0.0;
+  uint32_t infs = 0, nans = 0, overflows = 0;
+  for (int i = threadIdx.x; i < span.count; i += blockDim.x) {
+    const V g = value_at<V>(row.grad, row.dtype, span.first + i), x = g * static_cast<V>(inv_scale);
+    power_sum = combine(power_sum, power<kGeneral>(job, magnitude_of(x)));
+    if (x - x == V(0)) continue;
+    if (g != g) {
+      ++nans;
+    } else if (g - g == V(0)) {
+      ++overflows;
+    } else {
+      ++infs;
+    }
+  }
+  power_sum = block_reduce(power_sum, combine);
+  const uint64_t counts = block_reduce(infs | uint64_t{nans} << 16 | uint64_t{overflows} << 32, Sum());
+  return {power_sum, static_cast<uint16_t>(counts), static_cast<uint16_t>(counts >> 16),
+          static_cast<uint16_t>(counts >> 32)};
+}
+
+// Every thread of the block gets the result.
+template <bool kGeneral>
+__device__ __forceinline__ ChunkStats chunk_stats(const GradRow& row, Span span, float inv_scale, const Job& job) {
+  if (row.dtype == DType::f64) return exact_stats<double, kGeneral>(row, span, inv_scale, job);
+  if constexpr (!kGeneral) {
+    const FastSum mine = job.norm == Norm::kTwo   ? fast_sum<Norm::kTwo>(row, span, inv_scale)
+                         : job.norm == Norm::kOne ? fast_sum<Norm::kOne>(row, span, inv_scale)
+                                                  : fast_sum<Norm::kMax>(row, span, inv_scale);
+    const double sum = block_reduce(static_cast<double>(mine.sum), Combine{job.norm});
+    // A finite sum of magnitudes proves every element finite. Squares that sum to less may have lost bits to underflow.
+    constexpr double kSmall = 0x1p-100;
+    const bool lossy = job.norm == Norm::kTwo && sum < kSmall && __syncthreads_or(mine.nonzero != 0);
+    if (sum - sum == 0.0 && !lossy) return {sum, 0, 0, 0};
+  }
+  return exact_stats<float, kGeneral>(row, span, inv_scale, job);
+}
+
+template <bool kGeneral>
+__global__ void __launch_bounds__(kBlock)
+    stats_kernel(const Table<GradRow> table, const float* inv_scale_at, const Job job, ChunkStats* records,
+                 unsigned* finished) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;  // for the launch that follows
+  const float inv_scale = inv_scale_at ? *inv_scale_at : 1.0f;
+  int64_t r = -1;
+  for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
+    r = find_row(table, chunk, r);
+    const ChunkStats found = chunk_stats<kGeneral>(table.rows[r].row, span_of(table.rows[r], chunk), inv_scale, job);
+    if (threadIdx.x == 0) records[chunk] = found;
+  }
+}
+
+// Blocks take tensors; the block that finishes last takes the total.
+__global__ void __launch_bounds__(kBlock) combine_kernel(const Table<GradRow> table, const Norm norm,
+                                                         const ChunkStats* records, unsigned* finished,
+                                                         const StatsOutputs out) {
+  const Combine combine = {norm};
+  for (int64_t r = blockIdx.x; r < table.row_count; r += gridDim.x) {
+    const int64_t end = r + 1 < table.row_count ? table.rows[r + 1].first_chunk : table.chunk_count;
+    double power_sum = 0.0;
+    int64_t infs = 0, nans = 0, overflows = 0;
+    for (int64_t c = table.rows[r].first_chunk + threadIdx.x; c < end; c += blockDim.x) {
+      const ChunkStats record = records[c];
+      power_sum = combine(power_sum, record.power_sum);
+      infs += record.infs;
+      nans += record.nans;
+      overflows += record.overflows;
+    }
+    power_sum = block_reduce(power_sum, combine);
+    infs = block_reduce(infs, Sum());
+    nans = block_reduce(nans, Sum());
+    overflows = block_reduce(overflows, Sum());
+    if (threadIdx.x == 0) {
+      out.per_tensor[r] = power_sum;
+      out.counts[3 * r] = infs;
+      out.counts[3 * r + 1] = nans;
+      out.counts[3 * r + 2] = overflows;
+    }
+  }
+
+  FUSEDAMP_SHARED(bool, last, 1);
+  if (threadIdx.x == 0) {
+    __threadfence();  // this block's results before its ticket, every block's tickets before their results
+    last[0] = atomicAdd(finished, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last[0]) return;
+  double total = 0.0;
+  bool bad = false;
+  for (int64_t r = threadIdx.x; r < table.row_count; r += blockDim.x) {
+    total = combine(total, __ldcg(out.per_tensor + r));
+    bad |= (__ldcg(out.counts + 3 * r) | __ldcg(out.counts + 3 * r + 1) | __ldcg(out.counts + 3 * r + 2)) != 0;
+  }
+  total = block_reduce(total, combine);
+  bad = __syncthreads_or(bad);
+  if (threadIdx.x == 0) {
+    *out.total = total;
+    *out.found_inf = bad ? 1.0f : 0.0f;
+  }
+}
+
+}  // namespace
+
+void grad_stats(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, double norm_type,
+                const StatsOutputs& out) {
+  const Table<GradRow> table = place(device, rows);
+  const Job job = job_of(norm_type);
+  const int64_t record_bytes = table.chunk_count * static_cast<int64_t>(sizeof(ChunkStats));
+  char* scratch = static_cast<char*>(device.scratch(record_bytes + 16));
+  auto* records = reinterpret_cast<ChunkStats*>(scratch);
+  auto* finished = reinterpret_cast<unsigned*>(scratch + record_bytes);
+  launch("grad_stats", job.norm == Norm::kGeneral ? &stats_kernel<true> : &stats_kernel<false>,
+         grid_for(device, table.chunk_count), kBlock, device.stream, table, inv_scale, job, records, finished);
+  launch("grad_stats", &combine_kernel, grid_for(device, table.row_count), kBlock, device.stream, table, job.norm,
+         static_cast<const ChunkStats*>(records), finished, out);
+}
+
+}  // namespace fusedamp::cuda
