@@ -1,0 +1,113 @@
+// The ops on CUDA: on torch's current stream, in torch's memory, without waiting for the device.
+#include <torch/csrc/stable/library.h>
+
+#include "resident.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+namespace fusedamp {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// One call: its device made current, its stream, and the memory that it holds until its kernels are queued.
+class Call {
+ public:
+  explicit Call(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
+    const int32_t index = like.get_device_index();
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    check(cudaSetDevice(index));  // torch's CUDA runtime is another copy than the one in this object
+    device_.stream = static_cast<cudaStream_t>(stream);
+    check(cudaDeviceGetAttribute(&device_.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    device_.scratch = [this](int64_t bytes) {
+      return keep(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
+    };
+    device_.resident = [this](const void* table, int64_t bytes) {
+      static auto& tables = *new ResidentTables;  // never destroyed: CUDA may be gone when statics are
+      return keep(tables.get(table, bytes, device_.stream, like_));
+    };
+  }
+  Call(const Call&) = delete;
+
+  const cuda::Device& device() const { return device_; }
+
+ private:
+  static void check(cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "fusedamp: CUDA error: ", cudaGetErrorString(error));
+  }
+  void* keep(Tensor memory) {
+    kept_.push_back(std::move(memory));
+    return kept_.back().data_ptr();
+  }
+
+  Tensor like_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::Device device_;
+  Tensors kept_;
+};
+
+template <const char* const& kName>
+void step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, double lr,
+          std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor, OptionalTensor inv_scale,
+          OptionalTensor clip_coef, OptionalTensor found_inf) {
+  if (params.empty()) return;
+  const std::string op = kName;
+  const StepLists lists = {params, grads, masters, states, steps};
+  const RuleId rule = rule_for(op, lists);
+  const StepScalars scalars =
+      step_scalars(op, params[0], lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf);
+  const std::vector<StepRow> rows = step_rows(op, lists);
+  cuda::step(Call(params[0]).device(), rule, rows, scalars);
+}
+
+void unscale_(Tensors grads, Tensor inv_scale, Tensor found_inf) {
+  if (grads.empty()) return;
+  const auto rows = grad_rows("unscale_", grads);
+  const float* inv = scalar_at("unscale_", "inv_scale", inv_scale, grads[0]);
+  float* found = scalar_at("unscale_", "found_inf", found_inf, grads[0]);
+  cuda::unscale(Call(grads[0]).device(), rows, inv, found);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> grad_stats(Tensors grads, OptionalTensor inv_scale, double norm_type) {
+  STD_TORCH_CHECK(!grads.empty(), "[grad_stats] grads is empty; expected at least one tensor");
+  const auto n = static_cast<int64_t>(grads.size());
+  const auto rows = grad_rows("grad_stats", grads);
+  const float* inv = scalar_at("grad_stats", "inv_scale", inv_scale, grads[0]);
+  Tensor found_inf = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
+  Tensor total = torch::stable::new_empty(grads[0], {}, ScalarType::Double);
+  Tensor per_tensor = torch::stable::new_empty(grads[0], {n}, ScalarType::Double);
+  Tensor counts = torch::stable::new_empty(grads[0], {n, 3}, ScalarType::Long);
+  const cuda::StatsOutputs out = {static_cast<float*>(found_inf.data_ptr()), static_cast<double*>(total.data_ptr()),
+                                  static_cast<double*>(per_tensor.data_ptr()), static_cast<int64_t*>(counts.data_ptr())};
+  cuda::grad_stats(Call(grads[0]).device(), rows, inv, norm_type, out);
+  return {found_inf, total, per_tensor, counts};
+}
+
+void update_scale_(Tensor scale, Tensor growth_tracker, OptionalTensor hysteresis_tracker, Tensor found_inf,
+                   double growth_factor, double backoff_factor, int64_t growth_interval, double min_scale,
+                   double max_scale, int64_t hysteresis, bool refill_on_good_step) {
+  const char* op = "update_scale_";
+  const LossScaleRule rule = {growth_factor, backoff_factor, min_scale,          max_scale,
+                              growth_interval, hysteresis,   refill_on_good_step};
+  cuda::update_scale(Call(scale).device(), rule, scalar_at(op, "scale", scale, scale),
+                     int_scalar_at(op, "growth_tracker", growth_tracker, scale),
+                     int_scalar_at(op, "hysteresis_tracker", hysteresis_tracker, scale),
+                     scalar_at(op, "found_inf", found_inf, scale));
+}
+
+#define FUSEDAMP_OP(op, Hyper) const char* const kName_##op = #op "_";
+#include "../math/optimizers.def"
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedamp, CUDA, m) {
+  m.impl("unscale_", TORCH_BOX(&unscale_));
+  m.impl("grad_stats", TORCH_BOX(&grad_stats));
+  m.impl("update_scale_", TORCH_BOX(&update_scale_));
+#define FUSEDAMP_OP(op, Hyper) m.impl(#op "_", TORCH_BOX(&step<kName_##op>));
+#include "../math/optimizers.def"
+}
+
+}  // namespace fusedamp
