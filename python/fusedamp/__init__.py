@@ -3,6 +3,10 @@
 from importlib.metadata import version as _version
 
 from . import ops
+from .clip import clip_grad_norm_
+from .grad_scaler import GradScaler
+from .overflow import Overflow, OverflowReport
+from .patch import patch_torch
 
 __version__ = _version("fusedamp")
-__all__ = ["__version__", "ops"]
+__all__ = ["GradScaler", "Overflow", "OverflowReport", "__version__", "clip_grad_norm_", "ops", "patch_torch"]

@@ -1,4 +1,6 @@
-"""DTensor seen from the ops: custom ops get no DTensor dispatch, so the shards are unwrapped and reduced here."""
+"""DTensor seen from the ops: custom ops get no DTensor dispatch, so the shards are unwrapped and reduced
+here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` that this rank holds, sharing its memory; a plain tensor is returned as it is."""
+    """The part of ``tensor`` that this rank holds, sharing its memory; a plain tensor is returned as it is.
+    """
     if not is_dtensor(tensor):
         return tensor
     shard = tensor._local_tensor  # type: ignore[attr-defined]
@@ -37,7 +40,9 @@ def sharded_dims(tensor: Tensor) -> tuple[MeshDim, ...]:
 
 
 def follow_placements(param: Tensor) -> None:
-    """Give ``param.grad`` the placements of ``param``: a Partial gradient holds only a summand of the true one."""
+    """Give ``param.grad`` the placements of ``param``: a Partial gradient holds only a summand of the true
+    one.
+    """
     grad = param.grad
     if grad is not None and is_dtensor(param) and is_dtensor(grad):
         mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
@@ -46,7 +51,8 @@ def follow_placements(param: Tensor) -> None:
 
 
 def all_reduce_(tensor: Tensor, dims: Iterable[MeshDim], op: str) -> None:
-    """Reduce ``tensor`` in place ("max" or "sum") over each mesh dimension in turn; all its ranks must join."""
+    """Reduce ``tensor`` in place ("max" or "sum") over each mesh dimension in turn; all its ranks must join.
+    """
     for mesh, dim in dims:
         if mesh.get_coordinate() is not None:  # else this rank is not part of the mesh
             ops = torch.distributed.ReduceOp

@@ -1,0 +1,5 @@
+"""The places of torch.cuda's names."""
+
+from . import amp
+
+__all__ = ["amp"]

@@ -1,0 +1,205 @@
+"""The gradients of some parameters as the ops want them: local shards, real numbers, dense, by device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from . import ops
+from .optim.layout import is_dense, overlaps_itself
+from .sharding import MeshDim, all_reduce_, follow_placements, local, sharded_dims
+
+PerDevice = dict[torch.device, Tensor]
+
+
+def on(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without waiting; copies *to* the CPU wait, since the host reads them at once.
+    """
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
+    """One 0-d FP32 flag on ``device``, positive if any of ``flags`` (1 element each, any device) is; else 0.
+    """
+    moved = [on(flag, device).reshape(()).float() for flag in flags]
+    if not moved:
+        return torch.zeros((), device=device)
+    return moved[0] if len(moved) == 1 else torch.stack(moved).amax()
+
+
+def gradient_of(param: Tensor) -> Tensor | None:
+    """``.grad``, else the ``main_grad`` that some trainers accumulate into; as fusedamp's optimizers do."""
+    return getattr(param, "main_grad", None) if param.grad is None else param.grad
+
+
+class Gradients:
+    """What ``params`` have as gradients now. Making one changes no value, but may replace a ``.grad`` that is
+    sparse and uncoalesced, expanded, or a DTensor placed otherwise than its parameter.
+
+    Args:
+        params: parameters, with or without a gradient.
+        magnitudes: take the absolute values of complex gradients (to read only), as norms other than 2 want.
+    """
+
+    def __init__(self, params: Iterable[Tensor], magnitudes: bool = False) -> None:
+        self.by_device: dict[torch.device, list[Tensor]] = {}
+        # Of each tensor in by_device: the place of its parameter in ``params``, and how that is sharded.
+        self.positions: dict[torch.device, list[int]] = {}
+        self._layouts: dict[torch.device, list[tuple[MeshDim, ...]]] = {}
+        # Of all parameters, since a rank without gradients must still join the reductions of the others.
+        self._all_layouts: dict[tuple[MeshDim, ...], torch.device] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self.originals: list[Tensor] = []
+        with torch.no_grad():
+            for position, param in enumerate(params):
+                self._add(position, param, magnitudes)
+
+    def _add(self, position: int, param: Tensor, magnitudes: bool) -> None:
+        if not isinstance(param, Tensor):
+            raise AssertionError(f"expected param to be torch.Tensor, got {type(param).__name__}")
+        layout = sharded_dims(param)
+        if layout:
+            self.by_device.setdefault(local(param).device, [])
+        self._all_layouts.setdefault(layout, local(param).device)
+        follow_placements(param)
+        if (grad := gradient_of(param)) is None:
+            return
+        tensor = self._real(param, grad, magnitudes)
+        self.by_device.setdefault(tensor.device, []).append(tensor)
+        self.positions.setdefault(tensor.device, []).append(position)
+        self._layouts.setdefault(tensor.device, []).append(layout)
+
+    def _real(self, param: Tensor, grad: Tensor, magnitudes: bool) -> Tensor:
+        if grad.layout is torch.sparse_coo:
+            # Only the sum of duplicates is the gradient, and only it shows an overflow of that sum.
+            grad = grad.coalesce()
+            if not is_dense(grad._values()):
+                values = grad._values().clone(memory_format=torch.contiguous_format)
+                grad = torch.sparse_coo_tensor(grad._indices(), values, grad.shape, is_coalesced=True)
+            param.grad = grad
+            target = grad._values()
+        elif grad.layout is torch.strided:
+            if not grad.is_contiguous() and overlaps_itself(local(grad)):
+                grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
+            target = local(grad)
+        else:
+            raise ValueError(
+                f"[GradScaler] a gradient of shape {list(grad.shape)} has layout {grad.layout}; expected "
+                f"torch.strided or torch.sparse_coo. Convert it with .to_dense() or .to_sparse_coo()."
+            )
+        self.originals.append(grad)
+        if magnitudes and target.is_complex():
+            return target.abs()
+        return self._dense(target)
+
+    def _dense(self, target: Tensor) -> Tensor:
+        dense = target
+        if not (target.is_contiguous() or is_dense(target)) or target.is_conj():
+            dense = target.clone(memory_format=torch.contiguous_format).resolve_conj()
+            self._copies.append((target, dense))
+        return torch.view_as_real(dense) if dense.is_complex() else dense
+
+    def write_back(self) -> None:
+        """Bring what an op wrote into dense copies of gradients with gaps back into these."""
+        with torch.no_grad():
+            for target, dense in self._copies:
+                target.copy_(dense)
+
+    @property
+    def sharded_over(self) -> tuple[MeshDim, ...]:
+        """Every mesh dimension that shards one of the parameters, in the order of the parameters."""
+        return tuple(dict.fromkeys(dim for layout in self._all_layouts for dim in layout))
+
+    def stats(self, inv_scale: Tensor | None, norm_type: float = 2.0) -> dict[torch.device, ops.GradStats]:
+        """One read pass per device; devices on which this rank has no gradient are left out."""
+        return {
+            device: ops.grad_stats(grads, None if inv_scale is None else on(inv_scale, device), norm_type)
+            for device, grads in self.by_device.items()
+            if grads
+        }
+
+    def agree_(self, found_inf: PerDevice) -> PerDevice:
+        """Make the flags, in place, what any device of any rank that shares a shard with this one found.
+
+        All or nothing needs it: where one shard overflows, no rank may step.
+        """
+        dims = self.sharded_over
+        for device in self.by_device:
+            if device not in found_inf:
+                found_inf[device] = torch.zeros((), device=device)
+        if dims:
+            home = next(device for layout, device in self._all_layouts.items() if layout)
+            flag = combine(found_inf.values(), home).clone()
+            all_reduce_(flag, dims, "max")
+            for device, found in found_inf.items():
+                found.copy_(on(flag, device))
+        return found_inf
+
+    def norm(
+        self, stats: dict[torch.device, ops.GradStats], norm_type: float, device: torch.device
+    ) -> Tensor:
+        """The norm over all gradients of all ranks as a 0-d FP64 tensor on ``device``, from a read pass."""
+        reduce: Callable[[Tensor], Tensor] = torch.amax if norm_type == math.inf else torch.sum
+        totals = []
+        for layout, home in self._all_layouts.items():
+            if len(self._all_layouts) == 1:
+                parts = [on(s.total, home) for s in stats.values()]
+            else:
+                parts = [
+                    on(value, home)
+                    for where, s in stats.items()
+                    for value, of in zip(s.per_tensor.unbind(), self._layouts[where], strict=True)
+                    if of == layout
+                ]
+            total = reduce(torch.stack(parts)) if parts else torch.zeros((), dtype=torch.float64, device=home)
+            if norm_type == math.inf and layout:
+                total = total.nan_to_num(
+                    nan=math.inf, posinf=math.inf
+                )  # what MAX makes of NaN is up to the backend
+            all_reduce_(total, layout, "max" if norm_type == math.inf else "sum")
+            totals.append(on(total, device))
+        total = reduce(torch.stack(totals)) if totals else torch.zeros((), dtype=torch.float64, device=device)
+        return total if norm_type in (0.0, math.inf) else total.pow(1.0 / norm_type)
+
+    def multiply_(self, factor: Tensor) -> None:
+        """Multiply all gradients in place by a 0-d FP64 tensor, FP64 ones in FP64 and the rest in FP32."""
+        for device, grads in self.by_device.items():
+            here = on(factor, device)
+            wide = [g for g in grads if g.dtype is torch.float64]
+            narrow = [g for g in grads if g.dtype is not torch.float64]
+            if wide:
+                torch._foreach_mul_(wide, here)
+            if narrow:
+                ops.unscale_(narrow, here.float(), torch.zeros((), device=device))
+        self.write_back()
+
+    @property
+    def widest(self) -> torch.dtype:
+        """FP64 if any gradient is, else FP32: the dtype in which norms are reported."""
+        grads = (g for grads in self.by_device.values() for g in grads)
+        return torch.float64 if any(g.dtype is torch.float64 for g in grads) else torch.float32
+
+
+class Stamp:
+    """Remembers which gradients were seen, without keeping them alive.
+
+    A gradient counts as the same while it is the same tensor with the same version counter. Writes that move
+    no version counter (through ``.data``, by a raw collective) go unnoticed.
+    """
+
+    def __init__(self, grads: Iterable[Tensor]) -> None:
+        self._seen = [(TensorWeakRef(grad), _version(grad)) for grad in grads]
+
+    def matches(self, grads: list[Tensor]) -> bool:
+        return len(grads) == len(self._seen) and all(
+            ref() is grad and _version(grad) == version
+            for grad, (ref, version) in zip(grads, self._seen, strict=True)
+        )
+
+
+def _version(grad: Tensor) -> tuple[int, int]:
+    return grad._version, local(grad)._version
