@@ -24,7 +24,8 @@ struct GradRow {
   DType dtype;
 };
 
-// The scalars of a step. A null pointer stands for 1 (inv_scale, clip_coef), "no overflow" (found_inf), or the plain lr.
+// The scalars of a step. A null pointer stands for 1 (inv_scale, clip_coef), "no overflow" (found_inf), or the plain
+// lr.
 struct StepScalars {
   double hyper[kMaxHyper];
   double lr;

@@ -1,5 +1,6 @@
 // FP16 and BF16 <-> FP32, to nearest with ties to even, safe for NaN, infinity and subnormals (IEEE 754-2019, 4.3.1).
-// Bit arithmetic, right on every machine; the engines use the hardware's instructions where they exist and give the same bits.
+// Bit arithmetic, right on every machine; the engines use the hardware's instructions where they exist and give the
+// same bits.
 #pragma once
 #include "vocab.h"
 

@@ -74,8 +74,8 @@ void update_scale_(Tensor scale, Tensor growth_tracker, OptionalTensor hysteresi
   int32_t* tracker_at = int_scalar_at(op, "growth_tracker", growth_tracker, scale);
   int32_t* budget_at = int_scalar_at(op, "hysteresis_tracker", hysteresis_tracker, scale);
   const float* found = scalar_at(op, "found_inf", found_inf, scale);
-  const LossScaleRule rule = {growth_factor, backoff_factor, min_scale,          max_scale,
-                              growth_interval, hysteresis,   refill_on_good_step};
+  const LossScaleRule rule = {growth_factor,   backoff_factor, min_scale,          max_scale,
+                              growth_interval, hysteresis,     refill_on_good_step};
   const LossScaleState now = {*scale_at, *tracker_at, budget_at ? *budget_at : 1};
   const LossScaleState next = next_loss_scale(rule, now, !(*found == 0.0f));
   *scale_at = next.scale;

@@ -12,7 +12,16 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-std::string at(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
+// What an error calls a tensor: "grads[17]", or a name alone. Text is made only when something is wrong.
+struct Name {
+  const char* list;
+  int64_t index = -1;
+};
+std::ostream& operator<<(std::ostream& out, const Name& name) {
+  out << name.list;
+  return name.index < 0 ? out : out << "[" << name.index << "]";
+}
+Name at(const char* list, size_t i) { return {list, static_cast<int64_t>(i)}; }
 
 template <class... Parts>
 [[noreturn]] void fail(const std::string& op, const Parts&... parts) {
@@ -46,24 +55,25 @@ std::string list_text(const List& values) {
 }
 
 bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+  if (a.is_cpu()) return b.is_cpu();
+  return !b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-void need_device(const std::string& op, const std::string& name, const Tensor& t, const std::string& like_name,
-                 const Tensor& like) {
+void need_device(const std::string& op, const Name& name, const Tensor& t, const Name& like_name, const Tensor& like) {
   if (!same_device(t, like))
     fail(op, name, " is on ", device_name(t), "; expected ", device_name(like), ", like ", like_name,
          ". Call the op once per device");
 }
 
-DType dtype_of(const std::string& op, const std::string& name, const Tensor& t) {
+DType dtype_of(const std::string& op, const Name& name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Half: return DType::f16;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Float: return DType::f32;
     case ScalarType::Double: return DType::f64;
     default:
-      fail(op, name, " is ", dtype_name(t), "; expected float16, bfloat16, float32 or float64. Cast it (a complex tensor: ",
+      fail(op, name, " is ", dtype_name(t),
+           "; expected float16, bfloat16, float32 or float64. Cast it (a complex tensor: ",
            "pass torch.view_as_real of it)");
   }
 }
@@ -95,13 +105,14 @@ bool same_layout(const Tensor& a, const Tensor& b) {
 }
 
 // The address of a dense, strided tensor that has memory.
-void* data_of(const std::string& op, const std::string& name, const Tensor& t) {
+void* data_of(const std::string& op, const Name& name, const Tensor& t) {
   if (t.layout() != torch::headeronly::Layout::Strided)
     fail(op, name, " is sparse; expected a strided tensor. Pass its values, or .to_dense()");
   if (!is_dense(t))
-    fail(op, name, " (shape ", list_text(t.sizes()), ", strides ", list_text(t.strides()),
-         ") has gaps or overlaps in memory; expected a dense tensor in any order of dimensions. Pass .contiguous(), or ",
-         "let fusedamp.optim handle it");
+    fail(
+        op, name, " (shape ", list_text(t.sizes()), ", strides ", list_text(t.strides()),
+        ") has gaps or overlaps in memory; expected a dense tensor in any order of dimensions. Pass .contiguous(), or ",
+        "let fusedamp.optim handle it");
   void* data = t.data_ptr();
   if (!data && t.numel() > 0)
     fail(op, name, " (shape ", list_text(t.sizes()), ") has no memory; expected allocated storage. Was it freed?");
@@ -110,7 +121,7 @@ void* data_of(const std::string& op, const std::string& name, const Tensor& t) {
 
 // As data_of, with the shape and the order of memory of the parameter that it belongs to.
 void* data_like(const std::string& op, const char* list, size_t i, const Tensor& t, const Tensor& param) {
-  const std::string name = at(list, i), like = at("params", i);
+  const Name name = at(list, i), like = at("params", i);
   need_device(op, name, t, like, param);
   const auto got = t.sizes(), wanted = param.sizes();
   bool same = got.size() == wanted.size();
@@ -123,24 +134,25 @@ void* data_like(const std::string& op, const char* list, size_t i, const Tensor&
   return data;
 }
 
-void need_dtype(const std::string& op, const std::string& name, const Tensor& t, ScalarType wanted,
-                const std::string& why) {
+void need_dtype(const std::string& op, const Name& name, const Tensor& t, ScalarType wanted, const Name& why,
+                const Tensor& like) {
   if (t.scalar_type() == wanted) return;
-  fail(op, name, " is ", dtype_name(t), "; expected ", wanted == ScalarType::Double ? "float64" : "float32", ", ", why);
+  fail(op, name, " is ", dtype_name(t), "; expected ", wanted == ScalarType::Double ? "float64" : "float32",
+       ", because ", why, " is ", dtype_name(like));
 }
 
-void need_length(const std::string& op, const char* list, size_t got, size_t wanted, const std::string& why) {
+void need_length(const std::string& op, const char* list, size_t got, size_t wanted, const char* why) {
   if (got != wanted) fail(op, list, " has ", got, " tensors; expected ", wanted, ", ", why);
 }
 
 template <class T>
-T* one_element(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like,
+T* one_element(const std::string& op, const Name& name, const OptionalTensor& scalar, const Tensor& like,
                ScalarType wanted, const char* wanted_name) {
   if (!scalar) return nullptr;
-  need_device(op, name, *scalar, "the tensors of the call", like);
+  need_device(op, name, *scalar, {"the tensors of the call"}, like);
   if (scalar->numel() != 1 || scalar->scalar_type() != wanted)
-    fail(op, name, " is ", dtype_name(*scalar), " of shape ", list_text(scalar->sizes()), "; expected one ", wanted_name,
-         " element");
+    fail(op, name, " is ", dtype_name(*scalar), " of shape ", list_text(scalar->sizes()), "; expected one ",
+         wanted_name, " element");
   return static_cast<T*>(data_of(op, name, *scalar));
 }
 
@@ -156,8 +168,8 @@ std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
   for (size_t i = 0; i < n; ++i) {
     const Tensor& param = lists.params[i];
     StepRow& row = rows[i];
-    const std::string name = at("params", i);
-    need_device(op, name, param, "params[0]", lists.params[0]);
+    const Name name = at("params", i);
+    need_device(op, name, param, at("params", 0), lists.params[0]);
     row.param_dtype = dtype_of(op, name, param);
     row.param = data_of(op, name, param);
     row.numel = param.numel();
@@ -171,19 +183,18 @@ std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
     row.master = nullptr;
     if (!lists.masters.empty()) {
       if (!is_16bit(row.param_dtype))
-        fail(op, name, " is ", dtype_name(param), " and has a master; expected float16 or bfloat16. Step it in a call of ",
-             "its own, without masters");
-      need_dtype(op, at("masters", i), lists.masters[i], ScalarType::Float, "as every master");
+        fail(op, name, " is ", dtype_name(param),
+             " and has a master; expected float16 or bfloat16. Step it in a call of ", "its own, without masters");
+      need_dtype(op, at("masters", i), lists.masters[i], ScalarType::Float, name, param);
       row.master = static_cast<float*>(data_like(op, "masters", i, lists.masters[i], param));
     }
     const bool wide = row.param_dtype == DType::f64;
     for (size_t j = 0; j < lists.states.size() / n; ++j) {
       const Tensor& state = lists.states[j * n + i];
-      need_dtype(op, at("states", j * n + i), state, wide ? ScalarType::Double : ScalarType::Float,
-                 "because " + name + " is " + dtype_name(param));
+      need_dtype(op, at("states", j * n + i), state, wide ? ScalarType::Double : ScalarType::Float, name, param);
       row.states[j] = data_like(op, "states", j * n + i, state, param);
     }
-    row.step = scalar_at(op, at("steps", i).c_str(), lists.steps[i], param);
+    row.step = one_element<float>(op, at("steps", i), lists.steps[i], param, ScalarType::Float, "float32");
   }
   return rows;
 }
@@ -191,8 +202,8 @@ std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
 std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads) {
   std::vector<GradRow> rows(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
-    const std::string name = at("grads", i);
-    need_device(op, name, grads[i], "grads[0]", grads[0]);
+    const Name name = at("grads", i);
+    need_device(op, name, grads[i], at("grads", 0), grads[0]);
     rows[i].dtype = dtype_of(op, name, grads[i]);
     rows[i].grad = data_of(op, name, grads[i]);
     rows[i].numel = grads[i].numel();
@@ -201,20 +212,20 @@ std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads) {
 }
 
 float* scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like) {
-  return one_element<float>(op, name, scalar, like, ScalarType::Float, "float32");
+  return one_element<float>(op, {name}, scalar, like, ScalarType::Float, "float32");
 }
 
 int32_t* int_scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like) {
-  return one_element<int32_t>(op, name, scalar, like, ScalarType::Int, "int32");
+  return one_element<int32_t>(op, {name}, scalar, like, ScalarType::Int, "int32");
 }
 
 RuleId rule_for(const std::string& op, const StepLists& lists) {
   const size_t n = lists.params.size(), given = lists.states.size();
   std::string known;
-#define FUSEDAMP_RULE(rule_op, Rule)                                                 \
-  if (op == #rule_op "_") {                                                          \
-    if (given == n * Rule::kStates) return k##Rule;                                  \
-    known += (known.empty() ? "" : " or ") + std::to_string(n * Rule::kStates);      \
+#define FUSEDAMP_RULE(rule_op, Rule)                                            \
+  if (op == #rule_op "_") {                                                     \
+    if (given == n * Rule::kStates) return k##Rule;                             \
+    known += (known.empty() ? "" : " or ") + std::to_string(n * Rule::kStates); \
   }
 #include "../math/optimizers.def"
   fail(op, "states has ", given, " tensors for ", n, " params; expected ", known);
@@ -233,12 +244,12 @@ StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, c
   s.lr = lr;
   s.maximize = maximize;
   if (lr_tensor) {
-    need_device(op, "lr", *lr_tensor, "params[0]", like);
-    s.lr_dtype = dtype_of(op, "lr", *lr_tensor);
+    need_device(op, {"lr"}, *lr_tensor, at("params", 0), like);
+    s.lr_dtype = dtype_of(op, {"lr"}, *lr_tensor);
     if (lr_tensor->numel() != 1 || is_16bit(s.lr_dtype))
       fail(op, "lr is ", dtype_name(*lr_tensor), " of shape ", list_text(lr_tensor->sizes()),
            "; expected one float32 or float64 element");
-    s.lr_tensor = data_of(op, "lr", *lr_tensor);
+    s.lr_tensor = data_of(op, {"lr"}, *lr_tensor);
   }
   s.inv_scale = scalar_at(op, "inv_scale", inv_scale, like);
   s.clip_coef = scalar_at(op, "clip_coef", clip_coef, like);

@@ -4,9 +4,9 @@
 namespace fusedamp {
 
 // params, grads, masters (empty, or one per param), states (all first ones, then all second ones ...), steps.
-#define FUSEDAMP_STEP_SCHEMA(op)                                                                                     \
-  #op "_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, Tensor(d!)[] steps, *, "    \
-      "float lr, float[] hyper, bool maximize=False, Tensor? lr_tensor=None, Tensor? inv_scale=None, "               \
+#define FUSEDAMP_STEP_SCHEMA(op)                                                                                  \
+  #op "_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, Tensor(d!)[] steps, *, " \
+      "float lr, float[] hyper, bool maximize=False, Tensor? lr_tensor=None, Tensor? inv_scale=None, "            \
       "Tensor? clip_coef=None, Tensor? found_inf=None) -> ()"
 
 constexpr const char* kUnscaleSchema = "unscale_(Tensor(a!)[] grads, Tensor inv_scale, Tensor(b!) found_inf) -> ()";

@@ -1,5 +1,5 @@
-// The passes over lists of tensors on the CPU. Work is cut into chunks over a flat index, small tensors are grouped, and
-// a pass is one parallel region; results do not depend on the number of threads.
+// The passes over lists of tensors on the CPU. Work is cut into chunks over a flat index, small tensors are grouped,
+// and a pass is one parallel region; results do not depend on the number of threads.
 #pragma once
 #include <functional>
 #include <vector>

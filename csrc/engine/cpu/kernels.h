@@ -1,7 +1,7 @@
 // What one instruction set offers: functions over chunks. kernels.cpp is compiled once per instruction set.
 #pragma once
-#include "../table.h"
 #include "../../math/rules.h"
+#include "../table.h"
 
 namespace fusedamp::cpu {
 
@@ -14,8 +14,8 @@ enum class Norm : int { kTwo, kOne, kMax, kGeneral };
 
 // What a read pass finds in one chunk.
 struct ChunkStats {
-  double power_sum;                   // sum |g * inv_scale|^p; the maximum for kMax
-  int64_t infs, nans, overflows;      // overflows: finite, but infinite after the multiplication
+  double power_sum;               // sum |g * inv_scale|^p; the maximum for kMax
+  int64_t infs, nans, overflows;  // overflows: finite, but infinite after the multiplication
 };
 
 struct StatsJob {
