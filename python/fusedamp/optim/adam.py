@@ -16,16 +16,16 @@ class Adam(FusedOptimizer):
     """``torch.optim.Adam`` with FP32 master weights, fused with unscaling, clipping and the overflow skip.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in ``torch.optim.Adam``.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.
             ``lr`` may be a tensor of one element, which is read at each step, on the device.
-        foreach, fused, capturable: accepted and saved, without effect: the step is always fused, and CUDA graphs can
-            capture it once a first step has created the state.
+        foreach, fused, capturable: accepted and saved, without effect: the step is always fused, and a CUDA
+            graph can capture it once a first step has created the state.
         differentiable: must be False.
-        master_weights: "auto" and "fp32" keep an FP32 ``master`` in the state of each FP16 and BF16 parameter, and the
-            parameter is the master rounded to nearest even, bit for bit; a weight that was written to is followed by
-            its master. "none" updates the 16-bit weights themselves, in FP32 arithmetic: steps below half a unit in
-            the last place are then lost.
-    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, for 16-bit parameters ``master``.
+        master_weights: "auto" and "fp32" keep an FP32 ``master`` in the state of each FP16 or BF16 parameter.
+            After a step the parameter is the master rounded to nearest even, bit for bit; a write to the
+            parameter is never undone, its master follows. "none" updates the 16-bit weights themselves, in
+            FP32 arithmetic: steps below half a unit in the last place are then lost.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, and ``master``.
     Cost: 28 B/param read and written in BF16 with masters; no host sync.
     Source: Kingma and Ba 2015, arXiv:1412.6980, Alg. 1; amsgrad: Reddi et al. 2018, arXiv:1904.09237.
     """
@@ -96,7 +96,7 @@ class Adam(FusedOptimizer):
 
 
 class AdamW(Adam):
-    """``torch.optim.AdamW``: Adam whose weight decay shrinks the weights directly. All else as in :class:`Adam`.
+    """``torch.optim.AdamW``: :class:`Adam` whose weight decay shrinks the weights directly.
 
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101, Alg. 2.
     """

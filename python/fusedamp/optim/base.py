@@ -71,25 +71,29 @@ class Batch:
 class FusedOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose step is one op call per group and device.
 
-    The gradient of a parameter is ``param.grad``, or, where that is None, ``param.main_grad`` (an FP32 buffer that some
-    trainers accumulate into, and zero themselves). Its dtype may differ from the parameter's. It is never written.
+    The gradient of a parameter is ``param.grad``, or, where that is None, ``param.main_grad`` (an FP32 buffer
+    that some trainers accumulate into, and zero themselves). Its dtype may differ from the parameter's. It is
+    never written.
 
-    State is created at the first step: ``step`` (FP32, 0-d, on the parameter's device), the states of the algorithm
-    and, for 16-bit parameters, ``master``; all FP32 (FP64 for FP64 parameters) in the parameter's layout and placement.
+    State is created at the first step: ``step`` (FP32, 0-d, on the parameter's device), the states of the
+    algorithm and, for 16-bit parameters, ``master``; all in FP32 (FP64 for FP64 parameters), in the
+    parameter's layout and placement.
     """
 
     _fusedamp_fused = True  # fusedamp.GradScaler takes its fused route for us
     _amp: AmpInputs | None = None  # set by the scaler around one step
     state_names: tuple[str, ...] = ()  # all states that the algorithm may have, besides step and master
     required_state: tuple[str, ...] = ()  # what a checkpoint must have for every parameter that it knows
+    _slots: dict[int, Slot]  # by id of the parameter, which the slot keeps alive
+    _unchecked: bool  # whether slots were made since memory was last checked for sharing
+    _turn: int  # counts the steps, to see a parameter twice in one
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
-        self._slots: dict[int, Slot] = {}
-        self._turn = 0
+        self._forget()
         self._check_group(f"[{type(self).__name__}]", defaults)
         super().__init__(params, defaults)
 
-    # What an optimizer defines -------------------------------------------------------------------------------------
+    # What an optimizer defines ------------------------------------------------------------
 
     def _check_group(self, where: str, group: Group) -> None:
         """Raise where an option of ``group`` is unusable. ``where`` starts the message."""
@@ -114,7 +118,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _upgrade_state(self, entry: Entry) -> None:
         """Complete the state that another version or ``torch.optim`` saved for one parameter, in place."""
 
-    # The step ------------------------------------------------------------------------------------------------------
+    # The step -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -132,7 +136,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step()
         return loss
 
-    @torch._disable_dynamo  # a compiled caller runs the step eagerly: traced, it would freeze what slots remember
+    @torch._disable_dynamo  # compiled callers run it eagerly: a trace would freeze what the slots remember
     def _step(self) -> None:
         for group, batch, common in self._prepare():  # all is checked before anything moves
             self._launch(group, batch, **common)
@@ -142,9 +146,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _prepare(self) -> list[tuple[Group, Batch, dict[str, Any]]]:
         calls: list[tuple[Group, Batch, dict[str, Any]]] = []
-        known, used = self._slots, []
+        known = self._slots
         self._turn += 1
-        rebuilt = False
         for g, group in enumerate(self.param_groups):
             self._check_group(self._where(g), group)
             mode: Mode = (self._active_states(group), group["master_weights"])
@@ -157,15 +160,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                         continue
                     if grad.shape != param.shape:
                         raise ValueError(
-                            f"{self._where(g)} params[{i}] has a main_grad of shape {list(grad.shape)}; expected "
-                            f"{list(param.shape)}, like the parameter. Use a view of that shape."
+                            f"{self._where(g)} params[{i}] has a main_grad of shape {list(grad.shape)}; "
+                            f"expected {list(param.shape)}, like the parameter. Use a view of that shape."
                         )
                 if grad.layout is not torch.strided:
                     grad = self._densified(grad)
                 slot = known.get(id(param))
                 try:
                     if slot is None or not slot.holds(self.state.get(param), mode):
-                        rebuilt |= slot is None or slot.reusable
+                        self._unchecked |= slot is None or slot.reusable
                         slot = known[id(param)] = Slot(param, self.state[param], mode, self._new_state)
                     if slot.turn == self._turn:
                         raise ValueError("is in the optimizer twice; expected it once. Remove the second.")
@@ -178,12 +181,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                     calls.append((group, batch, self._common(group, slot.source.device)))
                 batch.slots.append(slot)
                 batch.grads.append(grad)
-                used.append(slot)
-        if rebuilt:
-            check_aliasing(used)
+        if self._unchecked:
             present = {id(param) for group in self.param_groups for param in group["params"]}
             self._slots = {key: slot for key, slot in known.items() if key in present}
+            check_aliasing(f"[{type(self).__name__}]", self._slots.values())
+            self._unchecked = False
         return calls
+
+    def _forget(self) -> None:
+        self._slots = {}
+        self._unchecked = True
+        self._turn = 0
 
     def _where(self, index: int) -> str:
         return f"[{type(self).__name__}] group {index}:"
@@ -202,7 +210,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "found_inf": amp.found_inf,
         }
 
-    # Groups and checkpoints ----------------------------------------------------------------------------------------
+    # Groups and checkpoints ---------------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
         """As in torch; checks the options, and refuses a parameter that is given twice (torch warns)."""
@@ -220,9 +228,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` of ours or of the ``torch.optim`` namesake returned. Copies; keeps FP32 state FP32.
+        """Load a ``state_dict()`` of ours or of the ``torch.optim`` namesake. Copies; FP32 state stays FP32.
 
-        A missing ``master`` is made from the weights at the next step. ``master_weights`` stays as constructed.
+        A missing ``master`` is made from the weights at the next step; ``master_weights`` stays as it was.
         Raises: ValueError naming the state that doesn't fit; nothing was loaded then.
         """
         with state_io.converting(self):
@@ -230,8 +238,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._slots = {}
-        self._turn = 0
+        self._forget()
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

@@ -19,7 +19,8 @@ def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: 
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
-                f"{where} {name} is a tensor of shape {list(value.shape)}; expected one element. Pass a 0-d tensor."
+                f"{where} {name} is a tensor of shape {list(value.shape)}; expected one element. "
+                "Pass a 0-d tensor."
             )
         if value.device.type != "cpu":
             return
@@ -28,7 +29,7 @@ def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: 
         raise TypeError(
             f"{where} {name} is {value!r} ({type(value).__name__}); expected a number. Pass a float."
         )
-    if not low <= value < below:
+    if not low <= float(value) < below:
         bound = "a finite number" if below == math.inf else f"a number < {below:g}"
         raise ValueError(f"{where} {name} is {value}; expected {bound} >= {low:g}. Pass such a value.")
 

@@ -39,7 +39,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def strided_like(tensor: Tensor, dense: Tensor) -> Tensor:
-    """``tensor`` with the strides of ``dense``: itself, else a view where only dimensions of size 1 differ, else a copy."""
+    """``tensor`` with the strides of ``dense``: itself, or a view if only sizes of 1 differ, or a copy."""
     wanted = dense.stride()
     if tensor.stride() == wanted:
         return tensor
@@ -62,7 +62,7 @@ def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
 
 
 def fitted(value: Tensor, param: Tensor) -> Tensor:
-    """A new tensor with the values of ``value`` and the device, placement and strides of ``param``, as FP32 (FP64 for FP64)."""
+    """A copy of ``value`` with the device, placement and strides of ``param``, in FP32 (FP64 for FP64)."""
     return torch.empty_like(param, dtype=STATE_DTYPES[param.dtype]).copy_(placed_like(value.detach(), param))
 
 

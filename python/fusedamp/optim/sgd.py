@@ -21,11 +21,11 @@ class SGD(FusedOptimizer):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
             ``lr`` may be a tensor of one element, which is read at each step, on the device.
-        foreach, fused: accepted and saved, without effect: the step is always fused, and CUDA graphs can capture it
-            once a first step has created the state.
+        foreach, fused: accepted and saved, without effect: the step is always fused, and a CUDA graph can
+            capture it once a first step has created the state.
         differentiable: must be False.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
-    State: ``step`` (steps that the buffer has seen), with momentum ``momentum_buffer``, for 16-bit parameters ``master``.
+    State: ``step`` (how many the buffer has seen), with momentum ``momentum_buffer``, and ``master``.
     Sparse gradients are made dense.
     Cost: 20 B/param read and written in BF16 with masters and momentum; no host sync.
     Source: Polyak 1964; Nesterov's form as in Sutskever et al. 2013.
@@ -68,8 +68,8 @@ class SGD(FusedOptimizer):
         check_number(where, "dampening", group["dampening"], low=-math.inf)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
-                f"{where} nesterov with momentum {group['momentum']} and dampening {group['dampening']}; expected "
-                "momentum > 0 and dampening 0. Nesterov momentum requires a momentum and zero dampening."
+                f"{where} nesterov is True with momentum {group['momentum']} and dampening "
+                f"{group['dampening']}; expected momentum > 0 and dampening 0. Pass these, or nesterov=False."
             )
 
     def _active_states(self, group: Group) -> tuple[str, ...]:

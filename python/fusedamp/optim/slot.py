@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,13 +19,14 @@ Mode = tuple[tuple[str, ...], str]  # names of the states in use, master_weights
 class Slot:
     """What the op gets for one parameter; kept between steps for as long as ``holds`` is true.
 
-    Building it creates missing states and mends those that no longer fit, as after ``param.data`` went to another
-    device. A parameter with gaps between its elements is stepped on a dense copy, which ``finish`` writes back.
+    Building it creates missing states and mends those that no longer fit, as after ``param.data`` went to
+    another device. A parameter with gaps between its elements is stepped on a dense copy, which ``finish``
+    writes back.
     """
 
     __slots__ = (
-        "_device_index", "_dtype", "_grad_dtype", "_ids", "_shape", "_stride", "_values", "dense", "entry", "key",
-        "master", "mode", "param", "reusable", "source", "states", "step", "target", "turn",
+        "_device_index", "_dtype", "_grad_dtype", "_ids", "_shape", "_stride", "_values", "dense", "entry",
+        "key", "master", "mode", "param", "reusable", "source", "states", "step", "target", "turn",
     )  # fmt: skip
 
     def __init__(
@@ -54,7 +56,7 @@ class Slot:
         """Whether the parameter's format and its states are still those that the slot was made from."""
         source = local(self.param)
         return (
-            self.reusable  # else the target is a copy, or a view of what param.data was: both are made anew each step
+            self.reusable  # a copy, or a view of what param.data was, is made anew each step
             and source is self.source
             and entry is self.entry
             and mode == self.mode
@@ -66,7 +68,7 @@ class Slot:
         )
 
     def paired(self, grad: Tensor) -> Tensor:
-        """``grad`` as the op wants it: the local shard, real, with the strides of ``target``; a copy where it must be."""
+        """``grad`` as the op wants it: the local shard, real, with the strides of ``target``."""
         if self.source is not self.param:
             grad = local(placed_like(grad, self.param))
         if self.reusable and grad.dtype is self._grad_dtype and grad.stride() == self._stride:
@@ -102,18 +104,18 @@ def has_master(param: Tensor, master_weights: str) -> bool:
     return master_weights != "none" and STATE_DTYPES.get(param.dtype, param.dtype) != param.dtype
 
 
-def check_aliasing(slots: Iterable[Slot]) -> None:
+def check_aliasing(where: str, slots: Iterable[Slot]) -> None:
     """Raise where two parameters share memory: an op that updates both at once would race with itself."""
     ranges = sorted(
         (slot.key[0], slot.target.data_ptr(), slot.target.numel() * slot.target.element_size())
         for slot in slots
         if slot.target.numel()
     )
-    for (device, start, size), (other_device, other_start, _) in zip(ranges, ranges[1:], strict=False):
+    for (device, start, size), (other_device, other_start, _) in itertools.pairwise(ranges):
         if device == other_device and start + size > other_start:
             raise ValueError(
-                f"shares memory with another parameter of this optimizer, at {other_start:#x} on {device}; expected "
-                "disjoint parameters. Tie weights by using the same Parameter object, and pass it once."
+                f"{where} two parameters share memory, at {other_start:#x} on {device}; expected disjoint ones. "
+                "Tie weights by using one Parameter object, and pass it once."
             )
 
 
@@ -132,8 +134,8 @@ def _check(source: Tensor) -> None:
         raise ValueError(f"{got} and has no storage; expected memory to update. Restore it before the step.")
     if source.numel() and overlaps_itself(source):
         raise ValueError(
-            f"{got} with strides {list(source.stride())}, so that elements share an address; expected one address for "
-            "each. Use param.contiguous() as the parameter."
+            f"{got} with strides {list(source.stride())}, so that elements share an address; expected one "
+            "address for each. Use param.contiguous() as the parameter."
         )
 
 
@@ -177,10 +179,10 @@ def check_shape(name: str, value: Any, param: Tensor) -> None:
     """Raise unless ``value`` can become the state ``name`` of ``param``."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"has state {name!r} of type {type(value).__name__}; expected a tensor. Save it with state_dict()."
+            f"has state {name!r} of type {type(value).__name__}; expected a tensor. Pass a state_dict()."
         )
     if value.shape != param.shape or value.is_complex() != param.is_complex():
         raise ValueError(
-            f"has state {name!r} of shape {list(value.shape)} and {value.dtype}; expected shape {list(param.shape)} "
+            f"has state {name!r} of shape {list(value.shape)}, {value.dtype}; expected {list(param.shape)} "
             f"for {param.dtype}, like the parameter. Load a matching checkpoint, or clear optimizer.state."
         )

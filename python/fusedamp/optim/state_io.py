@@ -1,4 +1,4 @@
-"""Checkpoints: state stays FP32, where ``Optimizer.load_state_dict`` would cast it to the parameter's dtype."""
+"""Checkpoints: state stays FP32, where torch would cast it to the parameter's dtype."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _Converted:
-    """The finished state of one parameter. Torch looks into tensors and containers; this it passes on as it is."""
+    """The finished state of one parameter. Torch casts tensors, in containers too; this it leaves alone."""
 
     def __init__(self, entry: dict[str, Any]) -> None:
         self.entry = entry
@@ -27,7 +27,7 @@ class _Converted:
 def converting(optimizer: FusedOptimizer) -> Iterator[None]:
     """Within it ``Optimizer.load_state_dict`` converts states our way.
 
-    It works as the last pre-hook and the first post-hook, so that the user's hooks see what they see in torch.
+    It works as the last pre-hook and the first post-hook, so that the user's hooks see what torch shows.
     """
     before = optimizer.register_load_state_dict_pre_hook(_convert)
     after = optimizer.register_load_state_dict_post_hook(_unwrap, prepend=True)
@@ -38,12 +38,12 @@ def converting(optimizer: FusedOptimizer) -> Iterator[None]:
         after.remove()
 
 
-def _convert(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     where = f"[{type(optimizer).__name__}.load_state_dict]"
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
-            f"{where} got a dict with keys {sorted(map(str, state_dict))}; expected 'state' and 'param_groups'. "
-            "Pass what an optimizer's state_dict() returned."
+            f"{where} got a dict with keys {sorted(map(str, state_dict))}; expected 'state' and "
+            "'param_groups'. Pass what an optimizer's state_dict() returned."
         )
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
@@ -93,7 +93,7 @@ def _converted(
     return entry
 
 
-def _unwrap(optimizer: FusedOptimizer) -> None:
+def _unwrap(optimizer: Any) -> None:
     for key, value in optimizer.state.items():
         if isinstance(value, _Converted):
             optimizer.state[key] = value.entry
