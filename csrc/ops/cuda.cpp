@@ -55,7 +55,7 @@ void step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensor
   if (params.empty()) return;
   const std::string op = kName;
   const StepLists lists = {params, grads, masters, states, steps};
-  const RuleId rule = rule_for(op, lists);
+  const RuleId rule = rule_for(op, params.size(), states.size());
   const StepScalars scalars =
       step_scalars(op, params[0], lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf);
   const std::vector<StepRow> rows = step_rows(op, lists);

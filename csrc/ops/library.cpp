@@ -7,6 +7,8 @@ STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kUnscaleSchema);
   m.def(fusedamp::kGradStatsSchema);
   m.def(fusedamp::kUpdateScaleSchema);
+  m.def(fusedamp::kPackedStepSchema);
+  m.def(fusedamp::kPackedGradStatsSchema);
   m.def("cpu_target() -> str");  // the instruction set that the CPU ops run on
 #define FUSEDAMP_OP(op, Hyper) m.def(FUSEDAMP_STEP_SCHEMA(op));
 #include "../math/optimizers.def"

@@ -156,6 +156,14 @@ T* one_element(const std::string& op, const Name& name, const OptionalTensor& sc
   return static_cast<T*>(data_of(op, name, *scalar));
 }
 
+int64_t packed_count(const std::string& op, const Tensor& packed, int64_t columns) {
+  if (packed.scalar_type() != ScalarType::Long || !packed.is_cpu() || !packed.is_contiguous() ||
+      packed.numel() % columns != 0)
+    fail(op, "rows are ", dtype_name(packed), " of shape ", list_text(packed.sizes()), " on ", device_name(packed),
+         "; expected contiguous int64 [n, ", columns, "] on the cpu");
+  return packed.numel() / columns;
+}
+
 }  // namespace
 
 std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
@@ -211,6 +219,38 @@ std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads) {
   return rows;
 }
 
+std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads) {
+  constexpr int64_t kColumns = 8;
+  const int64_t n = packed_count("packed_step_", rows, kColumns);
+  if (packed_count("packed_step_", grads, 1) != n) fail("packed_step_", "grads and rows differ in length");
+  const auto* from = static_cast<const int64_t*>(rows.data_ptr());
+  const auto* grad = static_cast<void* const*>(grads.data_ptr());
+  std::vector<StepRow> unpacked(n);
+  for (int64_t i = 0; i < n; ++i, from += kColumns) {
+    void* const* at = reinterpret_cast<void* const*>(from);
+    unpacked[i] = {grad[i],
+                   at[0],
+                   static_cast<float*>(at[1]),
+                   {at[2], at[3], at[4]},
+                   static_cast<float*>(at[5]),
+                   from[6],
+                   static_cast<DType>(from[7] >> 8),
+                   static_cast<DType>(from[7] & 255)};
+  }
+  return unpacked;
+}
+
+std::vector<GradRow> packed_grad_rows(const Tensor& rows) {
+  constexpr int64_t kColumns = 3;
+  std::vector<GradRow> unpacked(packed_count("packed_grad_stats", rows, kColumns));
+  const auto* from = static_cast<const int64_t*>(rows.data_ptr());
+  for (GradRow& row : unpacked) {
+    row = {*reinterpret_cast<void* const*>(from), from[1], static_cast<DType>(from[2])};
+    from += kColumns;
+  }
+  return unpacked;
+}
+
 float* scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like) {
   return one_element<float>(op, {name}, scalar, like, ScalarType::Float, "float32");
 }
@@ -219,16 +259,15 @@ int32_t* int_scalar_at(const std::string& op, const char* name, const OptionalTe
   return one_element<int32_t>(op, {name}, scalar, like, ScalarType::Int, "int32");
 }
 
-RuleId rule_for(const std::string& op, const StepLists& lists) {
-  const size_t n = lists.params.size(), given = lists.states.size();
+RuleId rule_for(const std::string& op, size_t params, size_t states) {
   std::string known;
-#define FUSEDAMP_RULE(rule_op, Rule)                                            \
-  if (op == #rule_op "_") {                                                     \
-    if (given == n * Rule::kStates) return k##Rule;                             \
-    known += (known.empty() ? "" : " or ") + std::to_string(n * Rule::kStates); \
+#define FUSEDAMP_RULE(rule_op, Rule)                                                 \
+  if (op == #rule_op "_") {                                                          \
+    if (states == params * Rule::kStates) return k##Rule;                            \
+    known += (known.empty() ? "" : " or ") + std::to_string(params * Rule::kStates); \
   }
 #include "../math/optimizers.def"
-  fail(op, "states has ", given, " tensors for ", n, " params; expected ", known);
+  fail(op, "states has ", states, " tensors for ", params, " params; expected ", known);
 }
 
 StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, const std::vector<double>& hyper,

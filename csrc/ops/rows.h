@@ -24,12 +24,18 @@ struct StepLists {
 std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists);
 std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads);
 
+// Rows that Python packed into int64 tensors on the CPU, of tensors that it has checked and keeps alive.
+// Step rows, [n, 8]: param, master (or 0), three states (or 0), step, numel, param dtype + 256 * gradient dtype; grads,
+// [n]. Gradient rows, [n, 3]: gradient, numel, dtype.
+std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads);
+std::vector<GradRow> packed_grad_rows(const Tensor& rows);
+
 // The address of a one-element fp32 tensor on `like`'s device; null where there is none.
 float* scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like);
 int32_t* int_scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like);
 
 // Which update rule the op's number of states per tensor asks for.
-RuleId rule_for(const std::string& op, const StepLists& lists);
+RuleId rule_for(const std::string& op, size_t params, size_t states);
 
 StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, const std::vector<double>& hyper,
                          bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
