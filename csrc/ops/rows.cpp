@@ -241,13 +241,11 @@ std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads) {
 }
 
 std::vector<GradRow> packed_grad_rows(const Tensor& rows) {
-  constexpr int64_t kColumns = 3;
-  std::vector<GradRow> unpacked(packed_count("packed_grad_stats", rows, kColumns));
+  const int64_t n = packed_count("packed_grad_stats", rows, 3);
+  std::vector<GradRow> unpacked(n);
   const auto* from = static_cast<const int64_t*>(rows.data_ptr());
-  for (GradRow& row : unpacked) {
-    row = {*reinterpret_cast<void* const*>(from), from[1], static_cast<DType>(from[2])};
-    from += kColumns;
-  }
+  for (int64_t i = 0; i < n; ++i)
+    unpacked[i] = {reinterpret_cast<void* const*>(from)[i], from[n + i], static_cast<DType>(from[2 * n + i])};
   return unpacked;
 }
 

@@ -1,4 +1,5 @@
-"""Mixed-precision training for PyTorch: loss scaling, overflow checks and optimizer steps on FP32 master weights, fused."""
+"""Mixed-precision training for PyTorch: loss scaling, overflow checks and optimizer steps on FP32 master
+weights, fused."""
 
 from importlib.metadata import version as _version
 

@@ -16,7 +16,8 @@ def _load(name: str) -> bool:
 
 if not _load("fusedamp_cpu"):
     raise ImportError(
-        f"fusedamp is not built: {_HERE / 'libfusedamp_cpu.so'} is missing. Run `pip install .` (or `pip install -e .`) in "
+        f"fusedamp is not built: {_HERE / 'libfusedamp_cpu.so'} is missing. Run `pip install .` (or `pip "
+        f"install -e .`) in "
         "its source folder; in a source checkout, don't import it from python/ before that."
     )
 # The CUDA object needs the CUDA half of torch itself, GPU or not.

@@ -1,19 +1,20 @@
-"""The ops, typed and documented: `torch.ops.fusedamp.*` with argument names, checks that raise ValueError or TypeError, and
-version counters that autograd can trust.
+"""The ops, typed and documented: `torch.ops.fusedamp.*` with argument names, checks that raise ValueError or
+TypeError, and version counters that autograd can trust.
 
-Every tensor of a call lives on one device. Lists mix float16, bfloat16, float32 and float64 freely. Tensors are dense in
-memory (no gaps or overlaps) in any order of dimensions; what belongs to a parameter has its shape and strides. Empty and
-0-dim tensors and views at any offset are fine, and so is an empty list: there is nothing to do then. Nothing synchronises
-with the host, and a call that raises has changed nothing.
+Every tensor of a call lives on one device. Lists mix float16, bfloat16, float32 and float64 freely. Tensors
+are dense in memory (no gaps or overlaps) in any order of dimensions; what belongs to a parameter has its shape
+and strides. Empty and 0-dim tensors and views at any offset are fine, and so is an empty list: there is nothing
+to do then. Nothing synchronises with the host, and a call that raises has changed nothing.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  (loads the ops)
+from . import _library, packed
 
 __all__ = ["GradStats", "adam_", "adamw_", "grad_stats", "sgd_", "unscale_", "update_scale_"]
 
@@ -24,21 +25,25 @@ class GradStats(NamedTuple):
     found_inf: Tensor
     """float32, 0-dim: 1 if an element is not finite before or after unscaling, else 0."""
     total: Tensor
-    """float64, 0-dim: the sum of |g * inv_scale|^p over all tensors (p = inf: the maximum; p = 0: how many are not 0)."""
+    """float64, 0-dim: the sum of |g * inv_scale|^p over all tensors (p = inf: the maximum; p = 0: how many
+    are not 0)."""
     per_tensor: Tensor
     """float64, [n]: the same for each tensor."""
     counts: Tensor
-    """int64, [n, 3]: elements that are infinite, that are NaN, and that are finite but overflow when unscaled."""
+    """int64, [n, 3]: elements that are infinite, that are NaN, and that are finite but overflow when
+    unscaled."""
 
 
 def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
-    """Multiplies every gradient by ``inv_scale`` in place, and sets ``found_inf`` to 1 if anything is not finite.
+    """Multiplies every gradient by ``inv_scale`` in place, and sets ``found_inf`` to 1 if anything is not
+    finite.
 
     Args:
-        grads (list of tensors, any shape, fp16|bf16|fp32|fp64): rewritten; arithmetic in fp32 (fp64 for fp64), rounded to
-            nearest even.
+        grads (list of tensors, any shape, fp16|bf16|fp32|fp64): rewritten; arithmetic in fp32 (fp64 for
+            fp64), rounded to nearest even.
         inv_scale (1 element, fp32): 1 / loss scale.
-        found_inf (1 element, fp32): set to 1 if an element is not finite before, or after as it is stored; else untouched.
+        found_inf (1 element, fp32): set to 1 if an element is not finite before, or after as it is stored;
+            else untouched.
     Raises: ValueError naming the op, the index, what it got, what it wanted.
     Cost: reads and writes each gradient once; no host sync.  Source: arXiv:1710.03740, section 3.2.
     """
@@ -49,10 +54,12 @@ def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> N
 
 
 def grad_stats(grads: Sequence[Tensor], inv_scale: Tensor | None = None, norm_type: float = 2.0) -> GradStats:
-    """Finite check before and after unscaling, total and per-tensor norms and non-finite counts, in one read pass.
+    """Finite check before and after unscaling, total and per-tensor norms and non-finite counts, in one read
+    pass.
 
-    The norm is ``total ** (1 / norm_type)`` (for inf: ``total``). The check is made in fp32 (fp64 for fp64 gradients). Results
-    are deterministic and do not depend on the number of threads or on the instruction set.
+    The norm is ``total ** (1 / norm_type)`` (for inf: ``total``). The check is made in fp32 (fp64 for fp64
+    gradients). Results are deterministic and do not depend on the number of threads or on the instruction
+    set.
 
     Args:
         grads (list of tensors, any shape, fp16|bf16|fp32|fp64, at least one): read only.
@@ -66,6 +73,9 @@ def grad_stats(grads: Sequence[Tensor], inv_scale: Tensor | None = None, norm_ty
     norm_type = float(norm_type)
     if not norm_type >= 0.0:
         raise ValueError(f"[grad_stats] norm_type is {norm_type}; expected a number from 0 to inf")
+    if (fields := packed.read(grads)) is not None:
+        rows = packed.pack([*fields.addresses, *fields.numels, *fields.codes])
+        return GradStats(*_call("packed_grad_stats", rows, grads[0], inv_scale, norm_type))
     return GradStats(*_call("grad_stats", grads, inv_scale, norm_type))
 
 
@@ -85,10 +95,11 @@ def update_scale_(
 ) -> None:
     """The loss scale of the next iteration, in place. With the defaults exactly ``torch._amp_update_scale_``.
 
-    After an overflow (``found_inf`` is not 0) the scale is multiplied by ``backoff_factor``, but never brought below
-    ``min_scale``; after ``growth_interval`` good iterations in a row it is multiplied by ``growth_factor``, but never brought
-    above ``max_scale`` nor to infinity. With ``hysteresis`` h, the first h - 1 overflows are forgiven; the budget is
-    refilled when the scale grows, or after any good iteration with ``refill_on_good_step``.
+    After an overflow (``found_inf`` is not 0) the scale is multiplied by ``backoff_factor``, but never
+    brought below ``min_scale``; after ``growth_interval`` good iterations in a row it is multiplied by
+    ``growth_factor``, but never brought above ``max_scale`` nor to infinity. With ``hysteresis`` h, the
+    first h - 1 overflows are forgiven; the budget is refilled when the scale grows, or after any good
+    iteration with ``refill_on_good_step``.
 
     Args:
         scale (1 element, fp32): rewritten.
@@ -99,7 +110,10 @@ def update_scale_(
     Cost: one element; no host sync.  Source: arXiv:1710.03740, section 3.2.
     """
     if hysteresis > 1 and hysteresis_tracker is None:
-        raise ValueError(f"[update_scale_] hysteresis is {hysteresis}; expected a hysteresis_tracker (int32, 1 element) with it")
+        raise ValueError(
+            f"[update_scale_] hysteresis is {hysteresis}; expected a hysteresis_tracker (int32, 1 element) "
+            f"with it"
+        )
     _call(
         "update_scale_",
         scale,
@@ -122,14 +136,18 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
     Arithmetic in fp32 (fp64 for fp64 parameters). {formula}
 
     Args:
-        params (list of tensors, any shape, fp16|bf16|fp32|fp64): rewritten; with masters, = round(master) to nearest even.
-        grads (as ``params``, any of the dtypes; fp64 for fp64 params only): read only, still multiplied by the loss scale.
+        params (list of tensors, any shape, fp16|bf16|fp32|fp64): rewritten; with masters, = round(master) to
+            nearest even.
+        grads (as ``params``, any of the dtypes; fp64 for fp64 params only): read only, still multiplied by
+            the loss scale.
         {states} (as ``params``, fp32; fp64 for fp64 params): rewritten.
-        masters (as ``params``, fp32; one per parameter, all of them fp16 or bf16; or empty): rewritten. Where a weight is not
-            its master rounded, somebody wrote the weight, and the master follows it before the step.
+        masters (as ``params``, fp32; one per parameter, all of them fp16 or bf16; or empty): rewritten.
+            Where a weight is not its master rounded, somebody wrote the weight, and the master follows it
+            before the step.
         steps (list of 1-element fp32 tensors): how many steps each parameter has taken; incremented.
         lr (float, or 1 element fp32|fp64, on the CPU or on the same device): learning rate.
-        inv_scale, clip_coef (1 element, fp32): the gradient enters as ``g * (inv_scale * clip_coef)``; None stands for 1.
+        inv_scale, clip_coef (1 element, fp32): the gradient enters as ``g * (inv_scale * clip_coef)``; None
+            stands for 1.
         found_inf (1 element, fp32): not 0 means skip; None means no check.
     Raises: ValueError naming the op, the index, what it got, what it wanted.
     Cost: {cost}; no host sync.  Source: {source}.
@@ -144,9 +162,10 @@ def _documented(**parts: str) -> Callable:
     return decorate
 
 
+_FOLLOW = "and the 2 B that see whether the weight was written"
 _ADAM = dict(
     states="exp_avgs, exp_avg_sqs, max_exp_avg_sqs (the last: empty without ``amsgrad``)",
-    cost="28 B/param with 16-bit weights and masters, and the 2 B that see whether the weight was written; 28 B/param in fp32",
+    cost=f"28 B/param with 16-bit weights and masters, {_FOLLOW}; 28 B/param in fp32",
 )
 
 
@@ -177,7 +196,9 @@ def adamw_(
 ) -> None:
     states = _adam_states("adamw_", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad)
     hyper = [betas[0], betas[1], eps, weight_decay]
-    _step("adamw_", params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf)
+    _step(
+        "adamw_", params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf
+    )
 
 
 @_documented(
@@ -207,14 +228,16 @@ def adam_(
 ) -> None:
     states = _adam_states("adam_", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad)
     hyper = [betas[0], betas[1], eps, weight_decay]
-    _step("adam_", params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf)
+    _step(
+        "adam_", params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf
+    )
 
 
 @_documented(
     title="SGD",
-    formula="A parameter's first step puts the gradient into its momentum buffer undampened, as torch.optim.SGD does.",
+    formula="A parameter's first step puts the gradient into its momentum buffer undampened, as in torch.",
     states="momentum_buffers (empty without momentum)",
-    cost="20 B/param with 16-bit weights, masters and momentum, and the 2 B that see whether the weight was written",
+    cost=f"20 B/param with 16-bit weights, masters and momentum, {_FOLLOW}",
     source="Sutskever et al. 2013; torch.optim.SGD",
 )
 def sgd_(
@@ -236,17 +259,32 @@ def sgd_(
 ) -> None:
     if bool(len(momentum_buffers)) != (momentum != 0.0 and len(params) > 0):
         raise ValueError(
-            f"[sgd_] momentum_buffers has {len(momentum_buffers)} tensors with momentum={momentum}; expected one per param "
+            f"[sgd_] momentum_buffers has {len(momentum_buffers)} tensors with momentum={momentum}; expected "
+            f"one per param "
             "with momentum, none without"
         )
     hyper = [momentum, dampening, weight_decay, float(nesterov)]
-    _step("sgd_", params, grads, masters, momentum_buffers, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf)
+    _step(
+        "sgd_",
+        params,
+        grads,
+        masters,
+        momentum_buffers,
+        steps,
+        lr,
+        hyper,
+        maximize,
+        inv_scale,
+        clip_coef,
+        found_inf,
+    )
 
 
 def _adam_states(op, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad) -> list[Tensor]:
     if amsgrad != bool(len(max_exp_avg_sqs)) and len(exp_avgs):
         raise ValueError(
-            f"[{op}] max_exp_avg_sqs has {len(max_exp_avg_sqs)} tensors with amsgrad={amsgrad}; expected one per param with "
+            f"[{op}] max_exp_avg_sqs has {len(max_exp_avg_sqs)} tensors with amsgrad={amsgrad}; expected one "
+            f"per param with "
             "amsgrad, none without"
         )
     if not len(exp_avgs) == len(exp_avg_sqs) == (len(max_exp_avg_sqs) or len(exp_avgs)):
@@ -257,13 +295,17 @@ def _adam_states(op, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad) -> list[Te
     return [*exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs]
 
 
-def _step(op, params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf) -> None:
+def _step(
+    op, params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf
+) -> None:
     if not len(params) and not len(grads):
         return
     lr_tensor = None
     if isinstance(lr, Tensor):
         # Reading a CPU tensor waits for nothing; one on the device is read there.
-        lr, lr_tensor = (0.0, lr) if lr.device == params[0].device or lr.device.type != "cpu" else (lr.item(), None)
+        lr, lr_tensor = (
+            (0.0, lr) if lr.device == params[0].device or lr.device.type != "cpu" else (lr.item(), None)
+        )
     _call(
         op,
         params,
@@ -283,26 +325,29 @@ def _step(op, params, grads, masters, states, steps, lr, hyper, maximize, inv_sc
 
 
 def _call(op: str, *args: Any, **kwargs: Any) -> Any:
-    """Calls the op. Its own complaints ("[op_] params[3] is ...") become ValueErrors without C++ line numbers."""
+    """Calls the op. Its own complaints ("[op_] params[3] is ...") become ValueErrors without C++ line
+    numbers."""
     first = args[0] if isinstance(args[0], Tensor) else args[0][0]
     if not isinstance(first, Tensor):
         raise TypeError(f"[{op}] got a list of {type(first).__name__}; expected a list of tensors")
     if first.is_meta:
-        raise ValueError(f"[{op}] got tensors on the meta device, which have no data; move them with .to_empty() first")
+        raise ValueError(
+            f"[{op}] got tensors on the meta device, which have no data; move them with .to_empty() first"
+        )
     try:
         return getattr(torch.ops.fusedamp, op)(*args, **kwargs)
     except NotImplementedError as error:
         raise NotImplementedError(
             f"[{op}] has no kernel for tensors on {first.device} in this build of fusedamp (CUDA ops: "
-            f"{'yes' if _library.HAS_CUDA_OPS else 'no'}). Build it with nvcc under a torch that has CUDA, or move the tensors "
+            f"{'yes' if _library.HAS_CUDA_OPS else 'no'}). Build it with nvcc under a torch that has CUDA, "
+            f"or move the tensors "
             "to the CPU"
         ) from error
     except RuntimeError as error:
-        text = str(error)
-        start = text.find(f"[{op}]")
-        if start < 0:
+        complaint = re.search(r"\[\w+_?\] .+", str(error))
+        if complaint is None:
             raise
-        raise ValueError(text[start:].split("\n")[0]) from None
+        raise ValueError(complaint.group()) from None
 
 
 def _bump(*lists: Sequence[Tensor]) -> None:
