@@ -1,7 +1,7 @@
 """One row per optimizer and variant, read by tests and benchmarks.
 
-``weight_decay`` is never 0: a decay that is wrong, or missing, must show in every row. ``eps`` is large in some rows
-for the same reason.
+``weight_decay`` is never 0: a decay that is wrong, or missing, must show in every row. For the same reason
+``eps`` is large in some.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,8 @@ from typing import Any
 import reference
 import tolerances
 import torch
-from torch import Tensor
-
 from fusedamp import optim
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 MAIN = [BY_NAME[name] for name in ("adamw", "adam-amsgrad", "sgd", "sgd-nesterov")]  # where all would be slow
 
-# Odd sizes around the vector widths, more than one chunk, 0-dim, and empty tensors in the middle and at the end.
+# Odd sizes around vector widths, several chunks, 0-dim, and empty tensors in the middle and at the end.
 SHAPES = [(1,), (7,), (), (3, 5), (0,), (16, 16), (257,), (4, 0, 2), (33, 1, 31), (2, 0)]
 
 
@@ -88,7 +87,9 @@ def make_params(
 
 
 def set_grads(params: list[torch.nn.Parameter], seed: int, scale: float = 1.0) -> list[Tensor]:
-    """Give every parameter a gradient, the later ones smaller; the values are exact in the parameter's dtype."""
+    """Give every parameter a gradient, the later ones smaller; the values are exact in the parameter's
+    dtype.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
     for i, param in enumerate(params):
         grad = torch.randn(param.shape, generator=generator) * scale * 10.0 ** -(i % 4)

@@ -1,8 +1,8 @@
 """Optimizers typed from their papers, in plain tensor algebra and FP64: what the kernels are held against.
 
-Independent of the package on purpose, so a formula that is wrong there is wrong here only by chance. Each function
-takes one parameter, its gradient and its state (a dict, changed in place; empty at first) and returns the new
-parameter. Symbols are the papers'.
+Independent of the package on purpose, so that a formula that is wrong there is wrong here only by chance.
+Each function takes one parameter, its gradient and its state (a dict, changed in place; empty at first) and
+returns the new parameter. Symbols are the papers'.
 """
 
 import torch
@@ -24,8 +24,8 @@ def adam(
 ) -> Tensor:
     """Kingma and Ba 2015, Alg. 1; decoupled: Loshchilov and Hutter 2019, Alg. 2; amsgrad: Reddi et al. 2018.
 
-    As in torch, eta is 1, the learning rate multiplies the decoupled decay, and amsgrad keeps the maximum of the
-    second moment before its bias correction.
+    As in torch, eta is 1, the learning rate multiplies the decoupled decay, and amsgrad keeps the maximum of
+    the second moment before its bias correction.
     """
     beta1, beta2 = betas
     t = state["step"] = state.get("step", 0) + 1

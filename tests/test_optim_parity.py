@@ -40,7 +40,9 @@ class Trajectory:
         return unit(dtype) * self.units
 
     def state_tolerance(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Five roundings a step of the size of the terms, and what the weight's error brings in by its decay."""
+        """Five roundings a step of the size of the terms, and what the weight's error brings in by its
+        decay.
+        """
         growth = 1 / (1 - self.case.options.get("momentum", 0.0))
         term = 5 * unit(dtype) * self.state["step"] * self.largest
         term = growth * (term + self.case.options["weight_decay"] * self.p_tolerance(dtype))
@@ -157,7 +159,9 @@ def test_mixed_dtypes_in_one_optimizer(case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", MAIN, ids=str)
 def test_gradient_dtype_may_differ(case, dtype, grad_dtype):
-    """Guards p.grad_dtype, which every torch optimizer refuses: the step is that of the gradient's exact values."""
+    """Guards p.grad_dtype, which every torch optimizer refuses: the step is that of the gradient's exact
+    values.
+    """
     params, exact = make_params(dtype), make_params(dtype)
     optimizer, same = case.ours(params, **case.options), case.ours(exact, **case.options)
     for p, q in zip(params, exact, strict=True):
@@ -171,7 +175,9 @@ def test_gradient_dtype_may_differ(case, dtype, grad_dtype):
 
 
 def test_late_gradients_have_their_own_bias_correction():
-    """Guards the step count per parameter: a first gradient at step 6 gives the step that it gives at step 1."""
+    """Guards the step count per parameter: a first gradient at step 6 gives the step that it gives at step
+    1.
+    """
     case = BY_NAME["adamw"]
     early, late = torch.nn.Parameter(torch.ones(9)), torch.nn.Parameter(torch.ones(9))
     optimizer = case.ours([early, late], **case.options)

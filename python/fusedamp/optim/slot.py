@@ -114,7 +114,7 @@ def check_aliasing(where: str, slots: Iterable[Slot]) -> None:
     for (device, start, size), (other_device, other_start, _) in itertools.pairwise(ranges):
         if device == other_device and start + size > other_start:
             raise ValueError(
-                f"{where} two parameters share memory, at {other_start:#x} on {device}; expected disjoint ones. "
+                f"{where} two parameters share memory at {other_start:#x} on {device}; expected disjoint. "
                 "Tie weights by using one Parameter object, and pass it once."
             )
 
