@@ -1,0 +1,169 @@
+"""Calls of the ops, ready to run: arguments of every op, dtype and layout, guard elements, comparison to the
+bit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from fusedamp import ops
+from torch import Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (*HALVES, torch.float32, torch.float64)
+ROUNDOFF = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
+BORDERS = (
+    1,
+    7,
+    63,
+    64,
+    65,
+    511,
+    512,
+    513,
+    1025,
+    32767,
+    32768,
+    32769,
+    65537,
+)  # around lanes, blocks and chunks
+
+_ADAM = dict(lr=0.03, betas=(0.9, 0.99), eps=0.05, weight_decay=0.3)
+_SGD = dict(lr=0.03, momentum=0.9, dampening=0.25, weight_decay=0.3)
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "adamw": ("adamw_", _ADAM),
+    "adamw-amsgrad": ("adamw_", _ADAM | dict(amsgrad=True)),
+    "adamw-maximize": ("adamw_", _ADAM | dict(maximize=True)),
+    "adam": ("adam_", _ADAM),
+    "adam-amsgrad": ("adam_", _ADAM | dict(amsgrad=True)),
+    "adam-maximize": ("adam_", _ADAM | dict(maximize=True)),
+    "sgd": ("sgd_", dict(lr=0.03, weight_decay=0.3)),
+    "sgd-maximize": ("sgd_", dict(lr=0.03, weight_decay=0.3, maximize=True)),
+    "sgd-momentum": ("sgd_", _SGD),
+    "sgd-nesterov": ("sgd_", _SGD | dict(dampening=0.0, nesterov=True)),
+    "sgd-nesterov-maximize": ("sgd_", _SGD | dict(dampening=0.0, nesterov=True, maximize=True)),
+}
+STATE_NAMES = {"adamw_": ["exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"], "sgd_": ["momentum_buffers"]}
+STATE_NAMES["adam_"] = STATE_NAMES["adamw_"]
+
+
+def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, except that every NaN equals every other."""
+    nan = a.isnan()
+    return a.dtype == b.dtype and torch.equal(nan, b.isnan()) and torch.equal(bits(a)[~nan], bits(b)[~nan])
+
+
+class Unchanged:
+    """``with Unchanged(tensors): ...`` asserts that not one of their bits changed."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors, self.before = tensors, [t.detach().clone() for t in tensors]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        for i, (now, before) in enumerate(zip(self.tensors, self.before, strict=True)):
+            assert torch.equal(bits(now), bits(before)), f"tensor {i} of shape {tuple(now.shape)} was changed"
+
+
+@dataclass
+class StepCall:
+    """The arguments of one step op."""
+
+    op: str
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]
+    masters: list[Tensor]
+    steps: list[Tensor]
+    options: dict = field(default_factory=dict)
+
+    def run(self) -> None:
+        getattr(ops, self.op)(self.params, self.grads, *self.states, self.masters, self.steps, **self.options)
+
+    def lists(self) -> dict[str, list[Tensor]]:
+        states = dict(zip(STATE_NAMES[self.op], self.states, strict=True))
+        return dict(params=self.params, grads=self.grads, **states, masters=self.masters, steps=self.steps)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for tensors in self.lists().values() for t in tensors]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "StepCall":
+        """The same call with every params-like tensor replaced; steps are cloned."""
+        new = {name: [change(t) for t in getattr(self, name)] for name in ("params", "grads", "masters")}
+        states = [[change(t) for t in one] for one in self.states]
+        return replace(
+            self, **new, states=states, steps=[t.clone() for t in self.steps], options=dict(self.options)
+        )
+
+    def clone(self) -> "StepCall":
+        return self.map(torch.clone)
+
+
+def step_call(
+    variant: str,
+    shapes: Sequence[Sequence[int]],
+    dtypes: torch.dtype | Sequence[torch.dtype],
+    *,
+    masters: bool = False,
+    grad_dtype: torch.dtype | None = None,
+    taken: Sequence[int] = (3,),
+    seed: int = 0,
+    **options: object,
+) -> StepCall:
+    """A random call. dtypes and taken (steps taken so far) are cycled through over the tensors."""
+    op, defaults = VARIANTS[variant]
+    random = torch.Generator().manual_seed(seed)
+    each = [dtypes] if isinstance(dtypes, torch.dtype) else list(dtypes)
+    each = [each[i % len(each)] for i in range(len(shapes))]
+
+    def normal(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+
+    call = StepCall(op, [], [], [[] for _ in STATE_NAMES[op]], [], [], defaults | options)
+    for i, (shape, dtype) in enumerate(zip(shapes, each, strict=True)):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        master = normal(shape, wide)
+        call.params.append(master.to(dtype))
+        if masters:
+            call.masters.append(master)
+        call.grads.append(normal(shape, grad_dtype or dtype))
+        if op != "sgd_":
+            call.states[0].append(normal(shape, wide) * 0.3)
+            call.states[1].append(normal(shape, wide).square() + 0.1)
+            if call.options.get("amsgrad"):
+                call.states[2].append(normal(shape, wide).square() + 0.1)
+        elif call.options.get("momentum"):
+            call.states[0].append(normal(shape, wide))
+        call.steps.append(scalar(float(taken[i % len(taken)])))
+    return call
+
+
+def guarded(t: Tensor, offset: int = 0) -> tuple[Tensor, Callable[[], bool]]:
+    """A copy of ``t``, same strides, `offset` elements off alignment in a larger buffer; and: are its
+    surroundings intact?"""
+    room = 64
+    buffer = torch.empty(t.numel() + offset + 2 * room, dtype=t.dtype)
+    bits(buffer).fill_(0x2BAD)
+    start, end = room + offset, room + offset + t.numel()
+    view = buffer.as_strided(t.shape, t.stride(), start)
+    view.copy_(t)
+    guards = bits(buffer)
+    return view, lambda: bool((guards[:start] == 0x2BAD).all() and (guards[end:] == 0x2BAD).all())
