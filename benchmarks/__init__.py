@@ -1,0 +1,1 @@
+"""The benchmark of the optimizer phase. ``python benchmarks/run.py --help``."""
