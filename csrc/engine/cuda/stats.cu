@@ -89,7 +89,7 @@ __device__ __forceinline__ double power(const Job& job, double a) {
 
 // In double with counts, element by element: where the fast sum says nothing, for float64, and for norms of any order.
 template <class V, bool kGeneral>
-__device__ __noinline__ ChunkStats exact_stats(const GradRow& row, Span span, float inv_scale, const Job& job) {
+__device__ __forceinline__ ChunkStats exact_stats(const GradRow& row, Span span, float inv_scale, const Job& job) {
   const Combine combine = {job.norm};
   double power_sum = 0.0;
   uint32_t infs = 0, nans = 0, overflows = 0;

@@ -1,0 +1,108 @@
+"""Builds the emulated kernels: the same sources as nvcc compiles, with a host compiler, in three kinds."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST_FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-ffp-contract=off"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A compiler with its flags, and the geometry of the kernels: threads, elements of a chunk, words of a packet."""
+
+    name: str
+    compilers: tuple[str, ...]  # the first one that is there
+    flags: tuple[str, ...]
+    geometry: tuple[int, int, int]
+    missing: str
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def compiler(self) -> str | None:
+        return next(filter(None, map(shutil.which, self.compilers)), None)
+
+    def defines(self) -> list[str]:
+        names = ("EMULATED_BLOCK", "EMULATED_CHUNK", "EMULATED_PACKET_WORDS")
+        return [f"-D{name}={value}" for name, value in zip(names, self.geometry, strict=True)]
+
+    def run(self, command: list[str], timeout: float = 500) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout, env={**os.environ, **dict(self.environment)}
+        )
+
+
+ADDRESS = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
+THREAD = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=thread")
+GXX = "needs g++"
+CLANG = "ThreadSanitizer with fibers needs clang 17 or later (Debian: apt install clang-19 libclang-rt-19-dev)"
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("plain", ("g++",), ("-O2",), (256, 16384, 4000), GXX),  # the geometry of a GPU
+        Kind("address", ("g++",), ADDRESS, (96, 1000, 160), GXX),  # odd numbers, many chunks and packets
+        Kind(
+            "thread",
+            ("clang++-19", "clang++-20", "clang++-18", "clang++-17"),
+            THREAD,
+            (64, 1024, 160),
+            CLANG,
+            (("TSAN_OPTIONS", "halt_on_error=1"),),
+        ),
+    )
+}
+
+
+def cuda_include() -> Path | None:
+    """Where CUDA's headers are: beside nvcc, or in NVIDIA's Python wheels."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and str(Path(nvcc).resolve().parents[1])]
+    places = [Path(home) / "include" for home in (*homes, "/usr/local/cuda") if home]
+    return next((place for place in places if (place / "cuda_fp16.h").exists()), None)
+
+
+def call(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def is_fresh(target: Path) -> bool:
+    """Was the object compiled after every file that it was made from?"""
+    depends = target.with_suffix(".d")
+    if not target.exists() or not depends.exists():
+        return False
+    sources = depends.read_text().replace("\\\n", " ").partition(":")[2].split()
+    return all(Path(s).exists() and Path(s).stat().st_mtime < target.stat().st_mtime for s in sources)
+
+
+def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:
+    """Builds test_kernels or test_runtime out of the project in `root`; only what has changed. Returns the binary."""
+    compiler, emulation, csrc = kind.compiler(), root / "tests/emulation", root / "csrc"
+    assert compiler, kind.missing
+    folder.mkdir(parents=True, exist_ok=True)
+    include = [f"-I{emulation}", f"-I{cuda_include()}"]
+    emulated = [compiler, *HOST_FLAGS, *kind.flags, *kind.defines(), *include]
+    # The fibers, and the CPU engine as the reference, stay free of sanitizers.
+    jobs = {"runtime": ["g++", *HOST_FLAGS, "-O2", *include, str(emulation / "runtime.cpp")]}
+    jobs[program] = [*emulated, str(emulation / f"{program}.cpp")]
+    if program == "test_kernels":
+        reference = ["g++", *HOST_FLAGS, "-O2"]
+        jobs["cpu_engine"] = [*reference, str(csrc / "engine/cpu/engine.cpp")]
+        jobs["cpu_kernels"] = [*reference, "-DFUSEDAMP_TARGET=baseline", str(csrc / "engine/cpu/kernels.cpp")]
+        for source in csrc.glob("engine/cuda/*.cu"):
+            jobs[source.stem] = [*emulated, "-x", "c++", str(source)]
+    objects = {name: folder / f"{name}.o" for name in jobs}
+
+    def compile_one(name: str) -> None:
+        if not is_fresh(objects[name]):
+            call([*jobs[name], "-MD", "-c", "-o", str(objects[name])])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, jobs))
+    binary = folder / program
+    call([compiler, *kind.flags, *map(str, objects.values()), "-o", str(binary)])
+    return binary

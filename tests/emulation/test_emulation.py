@@ -1,0 +1,58 @@
+"""The CUDA kernels' own source on the CPU, against the CPU engine, bit for bit, under the sanitizers.
+
+Guards: every kernel of the CUDA object over random lists of tensors (sizes, misalignment, mixes of types, non-finite values
+at every position), races, missing barriers and fences, accesses outside of tensors. mutants.py shows that it can fail.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from build import KINDS, Kind, build, cuda_include
+
+pytestmark = [
+    pytest.mark.emulation,
+    pytest.mark.slow,
+    pytest.mark.skipif(cuda_include() is None, reason="needs CUDA's headers (cuda_fp16.h); set CUDA_HOME"),
+]
+
+# The defects of test_runtime.cpp, who stops them first, and what it says.
+DEFECTS = [
+    ("plain", "leaves_before_a_barrier", "threads left the kernel before the block barrier"),
+    ("plain", "waits_at_two_barriers", "threads wait at different barriers"),
+    ("plain", "names_absent_lanes", "names lane"),
+    ("plain", "reads_a_lane_outside_the_mask", "does not name"),
+    ("address", "writes_past_shared_memory", "AddressSanitizer"),
+    ("thread", "forgets_a_barrier", "data race"),
+    ("thread", "counts_without_atomics", "data race"),
+    ("thread", "reads_results_without_a_fence", "data race"),
+]
+
+
+def kind_or_skip(name: str) -> Kind:
+    kind = KINDS[name]
+    if kind.compiler() is None:
+        pytest.skip(kind.missing)
+    return kind
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_emulation_does_what_cuda_documents_and_stops_defects(name: str, tmp_path: Path) -> None:
+    kind = kind_or_skip(name)
+    binary = str(build(kind, "test_runtime", tmp_path))
+    good = kind.run([binary])
+    assert good.returncode == 0, good.stdout + good.stderr
+    for where, defect, message in DEFECTS:
+        if where == name:
+            bad = kind.run([binary, defect])
+            assert bad.returncode != 0, defect
+            assert message in bad.stdout + bad.stderr, (defect, bad.stderr)
+
+
+@pytest.mark.parametrize(("name", "rounds", "largest"), [("plain", 4, 100_000), ("address", 4, 20_000), ("thread", 4, 4_000)])
+def test_kernels_equal_the_cpu_engine(name: str, rounds: int, largest: int, tmp_path: Path) -> None:
+    kind = kind_or_skip(name)
+    done = kind.run([str(build(kind, "test_kernels", tmp_path)), str(rounds), str(largest)])
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -1,0 +1,330 @@
+// Every kernel of the CUDA object against the CPU engine, or against sums typed out here, over random lists of tensors.
+// usage: test_kernels [rounds] [elements of the largest tensor]
+#include <limits>
+
+#include "../../csrc/engine/cpu/engine.h"
+#include "../../csrc/engine/cuda/step.cuh"
+#include "world.h"
+
+const fusedamp::cpu::Kernels& fusedamp::cpu::kernels() { return kKernels_baseline; }
+
+namespace {
+
+using namespace fusedamp;
+using namespace world;
+
+constexpr double kInf = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
+const char* const kDTypeNames[] = {"fp16", "bf16", "fp32", "fp64"};
+
+void one_thread(int64_t units, const std::function<void(int64_t)>& run) {
+  for (int64_t u = 0; u < units; ++u) run(u);
+}
+
+enum class Alignment { kAll, kShared, kRandom };  // 16 bytes; the same element offset in every list; any
+
+// Element offsets of the lists of one tensor.
+struct Offsets {
+  Alignment alignment;
+  int64_t shared;
+  Random& random;
+  Offsets(Alignment a, Random& r) : alignment(a), shared(below(r, 8)), random(r) {}
+  int64_t next() const {
+    if (alignment == Alignment::kAll) return 0;
+    return alignment == Alignment::kShared || below(random, 3) ? shared : below(random, 8);
+  }
+};
+
+std::vector<int64_t> random_sizes(Random& random, int64_t largest) {
+  std::vector<int64_t> sizes = {0, 1, 3, 7, cuda::kChunk, cuda::kChunk + 1, 2 * cuda::kChunk - 1, 0};
+  for (int64_t power = 2; power + 1 <= largest; power *= 2)
+    for (int64_t d = -1; d <= 1; ++d) sizes.push_back(power + d);
+  for (int i = 0; i < 40; ++i) sizes.push_back(below(random, 300));
+  sizes.push_back(largest);
+  std::shuffle(sizes.begin(), sizes.end(), random);
+  if (below(random, 2)) sizes.push_back(0);
+  return sizes;
+}
+
+// ---- steps
+
+struct StepTensor {
+  Twins grad, param, step;
+  std::vector<Twins> master, states;
+};
+
+StepTensor step_tensor(Random& random, int64_t numel, int state_count, Alignment alignment) {
+  const auto param_dtype = static_cast<DType>(below(random, 4));
+  const auto grad_dtype = static_cast<DType>(below(random, param_dtype == DType::f64 ? 4 : 3));
+  const DType state_dtype = param_dtype == DType::f64 ? DType::f64 : DType::f32;
+  const Offsets offsets(alignment, random);
+  StepTensor t = {{grad_dtype, numel, offsets.next()}, {param_dtype, numel, offsets.next()}, {DType::f32, 1, 0}, {}, {}};
+  t.grad.fill(random, 50.0);
+  t.param.fill(random, 1.0);
+  t.step.set(0, below(random, 3) ? 4.0 : double(below(random, 2000)));
+  if (is_16bit(param_dtype) && below(random, 2)) {
+    t.master.emplace_back(DType::f32, numel, offsets.next());
+    for (int64_t i = 0; i < numel; ++i) {
+      const float master = static_cast<float>(normal(random, 1.0));
+      t.master[0].set(i, master);
+      if (below(random, 50)) t.param.set(i, master);  // else somebody wrote the weight
+    }
+  }
+  for (int s = 0; s < state_count; ++s) {
+    t.states.emplace_back(state_dtype, numel, offsets.next());
+    for (int64_t i = 0; i < numel; ++i) t.states[s].set(i, s == 0 ? normal(random, 0.1) : std::fabs(normal(random, 0.01)));
+  }
+  if (numel > 0 && below(random, 4) == 0) {
+    const double specials[] = {kInf, -kInf, kNaN, 0.0, -0.0, 1e-38, 65504.0};
+    for (const double x : specials) t.grad.set(below(random, numel), x);
+    t.param.set(below(random, numel), kNaN);
+    t.param.set(numel - 1, kInf);
+  }
+  return t;
+}
+
+StepRow row_of(const StepTensor& t, void* (Twins::*side)() const) {
+  StepRow row = {};
+  row.grad = (t.grad.*side)();
+  row.param = (t.param.*side)();
+  row.master = t.master.empty() ? nullptr : static_cast<float*>((t.master[0].*side)());
+  for (size_t s = 0; s < t.states.size(); ++s) row.states[s] = (t.states[s].*side)();
+  row.step = static_cast<float*>((t.step.*side)());
+  row.numel = t.param.numel();
+  row.grad_dtype = t.grad.dtype();
+  row.param_dtype = t.param.dtype();
+  return row;
+}
+
+int states_of(RuleId rule) {
+  const int counts[] = {
+#define FUSEDAMP_RULE(op, Rule) Rule::kStates,
+#include "../../csrc/math/optimizers.def"
+  };
+  return counts[rule];
+}
+
+void test_step(Random& random, RuleId rule, int64_t largest, Alignment alignment) {
+  std::vector<StepTensor> tensors;
+  for (const int64_t numel : random_sizes(random, largest))
+    tensors.push_back(step_tensor(random, numel, states_of(rule), alignment));
+
+  const float inv_scale = 1.0f / 1024.0f, clip_coef = 0.37f, single_lr = 3e-3f;
+  const double double_lr = 3e-3;
+  const float founds[] = {0.0f, -0.0f, 1.0f, 2.0f, std::numeric_limits<float>::quiet_NaN()};
+  const float found_inf = founds[below(random, 3) ? 0 : below(random, 5)];
+  StepScalars scalars = {};
+  const bool sgd = rule >= kSgd;
+  const double adam_hyper[] = {0.9, 0.999, 1e-8, 0.01}, sgd_hyper[] = {0.9, 0.1, 0.01, double(below(random, 2))};
+  std::copy_n(sgd ? sgd_hyper : adam_hyper, 4, scalars.hyper);
+  scalars.lr = 1e-3;
+  scalars.maximize = below(random, 2);
+  const int64_t lr = below(random, 3);
+  scalars.lr_tensor = lr == 0 ? nullptr : lr == 1 ? static_cast<const void*>(&single_lr) : &double_lr;
+  scalars.lr_dtype = lr == 1 ? DType::f32 : DType::f64;
+  if (below(random, 4)) scalars.inv_scale = &inv_scale;
+  if (below(random, 2)) scalars.clip_coef = &clip_coef;
+  if (below(random, 4)) scalars.found_inf = &found_inf;
+
+  std::vector<StepRow> on_cpu, on_cuda;
+  for (const StepTensor& t : tensors) {
+    on_cpu.push_back(row_of(t, &Twins::cpu));
+    on_cuda.push_back(row_of(t, &Twins::cuda));
+  }
+  cpu::step(rule, on_cpu, scalars, one_thread);
+  cuda::step(*EmulatedDevice(1 + static_cast<int>(below(random, 4))), rule, on_cuda, scalars);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const StepTensor& t = tensors[i];
+    now_testing = std::string("step, rule ") + std::to_string(rule) + ", " + kDTypeNames[int(t.grad.dtype())] +
+                  " gradient, " + kDTypeNames[int(t.param.dtype())] + " param" + (t.master.empty() ? "" : " with master");
+    t.grad.expect_equal("grads", i);
+    t.param.expect_equal("params", i);
+    t.step.expect_equal("steps", i);
+    for (const Twins& master : t.master) master.expect_equal("masters", i);
+    for (const Twins& state : t.states) state.expect_equal("states", i);
+  }
+}
+
+// The last chunk of a tensor with more than 2^32 elements, of which only that chunk has memory.
+void test_beyond_32_bits(Random& random) {
+  now_testing = "2^32 elements";
+  const int64_t chunk = (int64_t{1} << 32) / cuda::kChunk + 1, first = chunk * cuda::kChunk;
+  const int count = static_cast<int>(cuda::kChunk) - 3;
+  Twins grad(DType::f16, count, 0), param(DType::f32, count, 0), buffer(DType::f32, count, 0);
+  for (Twins* t : {&grad, &param, &buffer}) t->fill(random, 1.0);
+  float steps[2] = {5.0f, 5.0f};
+  StepRow row = {grad.cpu(), param.cpu(), nullptr, {buffer.cpu()}, &steps[0], count, DType::f16, DType::f32};
+  StepScalars scalars = {{0.9, 0.0, 0.01, 0.0}, 0.1, false, nullptr, DType::f32, nullptr, nullptr, nullptr};
+  cpu::step(kSgdMomentum, {row}, scalars, one_thread);
+
+  auto long_before = [&](const Twins& t) {
+    return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.cuda()) - static_cast<uintptr_t>(first * size_of(t.dtype())));
+  };
+  row = {long_before(grad), long_before(param), nullptr, {long_before(buffer)}, &steps[1], first + count, DType::f16, DType::f32};
+  const cuda::Placed<StepRow> placed = {row, -chunk};
+  const SgdCoeffs<double> exact = SgdMomentum::coeffs({0.9, 0.0, 0.01, 0.0}, 0.1, 6);
+  const SgdCoeffs<float> coeffs = round_coeffs<SgdCoeffs, float>(exact);
+  cuda::launch("step", &cuda::step_kernel<SgdMomentum, float>, 1, cuda::kBlock, nullptr,
+               cuda::Table<StepRow>{&placed, 1, 1}, scalars, &coeffs);
+  for (const Twins* t : {&grad, &param, &buffer}) t->expect_equal("tensor", 0);
+}
+
+// ---- reads and unscale_
+
+std::vector<GradRow> rows_of(const std::vector<Twins>& grads, void* (Twins::*side)() const) {
+  std::vector<GradRow> rows;
+  for (const Twins& g : grads) rows.push_back({(g.*side)(), g.numel(), g.dtype()});
+  return rows;
+}
+
+struct Stats {
+  float found_inf = -1.0f;
+  double total = -1.0;
+  std::vector<double> per_tensor;
+  std::vector<int64_t> counts;
+};
+
+Stats emulated_stats(const std::vector<Twins>& grads, const float* inv_scale, double p, int multiprocessors) {
+  Stats s;
+  s.per_tensor.assign(grads.size(), -1.0);
+  s.counts.assign(3 * grads.size(), -1);
+  cuda::grad_stats(*EmulatedDevice(multiprocessors), rows_of(grads, &Twins::cuda), inv_scale, p,
+                   {&s.found_inf, &s.total, s.per_tensor.data(), s.counts.data()});
+  return s;
+}
+
+double combine(double p, double a, double b) { return p != kInf ? a + b : a != a || a >= b ? a : b; }
+
+void expect_near(const char* what, size_t i, double got, double wanted, double tolerance) {
+  const bool same = got == wanted || (got != got && wanted != wanted);
+  expect(same || std::fabs(got - wanted) <= tolerance * wanted, "%s[%zu]: %.17g, wanted %.17g", what, i, got, wanted);
+}
+
+void expect_stats(const Stats& s, const std::vector<Twins>& grads, float inv_scale, double p) {
+  // A thread adds at most this many positive floats with one rounding each; 2^-24 per rounding, and one for a square.
+  const double additions = double(cuda::kChunk) / cuda::kBlock + 16 + 2;
+  const double tolerance = p == kInf ? 0.0 : p == 1.0 || p == 2.0 ? additions * 0x1p-24 : 1e-12;
+  double total = 0.0;
+  bool bad = false;
+  for (size_t t = 0; t < grads.size(); ++t) {
+    const Twins& g = grads[t];
+    double sum = 0.0;
+    int64_t counts[3] = {};
+    for (int64_t i = 0; i < g.numel(); ++i) {
+      const double element = get(g.cpu(), g.dtype(), i);
+      const double x = g.dtype() == DType::f64 ? element * inv_scale : static_cast<float>(element) * inv_scale;
+      sum = combine(p, sum, p == kInf ? std::fabs(x) : p == 0.0 ? x != 0.0 : std::pow(std::fabs(x), p));
+      if (std::isnan(element)) {
+        ++counts[1];
+      } else if (std::isinf(element)) {
+        ++counts[0];
+      } else if (!std::isfinite(x)) {
+        ++counts[2];
+      }
+    }
+    for (int c = 0; c < 3; ++c) {
+      expect(s.counts[3 * t + c] == counts[c], "counts[%zu][%d]: %ld, wanted %ld", t, c, long(s.counts[3 * t + c]), long(counts[c]));
+      bad |= counts[c] > 0;
+    }
+    expect_near("per_tensor", t, s.per_tensor[t], sum, tolerance);
+    total = combine(p, total, sum);
+  }
+  expect_near("total", 0, s.total, total, tolerance + 1e-12);
+  expect(s.found_inf == (bad ? 1.0f : 0.0f), "found_inf is %g, wanted %d", double(s.found_inf), int(bad));
+}
+
+std::vector<Twins> random_grads(Random& random, int64_t largest) {
+  std::vector<Twins> grads;
+  const bool with_bad = below(random, 2);
+  for (const int64_t numel : random_sizes(random, largest)) {
+    grads.emplace_back(static_cast<DType>(below(random, 4)), numel, below(random, 2) ? 0 : below(random, 8));
+    const double sigmas[] = {8.0, 8.0, 1e-25, 0.0};  // squares of 1e-25 underflow in float
+    grads.back().fill(random, sigmas[below(random, 4)]);
+    if (numel == 0 || !with_bad || below(random, 3)) continue;
+    const double specials[] = {kInf, -kInf, kNaN, 3e38, 65504.0};
+    grads.back().set(below(random, 2) ? numel - 1 : below(random, numel), specials[below(random, 5)]);
+  }
+  return grads;
+}
+
+void test_reads(Random& random, int64_t largest) {
+  const std::vector<Twins> grads = random_grads(random, largest);
+  const float scales[] = {0.25f, 1.0f, 1024.0f, 1e-3f};
+  const float inv_scale = scales[below(random, 4)];
+  for (const double p : {2.0, 1.0, kInf, 0.0, 3.0, 0.5}) {
+    now_testing = "grad_stats, p = " + std::to_string(p);
+    const bool null_scale = inv_scale == 1.0f && below(random, 2);
+    const Stats s = emulated_stats(grads, null_scale ? nullptr : &inv_scale, p, 2);
+    expect_stats(s, grads, inv_scale, p);
+    emulation::set_schedule(random());
+    const Stats again = emulated_stats(grads, &inv_scale, p, 3);  // other blocks, another order: the same bits
+    expect(memcmp(&again.total, &s.total, sizeof s.total) == 0 || s.total != s.total, "not reproducible");
+  }
+
+  now_testing = "unscale_";
+  float on_cpu = 0.0f, on_cuda = 0.0f;
+  if (cpu::unscale(rows_of(grads, &Twins::cpu), inv_scale, one_thread)) on_cpu = 1.0f;
+  cuda::unscale(*EmulatedDevice(2), rows_of(grads, &Twins::cuda), &inv_scale, &on_cuda);
+  expect(on_cpu == on_cuda, "found_inf: CPU %g, CUDA %g", double(on_cpu), double(on_cuda));
+  for (size_t t = 0; t < grads.size(); ++t) grads[t].expect_equal("grads", t);
+}
+
+// Tensor i is not finite at its element i only, for every i of a chunk and a little more.
+void test_every_position(Random& random) {
+  const int64_t length = std::min<int64_t>(cuda::kChunk, 1024) + 9;
+  for (const DType dtype : {DType::f16, DType::f32, DType::f64}) {
+    now_testing = std::string("every position, ") + kDTypeNames[int(dtype)];
+    std::vector<Twins> grads;
+    for (int64_t i = 0; i < length; ++i) {
+      grads.emplace_back(dtype, length, below(random, 8));
+      grads.back().set(0, 0.0);
+      for (int64_t j = 0; j < length; ++j) grads.back().set(j, i == j ? (i % 2 ? kInf : kNaN) : 1.0);
+    }
+    const float inv_scale = 1.0f;
+    const Stats s = emulated_stats(grads, &inv_scale, 2.0, 4);
+    for (int64_t i = 0; i < length; ++i)
+      expect(s.counts[3 * i] == i % 2 && s.counts[3 * i + 1] == 1 - i % 2 && s.counts[3 * i + 2] == 0, "element %ld", long(i));
+    for (int64_t i = 0; i < length; i += below(random, 20) + 1) {
+      float found_inf = 0.0f;
+      const Twins& g = grads[i];
+      cuda::unscale(*EmulatedDevice(4), {{g.cuda(), g.numel(), g.dtype()}}, &inv_scale, &found_inf);
+      expect(found_inf == 1.0f, "unscale_, element %ld", long(i));
+    }
+  }
+}
+
+void test_update_scale(Random& random) {
+  now_testing = "update_scale_";
+  for (int i = 0; i < 200; ++i) {
+    const LossScaleRule rule = {2.0, 0.5, below(random, 2) ? 1.0 : 0.0, below(random, 2) ? 1e6 : kInf,
+                                1 + below(random, 3), 1 + below(random, 3), below(random, 2) == 1};
+    LossScaleState state = {std::ldexp(1.0f, static_cast<int>(below(random, 24))), int32_t(below(random, 3)), int32_t(below(random, 4))};
+    const bool with_budget = below(random, 2);
+    if (!with_budget) state.budget = 1;
+    const float founds[] = {0.0f, 1.0f, 2.0f, std::numeric_limits<float>::quiet_NaN()};
+    const float found_inf = founds[below(random, 4)];
+    const LossScaleState wanted = next_loss_scale(rule, state, !(found_inf == 0.0f));
+    cuda::update_scale(*EmulatedDevice(1), rule, &state.scale, &state.growth_tracker, with_budget ? &state.budget : nullptr, &found_inf);
+    expect(state.scale == wanted.scale && state.growth_tracker == wanted.growth_tracker && (!with_budget || state.budget == wanted.budget),
+           "scale %g, wanted %g", double(state.scale), double(wanted.scale));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? atoi(argv[1]) : 4;
+  const int64_t largest = argc > 2 ? atoll(argv[2]) : 5000;
+  for (int round = 0; round < rounds; ++round) {
+    Random random(1000 + round);
+    emulation::set_schedule(round);
+    for (int rule = 0; rule < kRuleCount; ++rule)
+      test_step(random, static_cast<RuleId>(rule), largest, static_cast<Alignment>((round + rule) % 3));
+    test_reads(random, largest);
+  }
+  Random random(1);
+  test_beyond_32_bits(random);
+  test_every_position(random);
+  test_update_scale(random);
+  printf("%ld checks, %ld failures, blocks of %d, chunks of %d\n", checks, failures, cuda::kBlock, int(cuda::kChunk));
+  return failures != 0;
+}
