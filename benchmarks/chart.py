@@ -60,7 +60,7 @@ def _panel(axes: Axes, results: list[Result], rivals: list[str], threads: list[i
         ratio, low, high = result.ratio(), result.ratio(20), result.ratio(80)
         axes.barh(y, ratio, BAR * 0.92, color=SLOWER if result.verdict == "slower" else _colour(place))
         axes.plot([low, high], [y, y], color=INK, linewidth=1.1, solid_capstyle="butt")
-        text = f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
+        text = _times(ratio)
         axes.annotate(text, (max(ratio, high), y), (4, 0), textcoords="offset points", va="center", color=INK,
                       fontsize=9 if place else 9.5, fontweight="normal" if place else "bold")  # fmt: skip
     axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -72,6 +72,11 @@ def _panel(axes: Axes, results: list[Result], rivals: list[str], threads: list[i
     axes.tick_params(left=False, labelsize=9, colors=INK)
 
 
+def _times(ratio: float) -> str:
+    digits = 2 if ratio < 1.1 else 1 if ratio < 10 else 0  # 0.96 is not 1.0
+    return f"{ratio:.{digits}f}x"
+
+
 def _colour(place: int) -> str:
     return OURS if place == 0 else MORE_THREADS
 
@@ -80,7 +85,7 @@ def _title(name: str, results: list[Result]) -> str:
     shapes = next(result.shapes for result in results if result.row.workload == name)
     million = sum(int(np.prod(shape)) for shape in shapes) / 1e6
     story = WORKLOADS[name].story if WORKLOADS[name].full == shapes else WORKLOADS[name].story + ", reduced"
-    return f"{story}\n{million:.3g} million elements"
+    return f"{story[0].upper()}{story[1:]}\n{million:.3g} million elements"
 
 
 def _words(figure: plt.Figure, machine: Machine, quick: bool, threads: list[int], slower: bool) -> None:

@@ -50,8 +50,9 @@ class Machine:
 
     @property
     def title(self) -> str:
-        cores = f"{self.cores} core{'s' if self.cores > 1 else ''}"
-        return f"{re.sub(r'[(](R|TM)[)]', '', self.cpu)}, {self.target.upper()}, {cores}"
+        cpu = re.sub(r"[(](R|TM)[)]", "", self.cpu)
+        target = self.target.upper().replace("AVX512", "AVX-512")
+        return f"{cpu}, {target}, {self.cores} core{'s' if self.cores > 1 else ''}"
 
 
 def this_machine() -> Machine:

@@ -79,8 +79,7 @@ def _rows(optimizer: str, workloads: str, rivals: str) -> list[Row]:
 
 
 ROWS = [
-    *_rows("adamw", "W1 W2 W3", "P1 P2 P3 P4"),
-    *_rows("adamw", "W1 W3", "P5"),
+    *_rows("adamw", "W1 W2 W3", "P1 P2 P3 P4 P5"),
     *_rows("adam", "W1 W3", "P1 P3"),
     *_rows("sgd", "W1 W3", "P1 P2 P3"),
     *_rows("adamw", "host", "P1 P2 P3"),

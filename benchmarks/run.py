@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def select(options: argparse.Namespace) -> list[Row]:
 
 def measure(row: Row, options: argparse.Namespace, limits: Limits, stream: Stream | None) -> list[Result]:
     """Check one row, time it on each number of threads, and check it again at full size."""
+    gc.collect()  # the row before must not lie in memory any more
     shapes = WORKLOADS[row.workload].shapes(options.quick)
     checked = check_small(row, shapes)
     duel = Duel(row, shapes)

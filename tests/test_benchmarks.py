@@ -82,7 +82,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path):
         (["--threads", "100000"], "this process may use 1 to"),
         (["--samples", "0"], "expected at least 1"),
         (["--workload", "W9"], "invalid choice: 'W9'"),
-        (["--workload", "W2", "--rival", "P5"], "no row matches"),
+        (["--workload", "host", "--rival", "P5"], "no row matches"),
         (["--scaling", "--dtype", "bf16"], "--scaling: has its own workloads"),
     ],
 )
