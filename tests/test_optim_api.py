@@ -297,6 +297,15 @@ def wide_gradient():
     return [param]
 
 
+def gradient_of_dtype(param_dtype, grad_dtype):
+    def make():
+        param = torch.nn.Parameter(torch.ones(3, dtype=param_dtype))
+        param.main_grad = torch.ones(3, dtype=grad_dtype)
+        return [param]
+
+    return make
+
+
 BAD_PARAMS = {
     "expanded": (
         lambda: [torch.nn.Parameter(torch.ones(1).expand(3))],
@@ -315,6 +324,14 @@ BAD_PARAMS = {
         freed,
         r"params\[1\] is float32 of shape \[8\] on cpu and has no storage; expected memory to update",
     ),
+    "integer gradient": (
+        gradient_of_dtype(torch.float32, torch.int32),
+        r"params\[1\] has a gradient .*torch.int32 on cpu; expected .*float32 or narrower",
+    ),
+    "real gradient": (
+        gradient_of_dtype(torch.complex64, torch.float32),
+        r"params\[1\] has a gradient .*torch.float32 on cpu; expected .*complex64 or narrower",
+    ),
     "wide gradient": (
         wide_gradient,
         r"params\[1\] has a gradient .*torch.float64 on cpu; expected .*float32 or narrower",
@@ -331,7 +348,7 @@ def test_parameters_that_cannot_be_stepped_are_refused(name):
     good, bad = torch.nn.Parameter(torch.ones(3)), make()
     optimizer = optim.SGD([good, *bad], lr=0.1)
     for p in (good, *bad):
-        if p.grad is None:
+        if p.grad is None and not hasattr(p, "main_grad"):
             p.grad = torch.ones_like(p)
     for _ in range(2):
         with pytest.raises(ValueError, match=rf"\[SGD\].*{message}"):
@@ -339,9 +356,10 @@ def test_parameters_that_cannot_be_stepped_are_refused(name):
         assert torch.equal(good, torch.ones(3))
 
 
-def test_a_parameter_given_twice_is_refused():
+@pytest.mark.parametrize("complex_", [False, True])
+def test_a_parameter_given_twice_is_refused(complex_):
     """Guards a double step: in one group, in two, and in a list that was edited later."""
-    param, other = make_params(torch.float32, [(3,), (3,)])
+    param, other = make_params(torch.complex64 if complex_ else torch.float32, [(3,), (3,)])
     for params in ([param, param], [("a", param), ("b", param)]):
         with pytest.raises(
             ValueError, match=r"\[AdamW\] group 0: a parameter is given twice; expected it once"

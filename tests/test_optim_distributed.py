@@ -69,6 +69,39 @@ def test_dtensors_step_as_plain_tensors(case, dtype, placement, mesh):
     assert torch.equal(params[2], plain[2])
 
 
+def test_fully_sharded_module(mesh):
+    """Guards FSDP2 itself: sharded parameters, whose slots are kept between steps."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)).bfloat16()
+    model = copy.deepcopy(plain)
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh)
+    ends = [(m, BY_NAME["adamw"].ours(m.parameters(), lr=0.1)) for m in (model, plain)]
+    for _ in range(3):
+        for m, optimizer in ends:
+            optimizer.zero_grad()
+            m(torch.ones(3, 4, dtype=torch.bfloat16)).float().pow(2).sum().backward()
+            slots = list(optimizer._slots.values())
+            optimizer.step()
+            assert not slots or list(optimizer._slots.values()) == slots
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.full_tensor(), q)
+
+
+def test_state_with_another_placement(mesh):
+    """Guards pairing of shards: state that is placed otherwise than its parameter is redistributed."""
+    (param,) = as_dtensors(make_params(torch.float32, [(4, 4)]), mesh, Shard(0))
+    optimizer = BY_NAME["sgd-nesterov"].ours([param], momentum=0.9)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    buffer = optimizer.state[param]["momentum_buffer"]
+    optimizer.state[param]["momentum_buffer"] = buffer.redistribute(mesh, [Shard(1)])
+    optimizer.step()
+    assert optimizer.state[param]["momentum_buffer"].placements == (Shard(0),)
+
+
 def test_gradients_with_another_placement(mesh):
     """Guards gradients that are placed otherwise than the parameter: they are redistributed."""
     plain = make_params(torch.float32, [(6, 4)])

@@ -291,7 +291,7 @@ def test_load_hooks_see_the_right_state():
 BAD_STATES = {
     "shape": (
         {"step": 1, "exp_avg": torch.ones(5), "exp_avg_sq": torch.ones(3)},
-        "'exp_avg' of shape \[5\]",
+        r"'exp_avg' of shape \[5\]",
     ),
     "type": (
         {"step": 1, "exp_avg": [1.0], "exp_avg_sq": torch.ones(3)},

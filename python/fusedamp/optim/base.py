@@ -167,11 +167,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     grad = self._densified(grad)
                 slot = known.get(id(param))
                 try:
+                    if slot is not None and slot.turn == self._turn:
+                        raise ValueError("is in the optimizer twice; expected it once. Remove the second.")
                     if slot is None or not slot.holds(self.state.get(param), mode):
                         self._unchecked |= slot is None or slot.reusable
                         slot = known[id(param)] = Slot(param, self.state[param], mode, self._new_state)
-                    if slot.turn == self._turn:
-                        raise ValueError("is in the optimizer twice; expected it once. Remove the second.")
                     grad = slot.paired(grad)
                 except (ValueError, TypeError) as error:
                     raise type(error)(f"{self._where(g)} params[{i}] {error}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,10 @@ def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
     return tensor if tensor.placements == placements else tensor.redistribute(mesh, placements)
 
 
+def _placement(tensor: Tensor) -> tuple[Any, Any]:
+    return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
+
+
 def fitted(value: Tensor, param: Tensor) -> Tensor:
     """A copy of ``value`` with the device, placement and strides of ``param``, in FP32 (FP64 for FP64)."""
     return torch.empty_like(param, dtype=STATE_DTYPES[param.dtype]).copy_(placed_like(value.detach(), param))
@@ -68,7 +74,7 @@ def fitted(value: Tensor, param: Tensor) -> Tensor:
 
 def fits(value: object, param: Tensor) -> bool:
     """Whether ``value`` can serve as a state of ``param`` as it is."""
-    if not isinstance(value, Tensor) or (local(value) is value) != (local(param) is param):
+    if not isinstance(value, Tensor) or _placement(value) != _placement(param):
         return False
     state, source = local(value), local(param)
     return (

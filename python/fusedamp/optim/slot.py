@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..sharding import local
 from .layout import STATE_DTYPES, fits, fitted, overlaps_itself, placed_like, strided_like
@@ -23,11 +25,6 @@ class Slot:
     another device. A parameter with gaps between its elements is stepped on a dense copy, which ``finish``
     writes back.
     """
-
-    __slots__ = (
-        "_device_index", "_dtype", "_grad_dtype", "_ids", "_shape", "_stride", "_values", "dense", "entry",
-        "key", "master", "mode", "param", "reusable", "source", "states", "step", "target", "turn",
-    )  # fmt: skip
 
     def __init__(
         self, param: Tensor, entry: Entry, mode: Mode, new_state: Callable[[str, Tensor, Entry], Tensor]
@@ -45,26 +42,26 @@ class Slot:
         self.step: Tensor = entry["step"]
         self.key = (str(source.device), self.master is None)  # what may share a call with it
         self.turn = -1  # the step that used it last
-        self._values = tuple(entry.values())  # kept alive, so that the ids stay theirs
-        self._ids = tuple(map(id, self._values))
-        self._dtype, self._shape, self._stride = source.dtype, source.shape, source.stride()
+        self._values = tuple(entry.values())
+        self._dtype, self._numel, self._stride = source.dtype, source.numel(), source.stride()
         self._device_index = source.get_device()
         self._grad_dtype: torch.dtype | None = None  # of the last gradient that was checked
         self.reusable = self.target is source
 
     def holds(self, entry: Entry | None, mode: Mode) -> bool:
         """Whether the parameter's format and its states are still those that the slot was made from."""
-        source = local(self.param)
+        source = self.param if type(self.param) is Parameter else local(self.param)
         return (
             self.reusable  # a copy, or a view of what param.data was, is made anew each step
             and source is self.source
             and entry is self.entry
             and mode == self.mode
             and source.dtype is self._dtype
+            and source.numel() == self._numel  # with the strides of a dense tensor it stands for the shape
             and source.stride() == self._stride
-            and source.shape == self._shape
             and source.get_device() == self._device_index
-            and tuple(map(id, self.entry.values())) == self._ids
+            and len(entry) == len(self._values)
+            and all(map(is_, entry.values(), self._values))
         )
 
     def paired(self, grad: Tensor) -> Tensor:
@@ -73,15 +70,18 @@ class Slot:
             grad = local(placed_like(grad, self.param))
         if self.reusable and grad.dtype is self._grad_dtype and grad.stride() == self._stride:
             return grad
-        wide = STATE_DTYPES[self._dtype]
+        source, wide = self.source, STATE_DTYPES[self._dtype]
+        grad_wide = STATE_DTYPES.get(grad.dtype)
         if (
-            grad.shape != self._shape
-            or grad.device != self.source.device
-            or torch.promote_types(STATE_DTYPES.get(grad.dtype, grad.dtype), wide) != wide
+            grad.shape != source.shape
+            or grad.device != source.device
+            or grad_wide is None
+            or grad_wide.is_complex != wide.is_complex
+            or grad_wide.itemsize > wide.itemsize
         ):
             raise ValueError(
                 f"has a gradient of shape {list(grad.shape)}, {grad.dtype} on {grad.device}; expected shape "
-                f"{list(self._shape)}, {wide} or narrower on {self.source.device}. Assign such a gradient."
+                f"{list(source.shape)}, {wide} or narrower on {source.device}. Cast it."
             )
         self._grad_dtype = grad.dtype
         return _real(strided_like(grad.resolve_conj(), self.dense))
