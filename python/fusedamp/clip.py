@@ -14,8 +14,7 @@ from .gradients import Gradients, on
 
 
 def check_norm(op: str, max_norm: float | Tensor, norm_type: float) -> float:
-    """The norm type as a float, or an error; the value of a ``max_norm`` tensor is not looked at (no sync).
-    """
+    """The norm type as a float, or an error; a ``max_norm`` tensor is not looked into (no sync)."""
     if isinstance(max_norm, Tensor):
         if max_norm.numel() != 1:
             raise ValueError(

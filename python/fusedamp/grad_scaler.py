@@ -95,8 +95,7 @@ class GradScaler(LossScale):
         return gradients.agree_(flags)
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> PerDevice:  # type: ignore[override]
-        """Read the gradients once, changing none; flags what is not finite now or would not be once unscaled.
-        """
+        """Read the gradients once, changing none; flags what is not finite, now or once unscaled."""
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         state = self._per_optimizer_states[id(optimizer)]
         norm_type = state.get("norm_type", 2.0)
@@ -257,8 +256,7 @@ class GradScaler(LossScale):
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
     def _found_inf(self, optimizer: Optimizer, state: dict[str, Any]) -> tuple[Tensor, ReadPass | None]:
-        """The flag over all devices, and the read pass behind it unless the gradients were unscaled before.
-        """
+        """The flag over all devices, and the read pass behind it unless gradients were unscaled before."""
         assert self._scale is not None
         read = None
         if state["stage"] is OptState.READY:

@@ -17,14 +17,12 @@ PerDevice = dict[torch.device, Tensor]
 
 
 def on(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, without waiting; copies *to* the CPU wait, since the host reads them at once.
-    """
+    """``tensor`` on ``device``, without waiting; a copy *to* the CPU waits, as the host reads it at once."""
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
-    """One 0-d FP32 flag on ``device``, positive if any of ``flags`` (1 element each, any device) is; else 0.
-    """
+    """One 0-d FP32 flag on ``device``, positive if any of ``flags`` (1 element, any device) is; else 0."""
     moved = [on(flag, device).reshape(()).float() for flag in flags]
     if not moved:
         return torch.zeros((), device=device)
@@ -79,7 +77,9 @@ class Gradients:
             grad = grad.coalesce()
             if not is_dense(grad._values()):
                 values = grad._values().clone(memory_format=torch.contiguous_format)
-                grad = torch.sparse_coo_tensor(grad._indices(), values, grad.shape, is_coalesced=True)
+                grad = torch.sparse_coo_tensor(
+                    grad._indices(), values, grad.shape, is_coalesced=True, check_invariants=False
+                )
             param.grad = grad
             target = grad._values()
         elif grad.layout is torch.strided:

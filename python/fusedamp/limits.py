@@ -27,16 +27,15 @@ def _refuse(name: str, got: object, wanted: str) -> NoReturn:
 
 def number(name: str, value: Any) -> float:
     try:
-        return float(value)
+        if not isinstance(value, (str, bytes)):
+            return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"[GradScaler] {name} is {value!r}; expected a number.") from None
+        pass
+    raise TypeError(f"[GradScaler] {name} is {value!r}; expected a number.")
 
 
 def count(name: str, value: Any, wanted: str) -> int:
-    if (
-        number(name, value) != int(number(name, value) if math.isfinite(number(name, value)) else 0)
-        or value < 1
-    ):
+    if not number(name, value).is_integer() or value < 1:
         _refuse(name, value, wanted)
     return int(value)
 

@@ -58,8 +58,7 @@ class OverflowReport:
 
 @dataclass(slots=True)
 class _Record:
-    """The element counts of the latest overflow among one set of gradients, rewritten in place (CUDA graphs).
-    """
+    """Element counts of the latest overflow in one set of gradients, rewritten in place (CUDA graphs)."""
 
     counts: Tensor
     step: Tensor
@@ -83,8 +82,7 @@ class OverflowLog:
             self._record(tuple(gradients.positions[device]), stat.counts, found_inf, self._steps)
 
     def record_uncounted(self, gradients: Gradients, found_inf: Tensor) -> None:
-        """The same for gradients that were unscaled before: they are counted only if a report is asked for.
-        """
+        """The same for gradients that were unscaled before: counted only if a report is asked for."""
         self._uncounted = (Stamp(gradients.originals), found_inf.clone(), self._steps.clone())
         self._record(
             (), torch.zeros(0, 3, dtype=torch.int64, device=found_inf.device), found_inf, self._steps

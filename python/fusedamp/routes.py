@@ -16,8 +16,7 @@ from .gradients import Gradients, Stamp
 
 @dataclass(slots=True)
 class ReadPass:
-    """What one read of an optimizer's still scaled gradients found, and the clipping that its step shall do.
-    """
+    """What one read of an optimizer's still scaled gradients found, and how its step shall clip them."""
 
     gradients: Gradients
     stats: dict[torch.device, ops.GradStats]
@@ -47,11 +46,10 @@ def is_ours(optimizer: Optimizer) -> bool:
     """
     if not getattr(type(optimizer), "_fusedamp_fused", False):
         return False
-    replaced = vars(optimizer).get("step")
-    return replaced is None or (
-        getattr(replaced, "_wrapped_by_lr_sched", False)
-        and inspect.unwrap(replaced) is inspect.unwrap(type(optimizer).step)
-    )
+    original, step = type(optimizer).step, vars(optimizer).get("step")
+    if step is None or getattr(step, "__func__", None) is original:
+        return True
+    return getattr(step, "_wrapped_by_lr_sched", False) and inspect.unwrap(step) is inspect.unwrap(original)
 
 
 def takes_found_inf(optimizer: Optimizer) -> bool:

@@ -22,8 +22,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` that this rank holds, sharing its memory; a plain tensor is returned as it is.
-    """
+    """The part of ``tensor`` that this rank holds, sharing its memory; a plain tensor itself."""
     if not is_dtensor(tensor):
         return tensor
     shard = tensor._local_tensor  # type: ignore[attr-defined]
@@ -51,8 +50,7 @@ def follow_placements(param: Tensor) -> None:
 
 
 def all_reduce_(tensor: Tensor, dims: Iterable[MeshDim], op: str) -> None:
-    """Reduce ``tensor`` in place ("max" or "sum") over each mesh dimension in turn; all its ranks must join.
-    """
+    """Reduce ``tensor`` in place ("max" or "sum") over each mesh dimension in turn; all ranks must join."""
     for mesh, dim in dims:
         if mesh.get_coordinate() is not None:  # else this rank is not part of the mesh
             ops = torch.distributed.ReduceOp
