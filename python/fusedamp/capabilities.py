@@ -14,15 +14,18 @@ import torch
 # Turing boards without tensor cores, although they report compute capability 7.5 like those that have them.
 _NO_TENSOR_CORES = re.compile(r"GTX 16\d0|\bMX[45]50\b|\bT(4|5|6|10|12)00\b|\bT550\b")
 _CPU_FLAGS = (
-    "f16c", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx10", "amx_tile", "amx_bf16", "amx_fp16", "amx_tf32",
-    "amx_fp8", "fphp", "asimdhp", "bf16", "sve", "sme",
+    "f16c", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "amx_tf32", "amx_fp8",
+    "asimdhp", "bf16", "sve",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Capability:
-    """One device. ``fp16``, ``bf16``, ``tf32``, ``fp8``: whether it has matrix units for the format, that is tensor
-    cores on a GPU and AMX tiles on a CPU. ``features``: compute capability, or the CPU's instruction sets."""
+    """One device.
+
+    ``fp16``, ``bf16``, ``tf32``, ``fp8``: whether it has matrix units for the format, that is tensor cores on
+    a GPU and AMX tiles on a CPU. ``features``: compute capability, or the CPU's vector and matrix extensions.
+    """
 
     device: str
     name: str
@@ -38,8 +41,8 @@ class Capability:
 def capabilities() -> list[Capability]:
     """The CPU and every GPU that torch sees here, GPUs last.
 
-    GPU rules by compute capability, from NVIDIA's CUDA C++ Programming Guide (warp matrix functions; feature table):
-    FP16 tensor cores from 7.0 (Volta), BF16 and TF32 from 8.0 (Ampere), FP8 from 8.9 (Ada). CPU flags are the kernel's.
+    GPUs are judged by compute capability, as in NVIDIA's CUDA C++ Programming Guide and PTX ISA: FP16 tensor
+    cores from 7.0 (Volta), BF16 and TF32 from 8.0 (Ampere), FP8 from 8.9 (Ada); CPUs by Linux's flags.
     """
     found = [cpu_capability(_cpu_flags(), _cpu_name())]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -69,7 +72,7 @@ def gpu_capability(index: int, name: str, compute_capability: tuple[int, int]) -
             "FP16 has tensor cores, BF16 has none; use GradScaler, for FP16's range is short",
         )
     else:
-        choice, why = torch.float32, "no tensor cores: 16-bit formats save memory here, hardly time"
+        choice, why = torch.float32, "no tensor cores: 16-bit formats save memory here, but little time"
     return Capability(
         device=f"cuda:{index}",
         name=name,
@@ -84,13 +87,13 @@ def gpu_capability(index: int, name: str, compute_capability: tuple[int, int]) -
 
 
 def cpu_capability(flags: Iterable[str], name: str) -> Capability:
-    """The rules for a CPU with these kernel flags (x86: avx512_bf16, amx_bf16 ...; Arm: bf16, asimdhp ...)."""
+    """The rules for a CPU with these Linux flags (x86: avx512_bf16, amx_bf16; Arm: bf16, asimdhp)."""
     have = tuple(flag for flag in _CPU_FLAGS if flag in set(flags))
     bf16_by = next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in have), None)
     if bf16_by:
         choice, why = torch.bfloat16, f"BF16 products in hardware ({bf16_by}); no loss scaling needed"
     elif have:
-        choice, why = torch.float32, "no BF16 instructions: 16-bit formats save memory here, but no time"
+        choice, why = torch.float32, "no BF16 instructions: 16-bit formats save memory here, not time"
     else:
         choice, why = torch.float32, "instruction sets unknown (no /proc/cpuinfo here); FP32 is safe"
     return Capability(
@@ -109,7 +112,7 @@ def cpu_capability(flags: Iterable[str], name: str) -> Capability:
 def system_info() -> dict[str, object]:
     """Everything that ``python -m fusedamp info`` shows, as plain JSON values."""
     import fusedamp
-    from fusedamp import _C
+    import fusedamp._C as _C
     from fusedamp._library import cpu_target
 
     devices = [asdict(capability) for capability in capabilities()]

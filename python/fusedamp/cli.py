@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+import torch
+
 import fusedamp
 from fusedamp.capabilities import describe, system_info
 from fusedamp.demo.options import DemoError, add_arguments, options_from
@@ -14,8 +16,7 @@ from fusedamp.demo.options import DemoError, add_arguments, options_from
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 fine, 1 the demo's claim did not show, 2 bad options."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if args.command == "info":
         info = system_info()
         print(json.dumps(info, indent=2) if args.json else describe(info))
@@ -24,18 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fusedamp", description="Fused mixed-precision training for PyTorch."
-    )
-    parser.add_argument("--version", action="version", version=f"fusedamp {fusedamp.__version__}")
+    parser = argparse.ArgumentParser(prog="python -m fusedamp", description=fusedamp.__doc__)
+    version = f"fusedamp {fusedamp.__version__}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    info = commands.add_parser("info", help="versions, build and devices, and which 16-bit format to choose")
+    info = commands.add_parser("info", help="versions, build, devices, and which 16-bit format to choose")
     info.add_argument("--json", action="store_true", help="machine-readable")
     demo = commands.add_parser(
         "demo",
-        help="train a small GPT and a conv net in FP32, FP16 and BF16, with torch's AMP and with fusedamp",
-        description="Fine-tune a small GPT and a small conv net in FP32, FP16 and BF16, with torch's AMP stack, with "
-        "fusedamp, and without master weights; print a table, draw a picture. Exit code 1: the claim did not show.",
+        help="train a small GPT and a conv net in FP32, FP16 and BF16, and compare",
+        description="Fine-tune a small GPT and a conv net in FP32, FP16 and BF16: with torch's AMP stack, "
+        "with fusedamp, and without master weights. Prints a table and draws a picture. Exit code 1: the "
+        "claim did not show.",
     )
     add_arguments(demo)
     return parser

@@ -1,4 +1,4 @@
-"""The demo: a small GPT and a small conv net, fine-tuned with torch's AMP stack and with fusedamp, side by side."""
+"""The demo: a small GPT and a conv net, fine-tuned with torch's AMP and with fusedamp, side by side."""
 
 from fusedamp.demo.options import DemoError, Options, add_arguments, options_from
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -10,11 +11,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from fusedamp.demo.report import Outcome, held_out
+from fusedamp.demo.report import Outcome
 from fusedamp.demo.train import Run
 
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles say the same once more.
 COLOURS = {"fp32": "#000000", "fp16": "#0072B2", "bf16": "#D55E00"}
+DASHES = (0, (5, 2))
 TITLES = {"gpt": "Small GPT", "digits": "Conv net on digits"}
 
 
@@ -40,20 +42,40 @@ def _losses(axes: Axes, outcome: Outcome) -> None:
     for run in outcome.runs:
         steps, losses, _ = zip(*run.evaluations, strict=True)
         axes.plot(steps, losses, color=COLOURS[run.variant.dtype], **_style(run))
-    ends = {}  # one label per bundle of curves that end at the same height
-    top, bottom = axes.get_ylim()[1], axes.get_ylim()[0]
-    for run in sorted((r for r in outcome.runs if r.variant.stack == "fusedamp"), key=held_out):
-        label = run.variant.dtype.upper() + (", no masters" if not run.variant.masters else "")
-        near = next((y for y in ends if abs(y - held_out(run)) < (top - bottom) * 0.02), held_out(run))
-        ends.setdefault(near, []).append((label, COLOURS[run.variant.dtype]))
-    for y, members in ends.items():
-        text = ", ".join(label for label, _ in members)
-        text = f"with masters: {text}" if len(members) > 1 else text
-        colour = members[0][1] if len(members) == 1 else "#000000"
-        axes.annotate(f"{text}  {y:.3f}", (outcome.task.steps, y), (-4, 5), textcoords="offset points",
-                      ha="right", va="bottom", fontsize=9, color=colour)  # fmt: skip
+    _label_ends(axes, [run for run in outcome.runs if run.variant.stack == "fusedamp"])
+    axes.plot([], [], color="#000000", linewidth=5, alpha=0.25, label="torch: FP32, AMP")
+    axes.plot([], [], color="#000000", linewidth=1.6, label="fusedamp, FP32 masters")
+    axes.plot([], [], color="#000000", linewidth=1.6, linestyle=DASHES, label="fusedamp, no masters")
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
     axes.set(title=f"{TITLES[outcome.task.name]}: held-out loss", xlabel="step", xlim=(0, outcome.task.steps))
     _tidy(axes)
+
+
+def _label_ends(axes: Axes, runs: list[Run]) -> None:
+    """Name the curves at their right ends; curves that end at one height share a label."""
+    bottom, top = axes.get_ylim()
+    bundles: list[list[Run]] = []
+    for run in sorted(runs, key=lambda run: run.held_out_loss):
+        if bundles and run.held_out_loss - bundles[-1][0].held_out_loss < (top - bottom) * 0.02:
+            bundles[-1].append(run)
+        else:
+            bundles.append([run])
+    height = bottom
+    for bundle in bundles:
+        end = bundle[0].held_out_loss
+        height = max(height + (top - bottom) * 0.11, end)
+        formats = sorted({run.variant.dtype for run in bundle}, reverse=True)
+        bare = [not run.variant.masters for run in bundle]
+        masters = "no masters" if all(bare) else "" if any(bare) or formats == ["fp32"] else "with masters"
+        axes.annotate(
+            f"{', '.join(formats).upper()}\n{masters} {end:.3f}",
+            (1.015, height),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+            color=COLOURS[formats[0]] if len(formats) == 1 else "#000000",
+        )
 
 
 def _scales(axes: Axes, outcome: Outcome) -> None:
@@ -66,15 +88,15 @@ def _scales(axes: Axes, outcome: Outcome) -> None:
             axes.plot(run.skipped, heights, "x", color=COLOURS["fp32"], markersize=6)
     axes.plot([], [], "x", color=COLOURS["fp32"], label="gradients overflowed, step skipped")
     axes.set_yscale("log", base=2)
-    axes.set(title=f"{TITLES[outcome.task.name]}: loss scale (FP16)", xlabel="attempt")
+    axes.set(title=f"{TITLES[outcome.task.name]}: loss scale (FP16)", xlabel="attempt (step done or skipped)")
     axes.legend(frameon=False, fontsize=9)
     _tidy(axes)
 
 
-def _style(run: Run) -> dict[str, object]:
+def _style(run: Run) -> dict[str, Any]:
     if run.variant.stack == "torch":
         return {"linewidth": 5, "alpha": 0.25, "linestyle": "-"}
-    return {"linewidth": 1.6, "linestyle": "-" if run.variant.masters else (0, (5, 2))}
+    return {"linewidth": 1.6, "linestyle": "-" if run.variant.masters else DASHES}
 
 
 def _tidy(axes: Axes) -> None:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 def multiply(op: Callable[..., Tensor], *tensors: Tensor, **options: object) -> Tensor:
     """``op`` as tensor cores run it: 16-bit tensors in and out, products and sums in FP32.
 
-    On a GPU the hardware and torch.autocast do just that. torch's FP16 kernels for CPUs without FP16
-    arithmetic are some fifty times slower than its FP32 ones, so on a CPU the 16-bit values are widened, ``op`` runs in
-    FP32, and its result is rounded; autograd sends the gradients through the same two roundings.
+    On a GPU the hardware and torch.autocast do just that. torch's FP16 products are very slow on CPUs
+    without FP16 arithmetic, so on a CPU the 16-bit values are widened, ``op`` runs in FP32, and its result is
+    rounded; autograd rounds the gradients in the same places.
     """
     device = tensors[0].device.type
     autocasting = torch.is_autocast_enabled(device)
-    floats = [t for t in tensors if t.is_floating_point()]
-    dtype = torch.get_autocast_dtype(device) if autocasting else floats[-1].dtype
+    dtype = torch.get_autocast_dtype(device) if autocasting else tensors[-1].dtype
     if device != "cpu" or dtype == torch.float32:
         return op(*tensors, **options)
     with torch.autocast(device, enabled=False):
@@ -29,11 +28,13 @@ def multiply(op: Callable[..., Tensor], *tensors: Tensor, **options: object) -> 
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
         return multiply(F.linear, x, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
         return multiply(F.conv2d, x, self.weight, self.bias, padding=self.padding, stride=self.stride)
 
 

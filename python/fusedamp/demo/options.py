@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ class Options:
     data: Path | None = None
     steps: int | None = None
     seed: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     learning_rate: float = LEARNING_RATE
     init_scale: float = INIT_SCALE
     picture: Path = Path("demo.png")
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=("gpt", "digits", "all"), default="all", help="what to train (default: all)")
     add("--dtype", choices=(*DTYPES, "all"), default="all", help="format compared with FP32 (default: all)")
     add("--data", metavar="FILE", help="text to fine-tune the GPT on (default: Python's language reference)")
-    add("--steps", type=int, metavar="N", help="fine-tuning steps (default: gpt 200, digits 800)")
+    add("--steps", type=int, metavar="N", help="fine-tuning steps (default: gpt 160, digits 600)")
     add("--quick", action="store_true", help="a third of the steps")
     add(
         "--lr",
@@ -132,9 +132,14 @@ def _device(name: str) -> torch.device:
 
 
 def _picture(path: Path) -> Path:
-    if path.is_dir():
-        return path / "demo.png"
-    _need(path.suffix in ("", ".png"), f"--out {path}: the picture is a PNG; name a .png file or a folder")
-    _need(path.suffix == ".png", f"--out {path}: no such folder, and no .png file name")
-    _need(path.parent.is_dir(), f"--out {path}: no folder {path.parent}")
-    return path
+    if path.suffix.lower() == ".png":
+        _need(path.parent.is_dir(), f"--out {path}: no folder {path.parent}")
+        return path
+    _need(
+        path.is_dir() or not path.suffix, f"--out {path}: the picture is a PNG; name a .png file or a folder"
+    )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {path}: cannot make this folder ({error.strerror})") from None
+    return path / "demo.png"

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fusedamp.demo.chart import draw
 from fusedamp.demo.options import Options
-from fusedamp.demo.report import Bars, Outcome, new_progress, table
+from fusedamp.demo.report import Bars, Outcome, table
 from fusedamp.demo.tasks import Task, digits_task, gpt_task
 from fusedamp.demo.train import EXTRA_ORDERS, finetune, pretrain
 
@@ -21,71 +21,68 @@ QUICK = 3
 
 def run(options: Options) -> int:
     """Run the demo; returns 0, or 1 where a part of the claim did not show."""
-    console = Console(highlight=False)
     if options.threads:
         torch.set_num_threads(options.threads)
+    tasks = [gpt_task(options.data) if name == "gpt" else digits_task() for name in options.tasks]
+    return run_tasks([_resized(task, options) for task in tasks], options)
+
+
+def run_tasks(tasks: list[Task], options: Options) -> int:
+    """Train and report; the data is loaded."""
+    console = Console(highlight=False)
     started = time.perf_counter()
-    where = _device_line(options)
-    console.print(where)
-    console.print(_method(options), end="\n\n")
-    tasks = [
-        _resized(gpt_task(options.data) if name == "gpt" else digits_task(), options)
-        for name in options.tasks
-    ]
+    console.print(_machine(options), _method(options), sep="\n", end="\n\n")
     outcomes = [_train(task, options, console) for task in tasks]
     for outcome in outcomes:
-        console.print(table(outcome), _lost_line(outcome), sep="\n", end="\n\n")
+        console.print(table(outcome), outcome.lost_line(), sep="\n", end="\n\n")
     findings = [finding for outcome in outcomes for finding in outcome.findings()]
     for finding in findings:
         console.print(
-            f"{'yes' if finding.held else 'NO '}  {finding.text}", style=None if finding.held else "bold red"
+            "yes " if finding.held else "NO  ", finding.text, style="" if finding.held else "bold red"
         )
-    draw(outcomes, options.picture, where)
-    console.print(f"picture: {options.picture}    time: {time.perf_counter() - started:.0f} s")
-    failed = [finding for finding in findings if not finding.held]
+    draw(outcomes, options.picture, _machine(options))
+    console.print(
+        f"picture: {options.picture}    time: {time.perf_counter() - started:.0f} s", soft_wrap=True
+    )
+    failed = sum(not finding.held for finding in findings)
     if failed:
         console.print(
-            f"The claim did not hold in {len(failed)} of {len(findings)} points on this run.",
-            style="bold red",
+            f"The claim did not hold in {failed} of {len(findings)} points on this run.", style="bold red"
         )
     return 1 if failed else 0
 
 
 def _resized(task: Task, options: Options) -> Task:
-    steps = options.steps or (task.steps // QUICK if options.quick else task.steps)
-    return replace(task, steps=steps)
+    return replace(task, steps=options.steps or (task.steps // QUICK if options.quick else task.steps))
 
 
 def _train(task: Task, options: Options, console: Console) -> Outcome:
-    with new_progress(console=console) as progress:
-        row = progress.add_task(f"{task.name}  pre-training in FP32", total=task.pretrain_steps, note="")
-        base = pretrain(task, options, lambda: progress.advance(row))
-        bars = None
+    bars = Bars(console, task)
+    with bars.progress:
+        base = pretrain(task, options, on_step=bars.pretrained)
         for runs in finetune(task, base, options):
-            bars = bars or Bars(progress, task, runs)
-            bars.advance()
+            bars.finetuned(runs)
     return Outcome(task, runs)
 
 
-def _lost_line(outcome: Outcome) -> str:
-    shares = " and ".join(f"{share:.0%} in {name.upper()}" for name, share in outcome.reference.lost.items())
-    return f"Halfway, weights without masters would round away {shares} of FP32's updates."
-
-
-def _device_line(options: Options) -> str:
-    name = "CPU" if options.device.type == "cpu" else torch.cuda.get_device_name(options.device)
-    threads = f", {torch.get_num_threads()} threads" if options.device.type == "cpu" else ""
-    return f"torch {torch.__version__}, Python {platform.python_version()}, {name}{threads}, lr {options.learning_rate:g}"
+def _machine(options: Options) -> str:
+    if options.device.type == "cuda":
+        name = torch.cuda.get_device_name(options.device)
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads"
+    return (
+        f"torch {torch.__version__}, Python {platform.python_version()}, {name}, lr {options.learning_rate:g}"
+    )
 
 
 def _method(options: Options) -> str:
-    scale = f"2**{log2(options.init_scale):g}"
     text = (
-        f"Fine-tuning at lr {options.learning_rate:g}; BERT's was 2e-5 to 5e-5 (arXiv:1810.04805). At such rates many updates are"
-        f" smaller than half the distance between two neighbouring 16-bit weights. FP16 starts at loss scale {scale}, too large on"
-        " purpose: an overflowing step is skipped and its batch tried again, so all runs make the same updates on the same batches."
-        f' The yardstick for "matches" is FP32 itself on {EXTRA_ORDERS} other orders of the batches.'
+        f"Fine-tuning at lr {options.learning_rate:g} (BERT's was 2e-5 to 5e-5, arXiv:1810.04805): many "
+        "updates are then smaller than half the distance between two neighbouring 16-bit weights. The loss "
+        f"scale of FP16 starts at 2**{log2(options.init_scale):g}, too large on purpose: an overflowing step "
+        "is skipped and its batch tried again, so that all runs make the same updates on the same batches. "
+        f"The yardstick is FP32 itself on {EXTRA_ORDERS} other orders of the batches."
     )
     if options.device.type == "cpu":
-        text += " On a CPU, 16-bit layers multiply in FP32 and round the result, in both stacks; tensor cores do the same."
+        text += " On a CPU, 16-bit layers multiply in FP32 and round the result, as tensor cores do."
     return text

@@ -20,7 +20,7 @@ CODE_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Task:
-    """``pretrain(seed, step)`` and ``finetune(seed, step)`` give the batch of one step; the same for the same numbers."""
+    """``pretrain(seed, step)`` and ``finetune(seed, step)`` give a step's batch, always the same one."""
 
     name: str
     story: str
@@ -47,7 +47,7 @@ def gpt_task(data: Path | None) -> Task:
         pretrain=lambda seed, step: _windows(code_bytes, _draw(seed, step, len(code) - CONTEXT - 1, 16)),
         finetune=lambda seed, step: _windows(learn, _draw(seed, step, len(learn) - CONTEXT - 1, 16)),
         held_out=_windows(keep, starts),
-        steps=200,
+        steps=160,
     )
 
 
@@ -71,7 +71,7 @@ def digits_task() -> Task:
         pretrain=lambda seed, step: batch(images, seed, step),
         finetune=lambda seed, step: batch(mirrored, seed, step),
         held_out=(mirrored[learn:], labels[learn:]),
-        steps=800,
+        steps=600,
     )
 
 

@@ -20,14 +20,14 @@ from fusedamp.demo.tasks import Batch, Task
 
 GROWTH_INTERVAL = 50  # torch's default of 2000 steps would never be reached here
 MAX_NORM = 1.0
-MAX_ATTEMPTS = 200
-EVALUATIONS = 20
+MAX_ATTEMPTS = 100
+EVALUATIONS = 12
 EXTRA_ORDERS = 3
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Which stack trains, in which format, and on which order of batches."""
+    """Which stack trains, in which format, and on which order of the batches."""
 
     stack: str  # "torch" or "fusedamp"
     dtype: str
@@ -38,22 +38,25 @@ class Variant:
     def name(self) -> str:
         if self.order:
             return f"FP32 torch, batch order {self.order + 1}"
-        how = {"torch": "torch AMP", "fusedamp": "fusedamp"}[self.stack]
-        if self.dtype == "fp32":
-            how = how.replace(" AMP", "")
-        return f"{self.dtype.upper()} {how}" + ("" if self.masters else ", no masters")
+        amp = " AMP" if self.stack == "torch" and self.dtype != "fp32" else ""
+        return f"{self.dtype.upper()} {self.stack}{amp}{'' if self.masters else ', no masters'}"
 
 
 REFERENCE = Variant("torch", "fp32")
 
 
 def variants(dtypes: tuple[str, ...]) -> list[Variant]:
-    """The FP32 reference, every wanted format in both stacks, and FP32 again on other orders of the batches."""
+    """The FP32 reference, every wanted format in both stacks, and FP32 on other orders of the batches."""
     rows = [REFERENCE]
     for dtype in dtypes:
-        rows += [Variant("torch", dtype)] if dtype != "fp32" else []
-        rows += [Variant("fusedamp", dtype)]
-        rows += [Variant("fusedamp", dtype, masters=False)] if dtype != "fp32" else []
+        if dtype == "fp32":
+            rows.append(Variant("fusedamp", dtype))
+        else:
+            rows += [
+                Variant("torch", dtype),
+                Variant("fusedamp", dtype),
+                Variant("fusedamp", dtype, masters=False),
+            ]
     return rows + [Variant("torch", "fp32", order=k) for k in range(1, EXTRA_ORDERS + 1)]
 
 
@@ -66,40 +69,41 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     device: torch.device
-    losses: list[float] = field(default_factory=list)
-    scales: list[float] = field(default_factory=list)  # one per attempt
-    skipped: list[int] = field(default_factory=list)  # attempts that overflowed
+    losses: list[float] = field(default_factory=list)  # one per step
     phase_s: list[float] = field(default_factory=list)  # one per step: unscale, clip, step, update
+    scales: list[float] = field(default_factory=list)  # one per attempt
+    skipped: list[int] = field(default_factory=list)  # which attempts overflowed
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)  # steps done, loss, accuracy
-    lost: dict[str, float] = field(
-        default_factory=dict
-    )  # format -> share of updates lost without masters, halfway
+    lost: dict[str, float] = field(default_factory=dict)  # format -> `lost_updates` halfway
 
     @classmethod
     def start(cls, variant: Variant, base: nn.Module, options: Options) -> Run:
-        dtype, device = DTYPES[variant.dtype], options.device
-        model = copy.deepcopy(base)
-        scaling = {
-            "init_scale": options.init_scale,
-            "growth_interval": GROWTH_INTERVAL,
-            "enabled": variant.dtype == "fp16",
-        }
+        """Start from ``base``: torch keeps its weights in FP32, fusedamp turns them into ``dtype``."""
+        model, lr = copy.deepcopy(base), options.learning_rate
+        scaler_class = torch.amp.GradScaler if variant.stack == "torch" else fusedamp.GradScaler
+        scaler = scaler_class(
+            options.device.type,
+            init_scale=options.init_scale,
+            growth_interval=GROWTH_INTERVAL,
+            enabled=variant.dtype == "fp16",
+        )
+        optimizer: torch.optim.Optimizer
         if variant.stack == "torch":
-            optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, fused=True)
-            return cls(variant, model, optimizer, torch.amp.GradScaler(device.type, **scaling), device)
-        model.to(dtype)
-        masters = "auto" if variant.masters else "none"
-        optimizer = fusedamp.optim.AdamW(model.parameters(), lr=options.learning_rate, master_weights=masters)
-        return cls(variant, model, optimizer, fusedamp.GradScaler(device.type, **scaling), device)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+        else:
+            model.to(DTYPES[variant.dtype])
+            masters = "auto" if variant.masters else "none"
+            optimizer = fusedamp.optim.AdamW(model.parameters(), lr=lr, master_weights=masters)
+        return cls(variant, model, optimizer, scaler, options.device)
 
     def step(self, batch: Batch) -> None:
-        """Train on ``batch``; where a gradient overflows, the scaler backs off and the batch is tried again."""
+        """Train on ``batch``; where gradients overflow, the scaler backs off and the batch is tried again."""
         for _ in range(MAX_ATTEMPTS):
             if self._attempt(batch):
                 return
         raise DemoError(
-            f"{self.variant.name}: {MAX_ATTEMPTS} attempts in a row overflowed at step {len(self.phase_s)}, scale"
-            f" {self.scaler.get_scale():g}; the weights are no longer finite or --init-scale is out of reach"
+            f"{self.variant.name} overflowed {MAX_ATTEMPTS} times in a row at step {len(self.losses)}, down"
+            f" to scale {self.scaler.get_scale():g}: the weights are no longer finite; try a smaller --lr"
         )
 
     def _attempt(self, batch: Batch) -> bool:
@@ -108,11 +112,11 @@ class Run:
         before = self.scaler.get_scale()
         self.scaler.scale(loss).backward()
         started = self._now()
-        if self.variant.stack == "torch":
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
-        else:
+        if isinstance(self.scaler, fusedamp.GradScaler):
             self.scaler.clip_grad_norm_(self.optimizer, MAX_NORM)
+        else:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         spent = self._now() - started
@@ -126,17 +130,17 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> None:
-        """Loss and accuracy on the held-out batch."""
+        """Record loss and accuracy on the held-out batch."""
         loss, accuracy = self._loss(batch)
-        self.evaluations.append((len(self.phase_s), loss.item(), accuracy.item()))
+        self.evaluations.append((len(self.losses), loss.item(), accuracy.item()))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         x, y = (tensor.to(self.device) for tensor in batch)
+        if x.is_floating_point():
+            x = x.to(next(self.model.parameters()).dtype)
         autocast = self.variant.stack == "torch" and self.variant.dtype != "fp32"
         with torch.autocast(self.device.type, DTYPES[self.variant.dtype]) if autocast else nullcontext():
-            weight_dtype = next(self.model.parameters()).dtype
-            logits = self.model(x.to(weight_dtype) if x.is_floating_point() else x)
-        logits = logits.float().flatten(0, -2)
+            logits = self.model(x).float().flatten(0, -2)
         return F.cross_entropy(logits, y.flatten()), (logits.argmax(1) == y.flatten()).float().mean()
 
     def _now(self) -> float:
@@ -144,33 +148,43 @@ class Run:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
+    def weights(self) -> list[Tensor]:
+        """A copy of the parameters."""
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
     @property
     def train_loss(self) -> float:
+        """Mean over the last 20 batches."""
         tail = self.losses[-20:]
         return sum(tail) / len(tail)
 
     @property
+    def held_out_loss(self) -> float:
+        return self.evaluations[-1][1]
+
+    @property
     def bytes_per_param(self) -> float:
         """Weights, gradients, masters and states as they lie in memory now."""
-        params = list(self.model.parameters())
-        state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
-        held = [*params, *(p.grad for p in params if p.grad is not None), *state]
-        return sum(t.numel() * t.element_size() for t in held) / sum(p.numel() for p in params)
+        parameters = list(self.model.parameters())
+        state = [
+            t for entry in self.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)
+        ]
+        held = [*parameters, *(p.grad for p in parameters if p.grad is not None), *state]
+        return sum(t.numel() * t.element_size() for t in held) / sum(p.numel() for p in parameters)
 
 
 def phase_ratio(run: Run, rival: Run) -> float:
-    """How many times longer ``rival``'s optimizer phase takes: the median over paired steps."""
+    """How many times longer the optimizer phase of ``rival`` takes: the median over paired steps."""
     return median(theirs / ours for ours, theirs in zip(run.phase_s, rival.phase_s, strict=True))
 
 
-@torch.no_grad()
 def lost_updates(before: list[Tensor], after: list[Tensor], dtype: torch.dtype) -> float:
     """Share of the updates that a weight kept in ``dtype`` alone would round away."""
     lost = moved = 0
     for old, new in zip(before, after, strict=True):
         update, rounded = new - old, old.to(dtype)
-        unchanged = (rounded.float() + update).to(dtype) == rounded
-        lost += int((unchanged & (update != 0)).sum())
+        stays = (rounded.float() + update).to(dtype) == rounded
+        lost += int((stays & (update != 0)).sum())
         moved += int((update != 0).sum())
     return lost / max(moved, 1)
 
@@ -180,8 +194,7 @@ def pretrain(task: Task, options: Options, on_step: Callable[[], None]) -> nn.Mo
     torch.manual_seed(options.seed)
     model = task.make_model().to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.pretrain_lr, fused=True)
-    scaler = torch.amp.GradScaler(options.device.type, enabled=False)
-    run = Run(REFERENCE, model, optimizer, scaler, options.device)
+    run = Run(REFERENCE, model, optimizer, torch.amp.GradScaler(enabled=False), options.device)
     for step in range(task.pretrain_steps):
         run.step(task.pretrain(options.seed, step))
         on_step()
@@ -189,19 +202,23 @@ def pretrain(task: Task, options: Options, on_step: Callable[[], None]) -> nn.Mo
 
 
 def finetune(task: Task, base: nn.Module, options: Options) -> Iterator[list[Run]]:
-    """Train all variants step by step, side by side, and yield the runs after each step; the reference comes first."""
+    """Train all variants step by step, side by side; yields the runs after each step, the reference first."""
     runs = [Run.start(variant, base, options) for variant in variants(options.dtypes)]
     every = max(1, task.steps // EVALUATIONS)
-    for step in range(task.steps + 1):
-        if step % every == 0 or step == task.steps:
-            for run in runs:
-                run.evaluate(task.held_out)
-        if step == task.steps:
-            return
-        before = [p.detach().clone() for p in runs[0].model.parameters()] if step == task.steps // 2 else None
+    for step in range(task.steps):
+        if step % every == 0:
+            _evaluate(runs, task)
+        before = runs[0].weights() if step == task.steps // 2 else []
         for run in runs:
             run.step(task.finetune(options.seed + run.variant.order, step))
         if before:
-            after = [p.detach() for p in runs[0].model.parameters()]
+            after = runs[0].weights()
             runs[0].lost = {name: lost_updates(before, after, DTYPES[name]) for name in ("fp16", "bf16")}
+        if step == task.steps - 1:
+            _evaluate(runs, task)
         yield runs
+
+
+def _evaluate(runs: list[Run], task: Task) -> None:
+    for run in runs:
+        run.evaluate(task.held_out)

@@ -1,0 +1,70 @@
+"""What `fusedamp.capabilities` says of known devices, faked where this machine has none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fusedamp.capabilities import capabilities, cpu_capability, gpu_capability
+
+GPUS = [  # name, compute capability, has (fp16, bf16, tf32, fp8), recommended
+    ("Tesla P100-PCIE-16GB", (6, 0), (False, False, False, False), torch.float32),
+    ("Tesla V100-SXM2-16GB", (7, 0), (True, False, False, False), torch.float16),
+    ("Tesla T4", (7, 5), (True, False, False, False), torch.float16),
+    ("NVIDIA GeForce RTX 2080 Ti", (7, 5), (True, False, False, False), torch.float16),
+    ("NVIDIA GeForce GTX 1660 Ti", (7, 5), (False, False, False, False), torch.float32),
+    ("NVIDIA GeForce MX450", (7, 5), (False, False, False, False), torch.float32),
+    ("NVIDIA T1000 8GB", (7, 5), (False, False, False, False), torch.float32),
+    ("NVIDIA A100-SXM4-80GB", (8, 0), (True, True, True, False), torch.bfloat16),
+    ("NVIDIA GeForce RTX 3090", (8, 6), (True, True, True, False), torch.bfloat16),
+    ("Orin", (8, 7), (True, True, True, False), torch.bfloat16),
+    ("NVIDIA RTX 6000 Ada Generation", (8, 9), (True, True, True, True), torch.bfloat16),
+    ("NVIDIA H100 80GB HBM3", (9, 0), (True, True, True, True), torch.bfloat16),
+    ("NVIDIA GeForce RTX 5090", (12, 0), (True, True, True, True), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("name", "version", "units", "choice"), GPUS, ids=[gpu[0] for gpu in GPUS])
+def test_gpu_rules(name, version, units, choice):
+    """The formats of each generation, and the Turing boards that report 7.5 without having tensor cores."""
+    found = gpu_capability(1, name, version)
+    assert (found.fp16, found.bf16, found.tf32, found.fp8) == units
+    assert found.recommended is choice
+    assert found.device == "cuda:1"
+    assert found.features == (f"compute capability {version[0]}.{version[1]}",)
+    assert found.why
+
+
+def test_rocm_devices_are_not_judged_by_nvidia_rules(monkeypatch):
+    """torch calls an AMD GPU cuda:0 and 9.4; that is no compute capability."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    found = gpu_capability(0, "AMD Instinct MI300X", (9, 4))
+    assert found.recommended is torch.float32
+    assert not found.fp16
+    assert not found.fp8
+    assert "ROCm" in found.why
+
+
+@pytest.mark.parametrize(
+    ("flags", "units", "choice", "reason"),
+    [
+        ("fpu sse2", (False, False), torch.float32, "unknown"),
+        ("avx2 f16c fma", (False, False), torch.float32, "no BF16"),
+        ("avx2 avx512f avx512_bf16", (False, False), torch.bfloat16, "avx512_bf16"),
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile amx_bf16", (False, True), torch.bfloat16, "amx_bf16"),
+        ("avx512_fp16 amx_bf16 amx_fp16", (True, True), torch.bfloat16, "amx_bf16"),
+        ("fp asimd asimdhp bf16 sve", (False, False), torch.bfloat16, "(bf16)"),
+    ],
+)
+def test_cpu_rules(flags, units, choice, reason):
+    """Matrix units are AMX; BF16 is advised where the CPU multiplies it in hardware."""
+    found = cpu_capability(flags.split(), "some CPU")
+    assert (found.fp16, found.bf16) == units
+    assert found.recommended is choice
+    assert reason in found.why
+
+
+def test_the_machine_at_hand():
+    """One entry for the CPU, then one per GPU."""
+    found = capabilities()
+    assert [c.device for c in found] == ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    assert all(c.name and c.why for c in found)
