@@ -49,7 +49,7 @@ void packed_step_(Tensor rows, Tensor grads, Tensor like, std::string op, int64_
 
 void unscale_(Tensors grads, Tensor inv_scale, Tensor found_inf) {
   if (grads.empty()) return;
-  const auto rows = grad_rows("unscale_", grads);
+  const auto rows = grad_rows("unscale_", grads, true);
   const float inv = *scalar_at("unscale_", "inv_scale", inv_scale, grads[0]);
   float* found = scalar_at("unscale_", "found_inf", found_inf, grads[0]);
   if (cpu::unscale(rows, inv, parallel)) *found = 1.0f;

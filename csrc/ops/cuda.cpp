@@ -62,27 +62,45 @@ void step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensor
   cuda::step(Call(params[0]).device(), rule, rows, scalars);
 }
 
+void packed_step_(Tensor rows, Tensor grads, Tensor like, std::string op, int64_t states, double lr,
+                  std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor, OptionalTensor inv_scale,
+                  OptionalTensor clip_coef, OptionalTensor found_inf) {
+  const StepScalars scalars = step_scalars(op, like, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf);
+  cuda::step(Call(like).device(), rule_for(op, 1, states), packed_step_rows(rows, grads), scalars);
+}
+
 void unscale_(Tensors grads, Tensor inv_scale, Tensor found_inf) {
   if (grads.empty()) return;
-  const auto rows = grad_rows("unscale_", grads);
+  const auto rows = grad_rows("unscale_", grads, true);
   const float* inv = scalar_at("unscale_", "inv_scale", inv_scale, grads[0]);
   float* found = scalar_at("unscale_", "found_inf", found_inf, grads[0]);
   cuda::unscale(Call(grads[0]).device(), rows, inv, found);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> grad_stats(Tensors grads, OptionalTensor inv_scale, double norm_type) {
-  STD_TORCH_CHECK(!grads.empty(), "[grad_stats] grads is empty; expected at least one tensor");
-  const auto n = static_cast<int64_t>(grads.size());
-  const auto rows = grad_rows("grad_stats", grads);
-  const float* inv = scalar_at("grad_stats", "inv_scale", inv_scale, grads[0]);
-  Tensor found_inf = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
-  Tensor total = torch::stable::new_empty(grads[0], {}, ScalarType::Double);
-  Tensor per_tensor = torch::stable::new_empty(grads[0], {n}, ScalarType::Double);
-  Tensor counts = torch::stable::new_empty(grads[0], {n, 3}, ScalarType::Long);
-  const cuda::StatsOutputs out = {static_cast<float*>(found_inf.data_ptr()), static_cast<double*>(total.data_ptr()),
-                                  static_cast<double*>(per_tensor.data_ptr()), static_cast<int64_t*>(counts.data_ptr())};
-  cuda::grad_stats(Call(grads[0]).device(), rows, inv, norm_type, out);
+using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Stats stats_of(const std::vector<GradRow>& rows, const Tensor& like, const OptionalTensor& inv_scale,
+               double norm_type) {
+  const auto n = static_cast<int64_t>(rows.size());
+  const float* inv = scalar_at("grad_stats", "inv_scale", inv_scale, like);
+  Tensor found_inf = torch::stable::new_empty(like, {}, ScalarType::Float);
+  Tensor total = torch::stable::new_empty(like, {}, ScalarType::Double);
+  Tensor per_tensor = torch::stable::new_empty(like, {n}, ScalarType::Double);
+  Tensor counts = torch::stable::new_empty(like, {n, 3}, ScalarType::Long);
+  const cuda::StatsOutputs out = {
+      static_cast<float*>(found_inf.data_ptr()), static_cast<double*>(total.data_ptr()),
+      static_cast<double*>(per_tensor.data_ptr()), static_cast<int64_t*>(counts.data_ptr())};
+  cuda::grad_stats(Call(like).device(), rows, inv, norm_type, out);
   return {found_inf, total, per_tensor, counts};
+}
+
+Stats grad_stats(Tensors grads, OptionalTensor inv_scale, double norm_type) {
+  STD_TORCH_CHECK(!grads.empty(), "[grad_stats] grads is empty; expected at least one tensor");
+  return stats_of(grad_rows("grad_stats", grads), grads[0], inv_scale, norm_type);
+}
+
+Stats packed_grad_stats(Tensor rows, Tensor like, OptionalTensor inv_scale, double norm_type) {
+  return stats_of(packed_grad_rows(rows), like, inv_scale, norm_type);
 }
 
 void update_scale_(Tensor scale, Tensor growth_tracker, OptionalTensor hysteresis_tracker, Tensor found_inf,
@@ -106,6 +124,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedamp, CUDA, m) {
   m.impl("unscale_", TORCH_BOX(&unscale_));
   m.impl("grad_stats", TORCH_BOX(&grad_stats));
   m.impl("update_scale_", TORCH_BOX(&update_scale_));
+  m.impl("packed_step_", TORCH_BOX(&packed_step_));
+  m.impl("packed_grad_stats", TORCH_BOX(&packed_grad_stats));
 #define FUSEDAMP_OP(op, Hyper) m.impl(#op "_", TORCH_BOX(&step<kName_##op>));
 #include "../math/optimizers.def"
 }

@@ -156,6 +156,39 @@ T* one_element(const std::string& op, const Name& name, const OptionalTensor& sc
   return static_cast<T*>(data_of(op, name, *scalar));
 }
 
+// Memory that an op touches: where it lies, and the names to tell if it should not lie there.
+struct Span {
+  const char *begin, *end;
+  bool written;
+  Name name;
+  const Tensor* tensor;
+};
+
+void add_span(std::vector<Span>& spans, bool written, const Name& name, const Tensor& t, const void* data,
+              int64_t bytes) {
+  const char* begin = static_cast<const char*>(data);
+  if (t.numel() > 0) spans.push_back({begin, begin + t.numel() * bytes, written, name, &t});
+}
+
+// What is written must have its memory to itself: two threads would write it, and a tensor given twice would be
+// stepped twice. What is only read may be shared.
+void need_own_memory(const std::string& op, std::vector<Span>& spans) {
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  const Span *read = nullptr, *write = nullptr;  // of those so far, the ones that end last
+  for (const Span& span : spans) {
+    const Span* other = write && span.begin < write->end                 ? write
+                        : span.written && read && span.begin < read->end ? read
+                                                                         : nullptr;
+    if (other) {
+      const Span &one = span.written ? span : *other, &two = span.written ? *other : span;
+      fail(op, one.name, " (shape ", list_text(one.tensor->sizes()), ") shares memory with ", two.name,
+           "; expected memory of its own for all that the op writes. Pass each tensor once, or a clone()");
+    }
+    const Span*& last = span.written ? write : read;
+    if (!last || last->end < span.end) last = &span;
+  }
+}
+
 int64_t packed_count(const std::string& op, const Tensor& packed, int64_t columns) {
   if (packed.scalar_type() != ScalarType::Long || !packed.is_cpu() || !packed.is_contiguous() ||
       packed.numel() % columns != 0)
@@ -173,6 +206,8 @@ std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
   if (!lists.masters.empty()) need_length(op, "masters", lists.masters.size(), n, "one per param, or none at all");
 
   std::vector<StepRow> rows(n);
+  std::vector<Span> spans;
+  spans.reserve(n * 7);
   for (size_t i = 0; i < n; ++i) {
     const Tensor& param = lists.params[i];
     StepRow& row = rows[i];
@@ -203,19 +238,30 @@ std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
       row.states[j] = data_like(op, "states", j * n + i, state, param);
     }
     row.step = one_element<float>(op, at("steps", i), lists.steps[i], param, ScalarType::Float, "float32");
+
+    add_span(spans, true, name, param, row.param, size_of(row.param_dtype));
+    add_span(spans, false, at("grads", i), lists.grads[i], row.grad, size_of(row.grad_dtype));
+    if (row.master) add_span(spans, true, at("masters", i), lists.masters[i], row.master, sizeof(float));
+    for (size_t j = 0; j < lists.states.size() / n; ++j)
+      add_span(spans, true, at("states", j * n + i), lists.states[j * n + i], row.states[j], wide ? 8 : 4);
+    add_span(spans, true, at("steps", i), lists.steps[i], row.step, sizeof(float));
   }
+  need_own_memory(op, spans);
   return rows;
 }
 
-std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads) {
+std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool written) {
   std::vector<GradRow> rows(grads.size());
+  std::vector<Span> spans;
   for (size_t i = 0; i < grads.size(); ++i) {
     const Name name = at("grads", i);
     need_device(op, name, grads[i], at("grads", 0), grads[0]);
     rows[i].dtype = dtype_of(op, name, grads[i]);
     rows[i].grad = data_of(op, name, grads[i]);
     rows[i].numel = grads[i].numel();
+    if (written) add_span(spans, true, name, grads[i], rows[i].grad, size_of(rows[i].dtype));
   }
+  need_own_memory(op, spans);
   return rows;
 }
 

@@ -22,7 +22,7 @@ struct StepLists {
 };
 
 std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists);
-std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads);
+std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool written = false);
 
 // Rows that Python packed into int64 tensors on the CPU, of tensors that it has checked and keeps alive.
 // Step rows, [n, 8]: param, master (or 0), three states (or 0), step, numel, param dtype + 256 * gradient dtype; grads,

@@ -1,8 +1,10 @@
 """Loads the op libraries, and tells torch the shapes of what the ops return."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 _HERE = Path(__file__).parent
 
@@ -25,12 +27,22 @@ HAS_CUDA_OPS: bool = torch.version.cuda is not None and _load("fusedamp_cuda")
 
 STEP_OPS = ("adamw_", "adam_", "sgd_")
 
+
+def _need_one_kind(*args: Any, **kwargs: Any) -> None:
+    """Tensors without data are also here when they share a call with real ones, which must not pass
+    unnoticed."""
+    kinds = {t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+    if len(kinds) > 1:
+        raise RuntimeError("some tensors are on the meta device and others are not")
+
+
 for _name in ("unscale_", "update_scale_", *STEP_OPS):
-    torch.library.register_fake(f"fusedamp::{_name}", lambda *args, **kwargs: None)
+    torch.library.register_fake(f"fusedamp::{_name}", _need_one_kind)
 
 
 @torch.library.register_fake("fusedamp::grad_stats")
 def _grad_stats_shapes(grads, inv_scale=None, norm_type=2.0):
+    _need_one_kind(grads, inv_scale)
     like = grads[0]
     return (
         like.new_empty((), dtype=torch.float32),

@@ -2,9 +2,9 @@
 TypeError, and version counters that autograd can trust.
 
 Every tensor of a call lives on one device. Lists mix float16, bfloat16, float32 and float64 freely. Tensors
-are dense in memory (no gaps or overlaps) in any order of dimensions; what belongs to a parameter has its shape
-and strides. Empty and 0-dim tensors and views at any offset are fine, and so is an empty list: there is nothing
-to do then. Nothing synchronises with the host, and a call that raises has changed nothing.
+are dense in memory (no gaps or overlaps) in any order of dimensions; what belongs to a parameter has its
+shape and strides. Empty and 0-dim tensors and views at any offset are fine, and so is an empty list: there
+is nothing to do then. Nothing synchronises with the host, and a call that raises has changed nothing.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _library, packed
+from . import _library, arguments, packed
 
 __all__ = ["GradStats", "adam_", "adamw_", "grad_stats", "sgd_", "unscale_", "update_scale_"]
 
@@ -47,7 +47,8 @@ def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> N
     Raises: ValueError naming the op, the index, what it got, what it wanted.
     Cost: reads and writes each gradient once; no host sync.  Source: arXiv:1710.03740, section 3.2.
     """
-    if not len(grads):
+    arguments.need_lists("unscale_", grads=grads)
+    if not grads:
         return
     _call("unscale_", grads, inv_scale, found_inf)
     _bump(grads, [found_inf])
@@ -68,9 +69,10 @@ def grad_stats(grads: Sequence[Tensor], inv_scale: Tensor | None = None, norm_ty
     Raises: ValueError naming the op, the index, what it got, what it wanted.
     Cost: reads each gradient once; no host sync.
     """
-    if not len(grads):
+    arguments.need_lists("grad_stats", grads=grads)
+    if not grads:
         raise ValueError("[grad_stats] grads is empty; expected at least one tensor")
-    norm_type = float(norm_type)
+    norm_type = arguments.number("grad_stats", "norm_type", norm_type)
     if not norm_type >= 0.0:
         raise ValueError(f"[grad_stats] norm_type is {norm_type}; expected a number from 0 to inf")
     if (fields := packed.read(grads)) is not None:
@@ -109,24 +111,28 @@ def update_scale_(
     Raises: ValueError naming the argument, what it got, what it wanted.
     Cost: one element; no host sync.  Source: arXiv:1710.03740, section 3.2.
     """
+    op = "update_scale_"
+    factors = dict(
+        growth_factor=growth_factor, backoff_factor=backoff_factor, min_scale=min_scale, max_scale=max_scale
+    )
+    factors = {name: arguments.number(op, name, value) for name, value in factors.items()}
+    for name, value in dict(growth_interval=growth_interval, hysteresis=hysteresis).items():
+        if not isinstance(value, int) or (name == "hysteresis" and value < 1):
+            raise ValueError(f"[{op}] {name} is {value!r}; expected a whole number from 1")
     if hysteresis > 1 and hysteresis_tracker is None:
         raise ValueError(
-            f"[update_scale_] hysteresis is {hysteresis}; expected a hysteresis_tracker (int32, 1 element) "
-            f"with it"
+            f"[{op}] hysteresis is {hysteresis}; expected a hysteresis_tracker (int32, 1 element) with it"
         )
     _call(
-        "update_scale_",
+        op,
         scale,
         growth_tracker,
         hysteresis_tracker,
         found_inf,
-        growth_factor=float(growth_factor),
-        backoff_factor=float(backoff_factor),
-        growth_interval=int(growth_interval),
-        min_scale=float(min_scale),
-        max_scale=float(max_scale),
-        hysteresis=int(hysteresis),
+        growth_interval=growth_interval,
+        hysteresis=hysteresis,
         refill_on_good_step=bool(refill_on_good_step),
+        **factors,
     )
     _bump([scale, growth_tracker], [] if hysteresis_tracker is None else [hysteresis_tracker])
 
@@ -195,7 +201,8 @@ def adamw_(
     found_inf: Tensor | None = None,
 ) -> None:
     states = _adam_states("adamw_", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad)
-    hyper = [betas[0], betas[1], eps, weight_decay]
+    beta1, beta2 = arguments.pair("adamw_", "betas", betas)
+    hyper = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     _step(
         "adamw_", params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf
     )
@@ -227,7 +234,8 @@ def adam_(
     found_inf: Tensor | None = None,
 ) -> None:
     states = _adam_states("adam_", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad)
-    hyper = [betas[0], betas[1], eps, weight_decay]
+    beta1, beta2 = arguments.pair("adam_", "betas", betas)
+    hyper = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     _step(
         "adam_", params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf
     )
@@ -257,19 +265,19 @@ def sgd_(
     clip_coef: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    if bool(len(momentum_buffers)) != (momentum != 0.0 and len(params) > 0):
+    arguments.need_lists("sgd_", params=params, momentum_buffers=momentum_buffers)
+    if bool(momentum_buffers) != (momentum != 0.0 and len(params) > 0):
         raise ValueError(
             f"[sgd_] momentum_buffers has {len(momentum_buffers)} tensors with momentum={momentum}; expected "
-            f"one per param "
-            "with momentum, none without"
+            "one per param with momentum, none without"
         )
-    hyper = [momentum, dampening, weight_decay, float(nesterov)]
+    hyper = dict(momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
     _step(
         "sgd_",
         params,
         grads,
         masters,
-        momentum_buffers,
+        dict(momentum_buffers=momentum_buffers),
         steps,
         lr,
         hyper,
@@ -280,73 +288,84 @@ def sgd_(
     )
 
 
-def _adam_states(op, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad) -> list[Tensor]:
-    if amsgrad != bool(len(max_exp_avg_sqs)) and len(exp_avgs):
+def _adam_states(op, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad) -> dict[str, Sequence[Tensor]]:
+    states = dict(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, max_exp_avg_sqs=max_exp_avg_sqs)
+    arguments.need_lists(op, **states)
+    if bool(amsgrad) != bool(max_exp_avg_sqs) and exp_avgs:
         raise ValueError(
             f"[{op}] max_exp_avg_sqs has {len(max_exp_avg_sqs)} tensors with amsgrad={amsgrad}; expected one "
-            f"per param with "
-            "amsgrad, none without"
+            "per param with amsgrad, none without"
         )
-    if not len(exp_avgs) == len(exp_avg_sqs) == (len(max_exp_avg_sqs) or len(exp_avgs)):
-        raise ValueError(
-            f"[{op}] exp_avgs, exp_avg_sqs and max_exp_avg_sqs have {len(exp_avgs)}, {len(exp_avg_sqs)} and "
-            f"{len(max_exp_avg_sqs)} tensors; expected one per param each"
-        )
-    return [*exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs]
+    return states
 
 
 def _step(
-    op, params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf
+    op: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    states: dict[str, Sequence[Tensor]],
+    steps: Sequence[Tensor],
+    lr: float | Tensor,
+    hyper: dict[str, float],
+    maximize: bool,
+    inv_scale: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    if not len(params) and not len(grads):
+    arguments.need_lists(op, params=params, grads=grads, masters=masters, steps=steps)
+    lengths = dict(grads=grads, **states, masters=masters, steps=steps)
+    for name, tensors in lengths.items():
+        if len(tensors) != len(params) and (tensors or name in ("grads", "exp_avgs", "exp_avg_sqs", "steps")):
+            raise ValueError(
+                f"[{op}] {name} has {len(tensors)} tensors; expected {len(params)}, one per param"
+                f"{', or none at all' if name == 'masters' else ''}"
+            )
+    if not params:
         return
+    flat = [state for tensors in states.values() for state in tensors]
     lr_tensor = None
-    if isinstance(lr, Tensor):
-        # Reading a CPU tensor waits for nothing; one on the device is read there.
-        lr, lr_tensor = (
-            (0.0, lr) if lr.device == params[0].device or lr.device.type != "cpu" else (lr.item(), None)
+    if isinstance(lr, Tensor) and isinstance(params[0], Tensor):
+        if lr.device == params[0].device or lr.device.type != "cpu" or lr.numel() != 1:
+            lr, lr_tensor = 0.0, lr
+        else:
+            lr = lr.item()  # reading a CPU tensor waits for nothing
+    try:
+        _call(
+            op,
+            params,
+            grads,
+            masters,
+            flat,
+            steps,
+            lr=arguments.number(op, "lr", lr),
+            hyper=[arguments.number(op, name, value) for name, value in hyper.items()],
+            maximize=bool(maximize),
+            lr_tensor=lr_tensor,
+            inv_scale=inv_scale,
+            clip_coef=clip_coef,
+            found_inf=found_inf,
         )
-    _call(
-        op,
-        params,
-        grads,
-        masters,
-        states,
-        steps,
-        lr=float(lr),
-        hyper=[float(h) for h in hyper],
-        maximize=bool(maximize),
-        lr_tensor=lr_tensor,
-        inv_scale=inv_scale,
-        clip_coef=clip_coef,
-        found_inf=found_inf,
-    )
-    _bump(params, masters, states, steps)
+    except (TypeError, ValueError) as error:
+        # The op has one list of states; the caller knows them by name.
+        names = [f"{name}[{i}]" for name, tensors in states.items() for i in range(len(tensors))]
+        text = re.sub(r"\bstates\[(\d+)\]", lambda match: names[int(match[1])], str(error))
+        raise type(error)(text) from None
+    _bump(params, masters, flat, steps)
 
 
 def _call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Calls the op. Its own complaints ("[op_] params[3] is ...") become ValueErrors without C++ line
     numbers."""
-    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-    if not isinstance(first, Tensor):
-        raise TypeError(f"[{op}] got a list of {type(first).__name__}; expected a list of tensors")
-    if first.is_meta:
-        raise ValueError(
-            f"[{op}] got tensors on the meta device, which have no data; move them with .to_empty() first"
-        )
+    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+    if isinstance(first, Tensor) and first.is_meta:
+        arguments.explain(op, RuntimeError(), args, kwargs, "")
     try:
         return getattr(torch.ops.fusedamp, op)(*args, **kwargs)
-    except NotImplementedError as error:
-        raise NotImplementedError(
-            f"[{op}] has no kernel for tensors on {first.device} in this build of fusedamp (CUDA ops: "
-            f"{'yes' if _library.HAS_CUDA_OPS else 'no'}). Build it with nvcc under a torch that has CUDA, "
-            f"or move the tensors "
-            "to the CPU"
-        ) from error
     except RuntimeError as error:
         complaint = re.search(r"\[\w+_?\] .+", str(error))
         if complaint is None:
-            raise
+            arguments.explain(op, error, args, kwargs, "yes" if _library.HAS_CUDA_OPS else "no")
         raise ValueError(complaint.group()) from None
 
 
