@@ -163,6 +163,20 @@ def test_master_weights_option_can_change():
         assert all(("master" in optimizer.state[p]) == has_master for p in params)
 
 
+def test_groups_added_later_are_stepped():
+    """Guards groups that join after the first step: they get masters and states of their own."""
+    first, second = make_params(torch.bfloat16, [(5,), (6,)])
+    optimizer = BY_NAME["adamw"].ours([first])
+    set_grads([first, second], 0)
+    optimizer.step()
+    optimizer.add_param_group({"params": [second]})
+    before = second.detach().clone()
+    optimizer.step()
+    assert not torch.equal(second, before)
+    assert [optimizer.state[p]["step"].item() for p in (first, second)] == [2, 1]
+    assert torch.equal(optimizer.state[second]["master"].bfloat16(), second)
+
+
 def test_versions_move():
     """Guards autograd: a step moves the version counter of every parameter, which torch's fused steps
     don't.

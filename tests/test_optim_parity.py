@@ -212,3 +212,28 @@ def test_small_steps_stall_without_masters_only(dtype):
     assert torch.equal(ends["master"], ends["fp32"])
     assert (ends["master"] - 0.9).abs().max() < 1e-3
     assert (ends["none"] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_second_moments_of_16_bit_parameters_do_not_stall(dtype):
+    """Guards FP32 states: 2000 gradients of 1 bring v to 1 - 0.999^2000; BF16 states stall before it."""
+    param = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    optimizer = BY_NAME["adamw"].ours([param], lr=0.0)
+    for _ in range(2000):
+        optimizer.step()
+    assert (optimizer.state[param]["exp_avg_sq"] - (1 - 0.999**2000)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", MAIN, ids=str)
+def test_nan_is_not_hidden(case, dtype):
+    """Guards steps without a scaler: a NaN gradient reaches its weight and states, and no other element."""
+    param = torch.nn.Parameter(torch.ones(9, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    param.grad[4] = float("nan")
+    optimizer = case.ours([param], **case.options)
+    optimizer.step()
+    for name, value in [("param", param), *optimizer.state[param].items()]:
+        if name != "step":
+            assert value.isnan().tolist() == [i == 4 for i in range(9)], name
