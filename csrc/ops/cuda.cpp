@@ -87,9 +87,9 @@ Stats stats_of(const std::vector<GradRow>& rows, const Tensor& like, const Optio
   Tensor total = torch::stable::new_empty(like, {}, ScalarType::Double);
   Tensor per_tensor = torch::stable::new_empty(like, {n}, ScalarType::Double);
   Tensor counts = torch::stable::new_empty(like, {n, 3}, ScalarType::Long);
-  const cuda::StatsOutputs out = {
-      static_cast<float*>(found_inf.data_ptr()), static_cast<double*>(total.data_ptr()),
-      static_cast<double*>(per_tensor.data_ptr()), static_cast<int64_t*>(counts.data_ptr())};
+  const cuda::StatsOutputs out = {static_cast<float*>(found_inf.data_ptr()), static_cast<double*>(total.data_ptr()),
+                                  static_cast<double*>(per_tensor.data_ptr()),
+                                  static_cast<int64_t*>(counts.data_ptr())};
   cuda::grad_stats(Call(like).device(), rows, inv, norm_type, out);
   return {found_inf, total, per_tensor, counts};
 }
@@ -107,8 +107,8 @@ void update_scale_(Tensor scale, Tensor growth_tracker, OptionalTensor hysteresi
                    double growth_factor, double backoff_factor, int64_t growth_interval, double min_scale,
                    double max_scale, int64_t hysteresis, bool refill_on_good_step) {
   const char* op = "update_scale_";
-  const LossScaleRule rule = {growth_factor, backoff_factor, min_scale,          max_scale,
-                              growth_interval, hysteresis,   refill_on_good_step};
+  const LossScaleRule rule = {growth_factor,   backoff_factor, min_scale,          max_scale,
+                              growth_interval, hysteresis,     refill_on_good_step};
   cuda::update_scale(Call(scale).device(), rule, scalar_at(op, "scale", scale, scale),
                      int_scalar_at(op, "growth_tracker", growth_tracker, scale),
                      int_scalar_at(op, "hysteresis_tracker", hysteresis_tracker, scale),

@@ -21,7 +21,8 @@ class ResidentTables {
   Tensor get(const void* table, int64_t bytes, cudaStream_t stream, const Tensor& like) {
     // A graph outlives this store and replays the uploads that it captured: it gets copies of its own.
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    const bool capturing = cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone;
+    const bool capturing =
+        cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone;
     if (capturing) return send(table, bytes, stream, like);
 
     const auto* content = static_cast<const char*>(table);
@@ -33,7 +34,8 @@ class ResidentTables {
         return e->copy;
       }
     }
-    entries_.push_front({stream, like.get_device_index(), {content, content + bytes}, send(table, bytes, stream, like)});
+    entries_.push_front(
+        {stream, like.get_device_index(), {content, content + bytes}, send(table, bytes, stream, like)});
     if (entries_.size() > kKept) entries_.pop_back();  // the allocator reuses memory in the order of the stream
     return entries_.front().copy;
   }

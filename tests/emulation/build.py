@@ -8,12 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HOST_FLAGS = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-ffp-contract=off"]
+HOST_FLAGS = [
+    "-std=c++17",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A compiler with its flags, and the geometry of the kernels: threads, elements of a chunk, words of a packet."""
+    """A compiler with its flags, and the kernels' geometry: threads, elements of a chunk, words of a packet."""
 
     name: str
     compilers: tuple[str, ...]  # the first one that is there
@@ -31,14 +39,26 @@ class Kind:
 
     def run(self, command: list[str], timeout: float = 500) -> subprocess.CompletedProcess:
         return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=timeout, env={**os.environ, **dict(self.environment)}
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            env={**os.environ, **dict(self.environment)},
         )
 
 
-ADDRESS = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
+ADDRESS = (
+    "-O1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+)
 THREAD = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=thread")
 GXX = "needs g++"
-CLANG = "ThreadSanitizer with fibers needs clang 17 or later (Debian: apt install clang-19 libclang-rt-19-dev)"
+CLANG = (
+    "ThreadSanitizer with fibers needs clang 17 or later (Debian: apt install clang-19 libclang-rt-19-dev)"
+)
 KINDS = {
     kind.name: kind
     for kind in (
@@ -59,7 +79,11 @@ KINDS = {
 def cuda_include() -> Path | None:
     """Where CUDA's headers are: beside nvcc, or in NVIDIA's Python wheels."""
     nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and str(Path(nvcc).resolve().parents[1])]
+    homes = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        nvcc and str(Path(nvcc).resolve().parents[1]),
+    ]
     places = [Path(home) / "include" for home in (*homes, "/usr/local/cuda") if home]
     return next((place for place in places if (place / "cuda_fp16.h").exists()), None)
 
@@ -80,7 +104,7 @@ def is_fresh(target: Path) -> bool:
 
 
 def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:
-    """Builds test_kernels or test_runtime out of the project in `root`; only what has changed. Returns the binary."""
+    """Builds test_kernels or test_runtime of the project in `root`, only what has changed; returns the binary."""
     compiler, emulation, csrc = kind.compiler(), root / "tests/emulation", root / "csrc"
     assert compiler, kind.missing
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-// Compiles the project's CUDA kernels with a host C++ compiler and runs them on the CPU. One CUDA thread is one fiber; the
-// fibers of a block meet in barriers and warp functions; the blocks of a grid run one after another, in a shuffled order.
-// What is not declared here (inline PTX, cub, approximate intrinsics, <<<>>>) does not compile: kernels must not use it.
-// What this cannot see is listed in README.md.
+// Compiles the project's CUDA kernels with a host C++ compiler and runs them on the CPU. One CUDA thread is one fiber;
+// the fibers of a block meet in barriers and warp functions; the blocks of a grid run one after another, in a shuffled
+// order. What is not declared here (inline PTX, cub, approximate intrinsics, <<<>>>) does not compile: kernels must not
+// use it. What this cannot see is listed in README.md.
 #pragma once
 #include <cuda_runtime_api.h>  // dim3, cudaStream_t: declarations only, nothing of CUDA is linked
 #include <vector_functions.h>
@@ -103,19 +103,19 @@ EMULATION_BARRIER(__syncthreads_count, emulation::Vote::kCount)
 inline void __syncwarp(unsigned mask = ~0u, EMULATION_PLACE) {
   emulation::warp_op(emulation::WarpOp::kSync, mask, 0, 0, 32, {file, line});
 }
-#define EMULATION_SHUFFLE(name, op)                                                                       \
-  template <class T>                                                                                      \
-  T name(unsigned mask, T value, int argument, int width = 32, EMULATION_PLACE) {                         \
-    return emulation::from_bits<T>(                                                                       \
-        emulation::warp_op(op, mask, emulation::to_bits(value), argument, width, {file, line}));          \
+#define EMULATION_SHUFFLE(name, op)                                                              \
+  template <class T>                                                                             \
+  T name(unsigned mask, T value, int argument, int width = 32, EMULATION_PLACE) {                \
+    return emulation::from_bits<T>(                                                              \
+        emulation::warp_op(op, mask, emulation::to_bits(value), argument, width, {file, line})); \
   }
 EMULATION_SHUFFLE(__shfl_sync, emulation::WarpOp::kIndex)
 EMULATION_SHUFFLE(__shfl_up_sync, emulation::WarpOp::kUp)
 EMULATION_SHUFFLE(__shfl_down_sync, emulation::WarpOp::kDown)
 EMULATION_SHUFFLE(__shfl_xor_sync, emulation::WarpOp::kXor)
-#define EMULATION_VOTE(Result, name, op)                                                                   \
-  inline Result name(unsigned mask, int predicate, EMULATION_PLACE) {                                      \
-    return static_cast<Result>(emulation::warp_op(op, mask, predicate != 0, 0, 32, {file, line}));         \
+#define EMULATION_VOTE(Result, name, op)                                                           \
+  inline Result name(unsigned mask, int predicate, EMULATION_PLACE) {                              \
+    return static_cast<Result>(emulation::warp_op(op, mask, predicate != 0, 0, 32, {file, line})); \
   }
 EMULATION_VOTE(unsigned, __ballot_sync, emulation::WarpOp::kBallot)
 EMULATION_VOTE(int, __any_sync, emulation::WarpOp::kAny)
@@ -156,6 +156,11 @@ namespace fusedamp::cuda {
 constexpr int kBlock = EMULATED_BLOCK;
 constexpr int64_t kChunk = EMULATED_CHUNK;
 constexpr int kPacketWords = EMULATED_PACKET_WORDS, kSmallPacketWords = kPacketWords / 8;
+
+template <class T>
+T* in_global(T* address) {
+  return address;
+}
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t,

@@ -65,8 +65,8 @@ struct Fiber : Thread {
   char* stack;
   unsigned index, lane;
   State state;
-  Place place;      // where it waits
-  Vote vote;        // and with what
+  Place place;  // where it waits
+  Vote vote;    // and with what
   bool predicate;
   WarpOp op;
   unsigned mask;
@@ -313,7 +313,8 @@ void fail(const char* format, ...) {
   std::map<std::string, unsigned> where;
   for (const Fiber& f : fibers) {
     std::string text = kStateNames[f.state];
-    if (f.state == kAtBarrier || f.state == kAtWarpOp) text += std::string(" ") + f.place.file + ":" + std::to_string(f.place.line);
+    if (f.state == kAtBarrier || f.state == kAtWarpOp)
+      text += std::string(" ") + f.place.file + ":" + std::to_string(f.place.line);
     ++where[text];
   }
   for (const auto& [text, count] : where) fprintf(stderr, "  %5u threads %s\n", count, text.c_str());
@@ -363,10 +364,12 @@ uint64_t warp_op(WarpOp op, unsigned mask, uint64_t value, int argument, int wid
   const unsigned w = f->index / 32, lanes = std::min(32u, threads() - w * 32);
   const unsigned named = mask & (lanes == 32 ? ~0u : (1u << lanes) - 1), gone = warp_exited[w] & mask;
   if (!(mask >> f->lane & 1))
-    fail("lane %u calls a warp function whose mask 0x%08x does not name it (%s:%d)", f->lane, mask, place.file, place.line);
+    fail("lane %u calls a warp function whose mask 0x%08x does not name it (%s:%d)", f->lane, mask, place.file,
+         place.line);
   if (width < 1 || width > 32 || (width & (width - 1))) fail("shuffle width %d (%s:%d)", width, place.file, place.line);
   if (gone)
-    fail("mask 0x%08x names lane %d, which has left the kernel (%s:%d)", mask, __builtin_ctz(gone), place.file, place.line);
+    fail("mask 0x%08x names lane %d, which has left the kernel (%s:%d)", mask, __builtin_ctz(gone), place.file,
+         place.line);
   f->op = op;
   f->mask = mask;
   f->value = value;
@@ -400,7 +403,8 @@ void* shared_array(const void* key, size_t bytes, size_t alignment) {
   for (unsigned i = 0; i < shared_array_count; ++i)
     if (shared_arrays[i].key == key) return shared_arrays[i].array;
   const size_t at = (shared_used + kRedZone + alignment - 1) / alignment * alignment;
-  if (at + bytes + kRedZone > kShared || shared_array_count == 16) fail("more than %zu bytes of shared memory", kShared);
+  if (at + bytes + kRedZone > kShared || shared_array_count == 16)
+    fail("more than %zu bytes of shared memory", kShared);
   shared_used = at + bytes;
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(shared_memory + at, bytes);
   shared_arrays[shared_array_count++] = {key, shared_memory + at};

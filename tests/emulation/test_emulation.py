@@ -1,7 +1,8 @@
 """The CUDA kernels' own source on the CPU, against the CPU engine, bit for bit, under the sanitizers.
 
-Guards: every kernel of the CUDA object over random lists of tensors (sizes, misalignment, mixes of types, non-finite values
-at every position), races, missing barriers and fences, accesses outside of tensors. mutants.py shows that it can fail.
+Guards: every kernel of the CUDA object over random lists of tensors (sizes, misalignment, mixes of types,
+non-finite values at every position), races, missing barriers and fences, accesses outside of tensors.
+mutants.py shows that it can fail.
 """
 
 import sys
@@ -22,9 +23,9 @@ pytestmark = [
 DEFECTS = [
     ("plain", "leaves_before_a_barrier", "threads left the kernel before the block barrier"),
     ("plain", "waits_at_two_barriers", "threads wait at different barriers"),
-    ("plain", "names_absent_lanes", "names lane"),
+    ("plain", "names_absent_lanes", "deadlock"),
     ("plain", "reads_a_lane_outside_the_mask", "does not name"),
-    ("address", "writes_past_shared_memory", "AddressSanitizer"),
+    ("address", "writes_past_shared_memory", "out of bounds"),
     ("thread", "forgets_a_barrier", "data race"),
     ("thread", "counts_without_atomics", "data race"),
     ("thread", "reads_results_without_a_fence", "data race"),
@@ -51,7 +52,9 @@ def test_emulation_does_what_cuda_documents_and_stops_defects(name: str, tmp_pat
             assert message in bad.stdout + bad.stderr, (defect, bad.stderr)
 
 
-@pytest.mark.parametrize(("name", "rounds", "largest"), [("plain", 4, 100_000), ("address", 4, 20_000), ("thread", 4, 4_000)])
+@pytest.mark.parametrize(
+    ("name", "rounds", "largest"), [("plain", 4, 100_000), ("address", 4, 20_000), ("thread", 4, 4_000)]
+)
 def test_kernels_equal_the_cpu_engine(name: str, rounds: int, largest: int, tmp_path: Path) -> None:
     kind = kind_or_skip(name)
     done = kind.run([str(build(kind, "test_kernels", tmp_path)), str(rounds), str(largest)])

@@ -57,7 +57,8 @@ StepTensor step_tensor(Random& random, int64_t numel, int state_count, Alignment
   const auto grad_dtype = static_cast<DType>(below(random, param_dtype == DType::f64 ? 4 : 3));
   const DType state_dtype = param_dtype == DType::f64 ? DType::f64 : DType::f32;
   const Offsets offsets(alignment, random);
-  StepTensor t = {{grad_dtype, numel, offsets.next()}, {param_dtype, numel, offsets.next()}, {DType::f32, 1, 0}, {}, {}};
+  StepTensor t = {
+      {grad_dtype, numel, offsets.next()}, {param_dtype, numel, offsets.next()}, {DType::f32, 1, 0}, {}, {}};
   t.grad.fill(random, 50.0);
   t.param.fill(random, 1.0);
   t.step.set(0, below(random, 3) ? 4.0 : double(below(random, 2000)));
@@ -71,7 +72,8 @@ StepTensor step_tensor(Random& random, int64_t numel, int state_count, Alignment
   }
   for (int s = 0; s < state_count; ++s) {
     t.states.emplace_back(state_dtype, numel, offsets.next());
-    for (int64_t i = 0; i < numel; ++i) t.states[s].set(i, s == 0 ? normal(random, 0.1) : std::fabs(normal(random, 0.01)));
+    for (int64_t i = 0; i < numel; ++i)
+      t.states[s].set(i, s == 0 ? normal(random, 0.1) : std::fabs(normal(random, 0.01)));
   }
   if (numel > 0 && below(random, 4) == 0) {
     const double specials[] = {kInf, -kInf, kNaN, 0.0, -0.0, 1e-38, 65504.0};
@@ -135,7 +137,8 @@ void test_step(Random& random, RuleId rule, int64_t largest, Alignment alignment
   for (size_t i = 0; i < tensors.size(); ++i) {
     const StepTensor& t = tensors[i];
     now_testing = std::string("step, rule ") + std::to_string(rule) + ", " + kDTypeNames[int(t.grad.dtype())] +
-                  " gradient, " + kDTypeNames[int(t.param.dtype())] + " param" + (t.master.empty() ? "" : " with master");
+                  " gradient, " + kDTypeNames[int(t.param.dtype())] + " param" +
+                  (t.master.empty() ? "" : " with master");
     t.grad.expect_equal("grads", i);
     t.param.expect_equal("params", i);
     t.step.expect_equal("steps", i);
@@ -157,9 +160,11 @@ void test_beyond_32_bits(Random& random) {
   cpu::step(kSgdMomentum, {row}, scalars, one_thread);
 
   auto long_before = [&](const Twins& t) {
-    return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.cuda()) - static_cast<uintptr_t>(first * size_of(t.dtype())));
+    return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.cuda()) -
+                                   static_cast<uintptr_t>(first * size_of(t.dtype())));
   };
-  row = {long_before(grad), long_before(param), nullptr, {long_before(buffer)}, &steps[1], first + count, DType::f16, DType::f32};
+  row = {long_before(grad), long_before(param), nullptr,    {long_before(buffer)},
+         &steps[1],         first + count,      DType::f16, DType::f32};
   const cuda::Placed<StepRow> placed = {row, -chunk};
   const SgdCoeffs<double> exact = SgdMomentum::coeffs({0.9, 0.0, 0.01, 0.0}, 0.1, 6);
   const SgdCoeffs<float> coeffs = round_coeffs<SgdCoeffs, float>(exact);
@@ -222,7 +227,8 @@ void expect_stats(const Stats& s, const std::vector<Twins>& grads, float inv_sca
       }
     }
     for (int c = 0; c < 3; ++c) {
-      expect(s.counts[3 * t + c] == counts[c], "counts[%zu][%d]: %ld, wanted %ld", t, c, long(s.counts[3 * t + c]), long(counts[c]));
+      expect(s.counts[3 * t + c] == counts[c], "counts[%zu][%d]: %ld, wanted %ld", t, c, long(s.counts[3 * t + c]),
+             long(counts[c]));
       bad |= counts[c] > 0;
     }
     expect_near("per_tensor", t, s.per_tensor[t], sum, tolerance);
@@ -282,7 +288,8 @@ void test_every_position(Random& random) {
     const float inv_scale = 1.0f;
     const Stats s = emulated_stats(grads, &inv_scale, 2.0, 4);
     for (int64_t i = 0; i < length; ++i)
-      expect(s.counts[3 * i] == i % 2 && s.counts[3 * i + 1] == 1 - i % 2 && s.counts[3 * i + 2] == 0, "element %ld", long(i));
+      expect(s.counts[3 * i] == i % 2 && s.counts[3 * i + 1] == 1 - i % 2 && s.counts[3 * i + 2] == 0, "element %ld",
+             long(i));
     for (int64_t i = 0; i < length; i += below(random, 20) + 1) {
       float found_inf = 0.0f;
       const Twins& g = grads[i];
@@ -295,16 +302,24 @@ void test_every_position(Random& random) {
 void test_update_scale(Random& random) {
   now_testing = "update_scale_";
   for (int i = 0; i < 200; ++i) {
-    const LossScaleRule rule = {2.0, 0.5, below(random, 2) ? 1.0 : 0.0, below(random, 2) ? 1e6 : kInf,
-                                1 + below(random, 3), 1 + below(random, 3), below(random, 2) == 1};
-    LossScaleState state = {std::ldexp(1.0f, static_cast<int>(below(random, 24))), int32_t(below(random, 3)), int32_t(below(random, 4))};
+    const LossScaleRule rule = {2.0,
+                                0.5,
+                                below(random, 2) ? 1.0 : 0.0,
+                                below(random, 2) ? 1e6 : kInf,
+                                1 + below(random, 3),
+                                1 + below(random, 3),
+                                below(random, 2) == 1};
+    LossScaleState state = {std::ldexp(1.0f, static_cast<int>(below(random, 24))), int32_t(below(random, 3)),
+                            int32_t(below(random, 4))};
     const bool with_budget = below(random, 2);
     if (!with_budget) state.budget = 1;
     const float founds[] = {0.0f, 1.0f, 2.0f, std::numeric_limits<float>::quiet_NaN()};
     const float found_inf = founds[below(random, 4)];
     const LossScaleState wanted = next_loss_scale(rule, state, !(found_inf == 0.0f));
-    cuda::update_scale(*EmulatedDevice(1), rule, &state.scale, &state.growth_tracker, with_budget ? &state.budget : nullptr, &found_inf);
-    expect(state.scale == wanted.scale && state.growth_tracker == wanted.growth_tracker && (!with_budget || state.budget == wanted.budget),
+    cuda::update_scale(*EmulatedDevice(1), rule, &state.scale, &state.growth_tracker,
+                       with_budget ? &state.budget : nullptr, &found_inf);
+    expect(state.scale == wanted.scale && state.growth_tracker == wanted.growth_tracker &&
+               (!with_budget || state.budget == wanted.budget),
            "scale %g, wanted %g", double(state.scale), double(wanted.scale));
   }
 }

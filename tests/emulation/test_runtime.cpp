@@ -1,5 +1,5 @@
-// The emulation itself. Without an argument: everything that it offers does what CUDA documents. With one: a defect that
-// the emulation or a sanitizer must stop.
+// The emulation itself. Without an argument: everything that it offers does what CUDA documents. With one: a defect
+// that the emulation or a sanitizer must stop.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +10,8 @@ namespace {
 
 int failures = 0;
 void expect_equal(long got, long wanted, int line) {
-  if (got != wanted && ++failures < 9) printf("FAIL line %d, thread %u: %ld, wanted %ld\n", line, threadIdx.x, got, wanted);
+  if (got != wanted && ++failures < 9)
+    printf("FAIL line %d, thread %u: %ld, wanted %ld\n", line, threadIdx.x, got, wanted);
 }
 #define EQUAL(got, wanted) expect_equal(static_cast<long>(got), static_cast<long>(wanted), __LINE__)
 constexpr unsigned kAll = 0xffffffffu;

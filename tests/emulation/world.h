@@ -1,5 +1,6 @@
-// Test data in two copies: the CPU engine works on one, the emulated CUDA kernels on the other, then both must be equal.
-// A buffer ends exactly where its allocation ends (AddressSanitizer's red zone follows) and has canaries before it.
+// Test data in two copies: the CPU engine works on one, the emulated CUDA kernels on the other, then both must be
+// equal. A buffer ends exactly where its allocation ends (AddressSanitizer's red zone follows) and has canaries before
+// it.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -93,7 +94,8 @@ class Twins {
     for (int64_t i = 0; i < numel_; ++i) {
       const double a = get(cpu(), dtype_, i), b = get(cuda(), dtype_, i);
       const auto at = static_cast<size_t>(i) * size;
-      if (memcmp(static_cast<char*>(cpu()) + at, static_cast<char*>(cuda()) + at, size) == 0 || (a != a && b != b)) continue;
+      if (memcmp(static_cast<char*>(cpu()) + at, static_cast<char*>(cuda()) + at, size) == 0 || (a != a && b != b))
+        continue;
       return expect(false, "%s[%zu][%ld of %ld]: CPU %.17g, CUDA %.17g", what, tensor, long(i), long(numel_), a, b);
     }
     expect(true, "");

@@ -41,8 +41,8 @@ inline int64_t grid_for(const Device& device, int64_t units) {
   return std::max<int64_t>(1, std::min<int64_t>(units, 8 * device.multiprocessors));
 }
 
-// The row that holds `chunk`: the last one that starts at or before it. Every thread of the block calls it; `hint` is the
-// result of the call before, or -1. A round divides the rows left by the number of threads.
+// The row that holds `chunk`: the last one that starts at or before it. Every thread of the block calls it; `hint` is
+// the result of the call before, or -1. A round divides the rows left by the number of threads.
 template <class Row>
 __device__ __forceinline__ int64_t find_row(const Table<Row>& table, int64_t chunk, int64_t hint) {
   if (hint >= 0 && (hint + 1 == table.row_count || table.rows[hint + 1].first_chunk > chunk)) return hint;

@@ -1,6 +1,6 @@
-// Elements in memory and in registers. A list's elements are read as unsigned integers of their size, several at a time;
-// whether 16 bits are FP16 or BF16 is decided afterwards, by a branch that a whole block takes together. So one loop per
-// size serves every mix of types, and loads never wait for that branch.
+// Elements in memory and in registers. A list's elements are read as unsigned integers of their size, several at a
+// time; whether 16 bits are FP16 or BF16 is decided afterwards, by a branch that a whole block takes together. So one
+// loop per size serves every mix of types, and loads never wait for that branch.
 #pragma once
 #include "platform.cuh"
 

@@ -20,9 +20,9 @@ void step(const Device& device, RuleId rule, const std::vector<StepRow>& rows, c
 
 namespace {
 
-__global__ void __launch_bounds__(1) update_scale_kernel(const LossScaleRule rule, float* scale,
-                                                         int32_t* growth_tracker, int32_t* budget,
-                                                         const float* found_inf) {
+__global__ void __launch_bounds__(1)
+    update_scale_kernel(const LossScaleRule rule, float* scale, int32_t* growth_tracker, int32_t* budget,
+                        const float* found_inf) {
   const LossScaleState now = {*scale, *growth_tracker, budget ? *budget : 1};
   const LossScaleState next = next_loss_scale(rule, now, overflowed(found_inf));
   *scale = next.scale;

@@ -1,5 +1,5 @@
-// The passes over lists of tensors on CUDA. Nothing here waits for the device; everything is queued on one stream and may
-// be captured in a graph. Tables that stay the same are on the device already; then a pass is one or two launches.
+// The passes over lists of tensors on CUDA. Nothing here waits for the device; everything is queued on one stream and
+// may be captured in a graph. Tables that stay the same are on the device already; then a pass is one or two launches.
 #pragma once
 #include <functional>
 #include <vector>

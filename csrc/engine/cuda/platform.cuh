@@ -14,10 +14,18 @@
 
 namespace fusedamp::cuda {
 
-constexpr int kBlock = 256;          // threads of a block
-constexpr int64_t kChunk = 16384;    // elements that a block takes at a time
-constexpr int kPacketWords = 4000;   // of 8 bytes: what one launch carries in its parameters (CUDA 12.1: up to 32,764 bytes)
+constexpr int kBlock = 256;        // threads of a block
+constexpr int64_t kChunk = 16384;  // elements that a block takes at a time
+constexpr int kPacketWords =
+    4000;  // of 8 bytes: what one launch carries in its parameters (CUDA 12.1: up to 32,764 bytes)
 constexpr int kSmallPacketWords = 480;
+
+// An address that was read from memory, of which the compiler does not know that it lies in global memory.
+template <class T>
+__device__ __forceinline__ T* in_global(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
@@ -25,8 +33,8 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("fusedamp: CUDA kernel ") + name + " could not be launched: " +
-                             cudaGetErrorString(error));
+    throw std::runtime_error(std::string("fusedamp: CUDA kernel ") + name +
+                             " could not be launched: " + cudaGetErrorString(error));
 }
 
 }  // namespace fusedamp::cuda

@@ -58,7 +58,7 @@ struct FastSum {
 template <Norm kNorm, class G>
 __device__ __forceinline__ FastSum fast_sum(const GradRow& row, Span span, float inv_scale) {
   constexpr int kVector = 16 / sizeof(G);
-  const G* grads = static_cast<const G*>(row.grad) + span.first;
+  const G* grads = in_global(static_cast<const G*>(row.grad) + span.first);
   const DType dtype = row.dtype;
   FastSum found = {0.0f, 0};
   for_each_element<kVector>(span.count, elements_to_boundary<kVector>(grads), [&](int i, auto width) {
@@ -129,9 +129,8 @@ __device__ __forceinline__ ChunkStats chunk_stats(const GradRow& row, Span span,
 }
 
 template <bool kGeneral>
-__global__ void __launch_bounds__(kBlock)
-    stats_kernel(const Table<GradRow> table, const float* inv_scale_at, const Job job, ChunkStats* records,
-                 unsigned* finished) {
+__global__ void __launch_bounds__(kBlock) stats_kernel(const Table<GradRow> table, const float* inv_scale_at,
+                                                       const Job job, ChunkStats* records, unsigned* finished) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;  // for the launch that follows
   const float inv_scale = inv_scale_at ? *inv_scale_at : 1.0f;
   int64_t r = -1;
@@ -143,9 +142,9 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 // Blocks take tensors; the block that finishes last takes the total.
-__global__ void __launch_bounds__(kBlock) combine_kernel(const Table<GradRow> table, const Norm norm,
-                                                         const ChunkStats* records, unsigned* finished,
-                                                         const StatsOutputs out) {
+__global__ void __launch_bounds__(kBlock)
+    combine_kernel(const Table<GradRow> table, const Norm norm, const ChunkStats* records, unsigned* finished,
+                   const StatsOutputs out) {
   const Combine combine = {norm};
   for (int64_t r = blockIdx.x; r < table.row_count; r += gridDim.x) {
     const int64_t end = r + 1 < table.row_count ? table.rows[r + 1].first_chunk : table.chunk_count;

@@ -20,8 +20,8 @@ __device__ __forceinline__ typename Rule::Hyper hyper_of(const StepScalars& scal
 
 // One thread per tensor.
 template <class Rule, class V>
-__global__ void __launch_bounds__(kBlock) prepare_kernel(const Table<StepRow> table, const StepScalars scalars,
-                                                         CoeffsOf<Rule, V>* coeffs) {
+__global__ void __launch_bounds__(kBlock)
+    prepare_kernel(const Table<StepRow> table, const StepScalars scalars, CoeffsOf<Rule, V>* coeffs) {
   if (overflowed(scalars.found_inf)) return;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= table.row_count) return;
@@ -40,16 +40,16 @@ __device__ __forceinline__ void step_chunk(const StepRow& row, Span span, const 
   constexpr int kVector = 16 / kWidest;  // the widest list moves 16 bytes at a time
   constexpr int kStates = kStateRoom<Rule>;
 
-  const G* grads = static_cast<const G*>(row.grad) + span.first;
-  P* params = static_cast<P*>(row.param) + span.first;
-  V* masters = kMaster ? reinterpret_cast<V*>(row.master) + span.first : nullptr;
+  const G* grads = in_global(static_cast<const G*>(row.grad) + span.first);
+  P* params = in_global(static_cast<P*>(row.param) + span.first);
+  V* masters = kMaster ? in_global(reinterpret_cast<V*>(row.master) + span.first) : nullptr;
   V* states[kStates];
   const int boundary = elements_to_boundary<kVector>(params);
   bool together = elements_to_boundary<kVector>(grads) == boundary;
   if (kMaster) together &= elements_to_boundary<kVector>(masters) == boundary;
 #pragma unroll
   for (int j = 0; j < Rule::kStates; ++j) {
-    states[j] = static_cast<V*>(row.states[j]) + span.first;
+    states[j] = in_global(static_cast<V*>(row.states[j]) + span.first);
     together &= elements_to_boundary<kVector>(states[j]) == boundary;
   }
   const DType grad_dtype = row.grad_dtype, param_dtype = row.param_dtype;
@@ -106,8 +106,12 @@ __device__ __forceinline__ void step_any_chunk(const StepRow& row, Span span, co
   }
 }
 
+// Blocks per multiprocessor that registers must leave room for: as many as go without spilling.
 template <class Rule, class V>
-__global__ void __launch_bounds__(kBlock, sizeof(V) == 4 ? 3 : 2)
+constexpr int kResidentBlocks = sizeof(V) == 8 || Rule::kStates > 2 ? 2 : 3;
+
+template <class Rule, class V>
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<Rule, V>)
     step_kernel(const Table<StepRow> table, const StepScalars scalars, const CoeffsOf<Rule, V>* coeffs) {
   if (overflowed(scalars.found_inf)) return;
   float grad_scale = (scalars.inv_scale ? *scalars.inv_scale : 1.0f) * (scalars.clip_coef ? *scalars.clip_coef : 1.0f);

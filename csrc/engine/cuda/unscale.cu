@@ -10,7 +10,7 @@ namespace {
 template <class V, class G>
 __device__ __forceinline__ bool unscale_chunk(const GradRow& row, Span span, V inv_scale) {
   constexpr int kVector = 16 / sizeof(G);
-  G* grads = static_cast<G*>(row.grad) + span.first;
+  G* grads = in_global(static_cast<G*>(row.grad) + span.first);
   const DType dtype = row.dtype;
   bool bad = false;
   for_each_element<kVector>(span.count, elements_to_boundary<kVector>(grads), [&](int i, auto width) {
