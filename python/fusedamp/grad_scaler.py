@@ -88,8 +88,8 @@ class GradScaler(LossScale):
     ) -> PerDevice:
         gradients = Gradients(params_of(optimizer))
         flags = {device: on(found_inf, device).clone() for device in gradients.by_device}
-        for device, grads in gradients.by_device.items():
-            ops.unscale_(grads, on(inv_scale, device), flags[device])
+        for device, bucket in gradients.by_device.items():
+            ops.unscale_(bucket.tensors, on(inv_scale, device), flags[device])
         gradients.write_back()
         self._per_optimizer_states[id(optimizer)]["sharded_over"] = gradients.sharded_over
         return gradients.agree_(flags)
@@ -180,15 +180,12 @@ class GradScaler(LossScale):
             return optimizer.step(*args, **kwargs)
         if "closure" in kwargs:
             raise RuntimeError(_NO_CLOSURE)
-        scale, _ = self._check_scale_growth_tracker("step")
+        self._check_scale_growth_tracker("step")
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
         if routes.is_legacy(optimizer):
             return super().step(optimizer, *args, **kwargs)
-        if optimizer not in self._overflows:
-            self._overflows[optimizer] = OverflowLog(optimizer, scale.device)
-        self._overflows[optimizer].next_step()
         if self._is_fused(optimizer):
             result = self._step_fused(optimizer, state, args, kwargs)
         elif routes.takes_found_inf(optimizer):
@@ -198,7 +195,7 @@ class GradScaler(LossScale):
                 self.unscale_(optimizer)
             if not state["found_inf_per_device"]:
                 raise AssertionError("No inf checks were recorded for this optimizer.")
-            self._last_found_inf = combine(state["found_inf_per_device"].values(), scale.device)
+            self._combined_flag(optimizer, state)
             result = self._maybe_opt_step(optimizer, state, *args, **kwargs)
         state["stage"] = OptState.STEPPED
         state["read"] = None
@@ -218,8 +215,6 @@ class GradScaler(LossScale):
     ) -> float | None:
         if args and args[0] is not None:
             raise RuntimeError(_NO_CLOSURE)
-        if state["stage"] is OptState.READY and self._overrides("unscale_", "_unscale_grads_"):
-            self.unscale_(optimizer)
         flag, read = self._found_inf(optimizer, state)
         inv_scale = clip_coef = None
         if read is None:
@@ -246,9 +241,10 @@ class GradScaler(LossScale):
         self, optimizer: Optimizer, state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> float | None:
         flag, read = self._found_inf(optimizer, state)
-        own = getattr(optimizer, "grad_scale", None)  # a user's factor on top of ours
-        scale = self._get_scale_async()
-        optimizer.grad_scale = own if read is None else scale if own is None else scale * own  # type: ignore[attr-defined, operator]
+        grad_scale = getattr(optimizer, "grad_scale", None)  # a user's factor, on top of ours
+        if read is not None:
+            grad_scale = self._scale if grad_scale is None else self._scale * grad_scale
+        optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
         optimizer.found_inf = flag.clamp(max=1)  # type: ignore[attr-defined]
         try:
             return optimizer.step(*args, **kwargs)
@@ -257,15 +253,15 @@ class GradScaler(LossScale):
 
     def _found_inf(self, optimizer: Optimizer, state: dict[str, Any]) -> tuple[Tensor, ReadPass | None]:
         """The flag over all devices, and the read pass behind it unless gradients were unscaled before."""
-        assert self._scale is not None
         read = None
+        if state["stage"] is OptState.READY and self._overrides("unscale_", "_unscale_grads_"):
+            self.unscale_(optimizer)  # what replaces them may reduce the flags over ranks
         if state["stage"] is OptState.READY:
             read = self._current_read(optimizer, state)
             if read is None:
                 self._check_inf_per_device(optimizer)
                 read = state["read"]
-        flag = combine(state["found_inf_per_device"].values(), self._scale.device)
-        self._last_found_inf = flag
+        flag = self._combined_flag(optimizer, state)
         log = self._overflows[optimizer]
         if read is not None:
             log.record(read.gradients, read.stats, flag)
@@ -274,6 +270,16 @@ class GradScaler(LossScale):
         elif flag.item():
             self._record_now(optimizer, flag)
         return flag, read
+
+    def _combined_flag(self, optimizer: Optimizer, state: dict[str, Any]) -> Tensor:
+        """The flag over all devices, on that of the scale; begins the step that it decides about."""
+        assert self._scale is not None
+        flag = combine(state["found_inf_per_device"].values(), self._scale.device)
+        self._last_found_inf = flag
+        if optimizer not in self._overflows:
+            self._overflows[optimizer] = OverflowLog(optimizer, flag.device)
+        self._overflows[optimizer].next_step()
+        return flag
 
     def _record_now(self, optimizer: Optimizer, flag: Tensor) -> None:
         gradients = Gradients(params_of(optimizer))
@@ -305,7 +311,8 @@ class GradScaler(LossScale):
 
         Tells the step and each parameter with its number of inf, NaN and too large elements. This makes the
         host wait for the device; before, nothing was read. Gradients that were unscaled by an explicit
-        :meth:`unscale_` on CUDA are counted only now, so ask before ``zero_grad``.
+        :meth:`unscale_` on CUDA are counted only now, so ask before ``zero_grad``; clipping in place has made
+        NaN of their inf.
         """
         if optimizer is not None:
             log = self._overflows.get(optimizer)

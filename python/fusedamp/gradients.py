@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,9 +30,22 @@ def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
     return moved[0] if len(moved) == 1 else torch.stack(moved).amax()
 
 
+def _is_plain(grad: Tensor) -> bool:
+    return grad.is_contiguous() and not grad.is_complex()
+
+
 def gradient_of(param: Tensor) -> Tensor | None:
     """``.grad``, else the ``main_grad`` that some trainers accumulate into; as fusedamp's optimizers do."""
     return getattr(param, "main_grad", None) if param.grad is None else param.grad
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Gradients on one device; of each the place of its parameter in ``params`` and how that is sharded."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    layouts: list[tuple[MeshDim, ...]] = field(default_factory=list)
 
 
 class Gradients:
@@ -44,14 +58,11 @@ class Gradients:
     """
 
     def __init__(self, params: Iterable[Tensor], magnitudes: bool = False) -> None:
-        self.by_device: dict[torch.device, list[Tensor]] = {}
-        # Of each tensor in by_device: the place of its parameter in ``params``, and how that is sharded.
-        self.positions: dict[torch.device, list[int]] = {}
-        self._layouts: dict[torch.device, list[tuple[MeshDim, ...]]] = {}
+        self.by_device: dict[torch.device, _Bucket] = {}
+        self.originals: list[Tensor] = []
         # Of all parameters, since a rank without gradients must still join the reductions of the others.
         self._all_layouts: dict[tuple[MeshDim, ...], torch.device] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
-        self.originals: list[Tensor] = []
         with torch.no_grad():
             for position, param in enumerate(params):
                 self._add(position, param, magnitudes)
@@ -60,16 +71,25 @@ class Gradients:
         if not isinstance(param, Tensor):
             raise AssertionError(f"expected param to be torch.Tensor, got {type(param).__name__}")
         layout = sharded_dims(param)
-        if layout:
-            self.by_device.setdefault(local(param).device, [])
-        self._all_layouts.setdefault(layout, local(param).device)
-        follow_placements(param)
-        if (grad := gradient_of(param)) is None:
-            return
-        tensor = self._real(param, grad, magnitudes)
-        self.by_device.setdefault(tensor.device, []).append(tensor)
-        self.positions.setdefault(tensor.device, []).append(position)
-        self._layouts.setdefault(tensor.device, []).append(layout)
+        if layout not in self._all_layouts:
+            self._all_layouts[layout] = local(param).device
+        grad = param.grad
+        if type(grad) is Tensor and grad.layout is torch.strided and not layout and _is_plain(grad):
+            tensor = grad  # as nearly all are: this loop is most of what a step costs the host
+            self.originals.append(grad)
+        else:
+            if layout:
+                self.by_device.setdefault(local(param).device, _Bucket())
+            follow_placements(param)
+            if (grad := gradient_of(param)) is None:
+                return
+            tensor = self._real(param, grad, magnitudes)
+        device = tensor.device
+        if (bucket := self.by_device.get(device)) is None:
+            bucket = self.by_device[device] = _Bucket()
+        bucket.tensors.append(tensor)
+        bucket.positions.append(position)
+        bucket.layouts.append(layout)
 
     def _real(self, param: Tensor, grad: Tensor, magnitudes: bool) -> Tensor:
         if grad.layout is torch.sparse_coo:
@@ -117,9 +137,11 @@ class Gradients:
     def stats(self, inv_scale: Tensor | None, norm_type: float = 2.0) -> dict[torch.device, ops.GradStats]:
         """One read pass per device; devices on which this rank has no gradient are left out."""
         return {
-            device: ops.grad_stats(grads, None if inv_scale is None else on(inv_scale, device), norm_type)
-            for device, grads in self.by_device.items()
-            if grads
+            device: ops.grad_stats(
+                bucket.tensors, None if inv_scale is None else on(inv_scale, device), norm_type
+            )
+            for device, bucket in self.by_device.items()
+            if bucket.tensors
         }
 
     def agree_(self, found_inf: PerDevice) -> PerDevice:
@@ -152,7 +174,7 @@ class Gradients:
                 parts = [
                     on(value, home)
                     for where, s in stats.items()
-                    for value, of in zip(s.per_tensor.unbind(), self._layouts[where], strict=True)
+                    for value, of in zip(s.per_tensor.unbind(), self.by_device[where].layouts, strict=True)
                     if of == layout
                 ]
             total = reduce(torch.stack(parts)) if parts else torch.zeros((), dtype=torch.float64, device=home)
@@ -167,10 +189,10 @@ class Gradients:
 
     def multiply_(self, factor: Tensor) -> None:
         """Multiply all gradients in place by a 0-d FP64 tensor, FP64 ones in FP64 and the rest in FP32."""
-        for device, grads in self.by_device.items():
+        for device, bucket in self.by_device.items():
             here = on(factor, device)
-            wide = [g for g in grads if g.dtype is torch.float64]
-            narrow = [g for g in grads if g.dtype is not torch.float64]
+            wide = [g for g in bucket.tensors if g.dtype is torch.float64]
+            narrow = [g for g in bucket.tensors if g.dtype is not torch.float64]
             if wide:
                 torch._foreach_mul_(wide, here)
             if narrow:
@@ -180,8 +202,8 @@ class Gradients:
     @property
     def widest(self) -> torch.dtype:
         """FP64 if any gradient is, else FP32: the dtype in which norms are reported."""
-        grads = (g for grads in self.by_device.values() for g in grads)
-        return torch.float64 if any(g.dtype is torch.float64 for g in grads) else torch.float32
+        dtypes = (grad.dtype for bucket in self.by_device.values() for grad in bucket.tensors)
+        return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 class Stamp:
@@ -202,4 +224,5 @@ class Stamp:
 
 
 def _version(grad: Tensor) -> tuple[int, int]:
-    return grad._version, local(grad)._version
+    version = grad._version
+    return version, version if type(grad) is Tensor else local(grad)._version

@@ -79,7 +79,7 @@ class OverflowLog:
     def record(self, gradients: Gradients, stats: dict[torch.device, GradStats], found_inf: Tensor) -> None:
         """Keep the counts of a read pass if this step is an overflow, which only the device knows."""
         for device, stat in stats.items():
-            self._record(tuple(gradients.positions[device]), stat.counts, found_inf, self._steps)
+            self._record(tuple(gradients.by_device[device].positions), stat.counts, found_inf, self._steps)
 
     def record_uncounted(self, gradients: Gradients, found_inf: Tensor) -> None:
         """The same for gradients that were unscaled before: counted only if a report is asked for."""
@@ -108,7 +108,7 @@ class OverflowLog:
             gradients = Gradients(params_of(optimizer))
             if stamp.matches(gradients.originals):
                 for device, stat in gradients.stats(None).items():
-                    self._record(tuple(gradients.positions[device]), stat.counts, found_inf, step)
+                    self._record(tuple(gradients.by_device[device].positions), stat.counts, found_inf, step)
         params = [] if optimizer is None else list(_named(optimizer))
         steps = {key: int(record.step) for key, record in self._records.items()}
         latest = max(steps.values(), default=0)

@@ -13,9 +13,12 @@ from torch import Tensor
 
 # One dimension of a DeviceMesh along which ranks hold different parts of a tensor: (mesh, dimension).
 MeshDim = tuple[Any, int]
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
+    if type(tensor) in _PLAIN:
+        return False
     # Nobody can hold a DTensor before its module is imported, and importing it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return isinstance(tensor, getattr(module, "DTensor", ()))
