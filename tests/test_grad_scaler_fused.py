@@ -276,3 +276,26 @@ def test_deepcopy_of_the_optimizer_is_fused_too():
         fill(group["params"])
     scaler.step(twin)
     assert twin.param_groups[0]["params"][0].grad[0, 0] == 4
+
+
+@pytest.fixture
+def default_dtype_fp64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, torch.optim.SGD])
+def test_another_default_dtype(default_dtype_fp64, cls):
+    """The flags and the scale are FP32 whatever new tensors are by default."""
+    params, optimizer, scaler = make(lambda p: cls(p, lr=0.1))
+    if cls is optim.SGD:
+        scaler.step(optimizer)  # nothing has a gradient
+        scaler.update(4.0)
+    fill(params)
+    assert scaler.clip_grad_norm_(optimizer, 1.0) > 1
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler._scale.dtype is torch.float32
+    assert not scaler.last_step_skipped

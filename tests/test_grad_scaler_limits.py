@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from fusedamp import GradScaler, optim
+from fusedamp.floor import FloorWatch
 
 
 def make(cls=optim.AdamW, **options):
@@ -89,6 +90,24 @@ def test_looks_at_the_scale_are_rare():
     scaler._floor._judge = lambda *args: looks.append(1) or judge(*args)
     scales(param, scaler, optimizer, "." * 64)
     assert len(looks) == 4
+
+
+def test_a_look_that_is_still_on_its_way():
+    """On CUDA the answer comes some updates later; nothing waits, and what it says is reckoned on."""
+
+    class Event:
+        done = False
+
+        def query(self):
+            return self.done
+
+    watch, event, scale, good = FloorWatch(), Event(), torch.tensor(4.0), torch.zeros(())
+    watch._pending = (event, torch.tensor([4.0, 1.0]), 0.5)
+    assert not watch.stuck(scale, good, 4.0, 0.5)
+    event.done = True
+    assert watch.stuck(scale, good, 4.0, 0.5)
+    assert watch._pending is None
+    assert watch._at_least == 4.0 * 0.5**3, "three updates may have lowered it since"
 
 
 def test_ceiling():

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from fusedamp import GradScaler, Overflow, OverflowReport, optim
+from fusedamp.gradients import Gradients
+from fusedamp.overflow import OverflowLog, params_of
 from torch.utils.weak import TensorWeakRef
 
 
@@ -120,6 +122,22 @@ def test_a_report_dies_with_its_optimizer():
     del optimizer
     gc.collect()
     assert not scaler.overflow_report()
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_gradients_unscaled_on_a_device_are_counted_when_asked(cleared):
+    """Where reading the flag would mean waiting, an explicit unscale_ leaves the counting to the report."""
+    params, _, optimizer = make()
+    params["head.bias"].grad = torch.tensor([1.0, math.inf, math.nan, 1.0])
+    log = OverflowLog(optimizer, torch.device("cpu"))
+    for flag in (0.0, 1.0):
+        log.next_step()
+        log.record_uncounted(Gradients(params_of(optimizer)), torch.tensor(flag))
+    if cleared:
+        optimizer.zero_grad()
+        assert str(log.report()) == "step 2 was skipped:\n  by no gradient that this rank can still see"
+    else:
+        assert log.report() == OverflowReport(2, (Overflow("head.bias", (4,), 1, 1, 0),))
 
 
 def test_last_step_skipped_is_a_bool_tensor_and_follows_each_step():

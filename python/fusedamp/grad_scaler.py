@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import ops, routes
 from .clip import check_norm, clip_grad_norm_
-from .gradients import Gradients, PerDevice, Stamp, combine, gradient_of, on
+from .gradients import Gradients, PerDevice, Stamp, combine, gradient_of, no_overflow, on
 from .loss_scale import LossScale
 from .optim.base import AmpInputs, DeviceInputs
 from .overflow import OverflowLog, OverflowReport, params_of
@@ -76,7 +76,7 @@ class GradScaler(LossScale):
             raise RuntimeError("unscale_() is being called after step().")
         read = self._current_read(optimizer, state)
         inv_scale = self._inverse()
-        found_inf = torch.zeros((), dtype=torch.float32, device=inv_scale.device)
+        found_inf = no_overflow(inv_scale.device)
         state["found_inf_per_device"] = self._unscale_grads_(optimizer, inv_scale, found_inf, False)
         if read is not None and read.clip_coef is not None:
             Gradients(params_of(optimizer)).multiply_(read.clip_coef)

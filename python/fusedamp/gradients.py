@@ -22,11 +22,15 @@ def on(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
+def no_overflow(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device=device)
+
+
 def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
     """One 0-d FP32 flag on ``device``, positive if any of ``flags`` (1 element, any device) is; else 0."""
     moved = [on(flag, device).reshape(()).float() for flag in flags]
     if not moved:
-        return torch.zeros((), device=device)
+        return no_overflow(device)
     return moved[0] if len(moved) == 1 else torch.stack(moved).amax()
 
 
@@ -152,7 +156,7 @@ class Gradients:
         dims = self.sharded_over
         for device in self.by_device:
             if device not in found_inf:
-                found_inf[device] = torch.zeros((), device=device)
+                found_inf[device] = no_overflow(device)
         if dims:
             home = next(device for layout, device in self._all_layouts.items() if layout)
             flag = combine(found_inf.values(), home).clone()
@@ -178,10 +182,8 @@ class Gradients:
                     if of == layout
                 ]
             total = reduce(torch.stack(parts)) if parts else torch.zeros((), dtype=torch.float64, device=home)
-            if norm_type == math.inf and layout:
-                total = total.nan_to_num(
-                    nan=math.inf, posinf=math.inf
-                )  # what MAX makes of NaN is up to the backend
+            if norm_type == math.inf and layout:  # what MAX makes of NaN is up to the backend
+                total = total.nan_to_num(nan=math.inf, posinf=math.inf)
             all_reduce_(total, layout, "max" if norm_type == math.inf else "sum")
             totals.append(on(total, device))
         total = reduce(torch.stack(totals)) if totals else torch.zeros((), dtype=torch.float64, device=device)
@@ -196,7 +198,7 @@ class Gradients:
             if wide:
                 torch._foreach_mul_(wide, here)
             if narrow:
-                ops.unscale_(narrow, here.float(), torch.zeros((), device=device))
+                ops.unscale_(narrow, here.float(), no_overflow(device))
         self.write_back()
 
     @property
@@ -207,19 +209,23 @@ class Gradients:
 
 
 class Stamp:
-    """Remembers which gradients were seen, without keeping them alive.
+    """Remembers which gradients were seen; with ``weak``, without keeping them alive.
 
     A gradient counts as the same while it is the same tensor with the same version counter. Writes that move
     no version counter (through ``.data``, by a raw collective) go unnoticed.
     """
 
-    def __init__(self, grads: Iterable[Tensor]) -> None:
-        self._seen = [(TensorWeakRef(grad), _version(grad)) for grad in grads]
+    def __init__(self, grads: list[Tensor], weak: bool = False) -> None:
+        self._seen = [TensorWeakRef(grad) for grad in grads] if weak else grads
+        self._weak = weak
+        self._versions = [_version(grad) for grad in grads]
 
     def matches(self, grads: list[Tensor]) -> bool:
-        return len(grads) == len(self._seen) and all(
-            ref() is grad and _version(grad) == version
-            for grad, (ref, version) in zip(grads, self._seen, strict=True)
+        seen = [ref() for ref in self._seen] if self._weak else self._seen  # type: ignore[operator]
+        return (
+            len(grads) == len(seen)
+            and all(a is b for a, b in zip(grads, seen, strict=True))
+            and [_version(grad) for grad in grads] == self._versions
         )
 
 

@@ -83,7 +83,7 @@ class OverflowLog:
 
     def record_uncounted(self, gradients: Gradients, found_inf: Tensor) -> None:
         """The same for gradients that were unscaled before: counted only if a report is asked for."""
-        self._uncounted = (Stamp(gradients.originals), found_inf.clone(), self._steps.clone())
+        self._uncounted = (Stamp(gradients.originals, weak=True), found_inf.clone(), self._steps.clone())
         self._record(
             (), torch.zeros(0, 3, dtype=torch.int64, device=found_inf.device), found_inf, self._steps
         )
