@@ -22,12 +22,12 @@ PANELS = ("W1", "W2", "W3")
 BAR = 0.36
 
 
-def draw(results: list[Result], machine: Machine, quick: bool, path: Path) -> None:
-    """AdamW's rows of ``results``, as far as there are any for W1 to W3."""
+def draw(results: list[Result], machine: Machine, quick: bool, path: Path) -> list[Path]:
+    """AdamW's rows for W1 to W3. Returns the files written: none where there is nothing to show."""
     shown = [result for result in results if result.row.optimizer == "adamw" and result.timing.clean]
     panels = [name for name in PANELS if any(result.row.workload == name for result in shown)]
     if not panels:
-        return
+        return []
     rivals = sorted(
         {(r.row.rival.key, r.row.rival.title, r.row.dtype) for r in shown if r.row.workload in panels}
     )
@@ -50,6 +50,7 @@ def draw(results: list[Result], machine: Machine, quick: bool, path: Path) -> No
     _words(figure, machine, quick, threads, any(r.verdict == "slower" for r in shown))
     figure.savefig(path, dpi=140)
     plt.close(figure)
+    return [path]
 
 
 def _panel(axes: Axes, results: list[Result], rivals: list[str], threads: list[int]) -> None:

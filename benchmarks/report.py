@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from statistics import median
 
 from .machine import Machine
 from .results import Result
@@ -38,7 +39,7 @@ def markdown(results: list[Result], machine: Machine, quick: bool, no_stream: st
         f"# Optimizer phase on {machine.title}",
         *([QUICK] if quick else []),
         METHOD,
-        _facts(machine, no_stream),
+        _facts(results, machine, no_stream),
     ]
     parts.append("\n".join(_tally(results, count) for count in threads))
     present = {result.row.workload: result for result in results}
@@ -51,12 +52,15 @@ def markdown(results: list[Result], machine: Machine, quick: bool, no_stream: st
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _facts(machine: Machine, no_stream: str | None) -> str:
+def _facts(results: list[Result], machine: Machine, no_stream: str | None) -> str:
     lines = [
         f"CPU {machine.cpu}, {machine.cores} cores, flags {machine.flags}; huge pages: {machine.huge_pages}.",
         f"torch {machine.torch}, fusedamp {machine.fusedamp} at commit {machine.commit} on its "
         f"{machine.target} kernels, {machine.date}.",
     ]
+    load = median(result.timing.other_load for result in results)
+    if load >= 0.1:
+        lines.append(f"**Other work kept {load:.1f} cores busy meanwhile**, so expect dropped samples.")
     if no_stream:
         lines.append(f"No stream was measured: {no_stream}.")
     return "\n".join(lines)

@@ -20,8 +20,6 @@ try:
 except ImportError as error:
     sys.exit(f"The benchmarks need {error.name}: pip install '.[bench]' in the source folder.")
 
-import torch
-
 from benchmarks import chart, scaling
 from benchmarks.contenders import DTYPES
 from benchmarks.duel import Duel, WrongResult, agreed, check_small
@@ -30,13 +28,15 @@ from benchmarks.report import markdown
 from benchmarks.results import Result, write_csv
 from benchmarks.rows import RIVALS, ROWS, Row
 from benchmarks.stream import NoStream, Stream
-from benchmarks.timing import Limits, alternate
+from benchmarks.timing import Budget, Limits, alternate
 from benchmarks.workloads import WORKLOADS
 
 RESULTS = ROOT / "benchmarks" / "results"
 PARTIAL = ROOT / "benchmarks" / "partial"  # of quick and selective runs; not for the record
 STREAM_NUMEL = 32_000_000
 QUICK_STREAM_NUMEL = 2_000_000
+SECONDS, QUICK_SECONDS = 500.0, 40.0  # of a whole run
+LONGEST, QUICK_LONGEST = 8.0, 0.5  # of one measurement
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -79,7 +79,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.threads = sorted(set(options.threads or [1, min(2, cores)]))
     if not 1 <= options.threads[0] <= options.threads[-1] <= cores:
         parser.error(f"argument --threads: got {options.threads}; this process may use 1 to {cores} cores")
-    if options.samples is not None and options.samples < 1:
+    if options.samples is None:
+        options.samples = 5 if options.quick else 15
+    if options.samples < 1:
         parser.error(f"argument --samples: got {options.samples}; expected at least 1")
     if options.scaling and (options.workload or options.rival or options.dtype):
         parser.error(
@@ -102,7 +104,7 @@ def select(options: argparse.Namespace) -> list[Row]:
     ]
 
 
-def measure(row: Row, options: argparse.Namespace, limits: Limits, stream: Stream | None) -> list[Result]:
+def measure(row: Row, options: argparse.Namespace, budget: Budget, stream: Stream | None) -> list[Result]:
     """Check one row, time it on each number of threads, and check it again at full size."""
     gc.collect()  # the row before must not lie in memory any more
     shapes = WORKLOADS[row.workload].shapes(options.quick)
@@ -112,6 +114,7 @@ def measure(row: Row, options: argparse.Namespace, limits: Limits, stream: Strea
     roof = None if row.workload == "host" else stream
     timings = []
     for threads in options.threads:
+        limits = Limits(options.samples, budget.share())
         timings.append(alternate(duel.ours.phase, duel.theirs.phase, duel.refill, roof, threads, limits))
         duel.steps += limits.warm_up + len(timings[-1].clean) + timings[-1].dropped
     agreed(duel, duel.agreement())
@@ -126,22 +129,16 @@ def main(arguments: list[str] | None = None) -> int:
     pictures = options.out or (ROOT / "docs" if whole else PARTIAL)
     for folder in (out, pictures):
         folder.mkdir(parents=True, exist_ok=True)
-    limits = Limits(
-        samples=options.samples or (5 if options.quick else 15), seconds=0.5 if options.quick else 5
-    )
-    torch.manual_seed(0)
     try:
         if options.scaling:
-            return scaling.run(options, machine, limits, out, pictures, console)
-        return _run(options, machine, limits, out, pictures, console)
+            return scaling.run(options, machine, out, pictures, console)
+        return _run(options, machine, out, pictures, console)
     except WrongResult as error:
         console.print(f"[red]Wrong result, nothing written.[/red] {error}")
         return 1
 
 
-def _run(
-    options: argparse.Namespace, machine: Machine, limits: Limits, out: Path, pictures: Path, console: Console
-) -> int:
+def _run(options: argparse.Namespace, machine: Machine, out: Path, pictures: Path, console: Console) -> int:
     no_stream, stream = None, None
     try:
         stream = Stream(QUICK_STREAM_NUMEL if options.quick else STREAM_NUMEL)
@@ -149,20 +146,24 @@ def _run(
         no_stream = str(error)
         console.print(f"No share of the stream in this run: {no_stream}.")
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    seconds, longest = (QUICK_SECONDS, QUICK_LONGEST) if options.quick else (SECONDS, LONGEST)
+    budget = Budget(seconds, len(options.rows) * len(options.threads), longest)
     results: list[Result] = []
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(options.rows))
         for row in options.rows:
             progress.update(task, description=row.name)
-            results += measure(row, options, limits, stream)
+            results += measure(row, options, budget, stream)
             progress.advance(task)
     name = machine.kind + ("-quick" if options.quick else "")
     write_csv(out / f"{name}.csv", [result.record(machine, options.quick) for result in results])
     text = markdown(results, machine, options.quick, no_stream)
     (out / f"{name}.md").write_text(text)
-    chart.draw(results, machine, options.quick, pictures / "benchmark.png")
+    drawn = chart.draw(results, machine, options.quick, pictures / "benchmark.png")
     Console(width=max(console.width, 110)).print(Markdown(text))
-    console.print(f"Written: {out / name}.csv, {name}.md, {pictures / 'benchmark.png'}")
+    console.print(
+        "Written:", *(f"{out / name}{ending}" for ending in (".csv", ".md")), *drawn, soft_wrap=True
+    )
     return 0
 
 

@@ -17,7 +17,7 @@ from .duel import Duel, check_small
 from .machine import Machine
 from .results import Result, write_csv
 from .rows import RIVALS, Row
-from .timing import Limits, alternate, percentile
+from .timing import Budget, Limits, alternate, percentile
 from .workloads import Shapes, numel
 
 INK = "#222222"
@@ -56,16 +56,17 @@ def plan(quick: bool, cores: int) -> list[Job]:
     ]
 
 
-def run(
-    options: argparse.Namespace, machine: Machine, limits: Limits, out: Path, pictures: Path, console: Console
-) -> int:
+def run(options: argparse.Namespace, machine: Machine, out: Path, pictures: Path, console: Console) -> int:
+    """Measure all curves; write CSV and picture."""
     rows = [Row("adamw", "scaling", RIVALS[key]) for key in ("P1", "P2")]
     checks = {row: check_small(row, [(1_000,)] * 30) for row in rows}
     jobs = [(row, job) for job in plan(options.quick, machine.cores) for row in rows]
+    budget = Budget(30 if options.quick else 300, len(jobs), longest=8)
     points = []
     for row, job in track(jobs, "scaling", console=console):
         duel = Duel(row, job.shapes)
         duel.both()
+        limits = Limits(options.samples, budget.share())
         timing = alternate(duel.ours.phase, duel.theirs.phase, duel.refill, None, job.threads, limits)
         points.append(Point(job, Result(row, job.shapes, timing, checks[row], None)))
     name = f"{machine.kind}-scaling" + ("-quick" if options.quick else "")
@@ -74,7 +75,7 @@ def run(
     ]
     write_csv(out / f"{name}.csv", records)
     draw(points, machine, options.quick, pictures / "benchmark_scaling.png")
-    console.print(f"Written: {out / name}.csv, {pictures / 'benchmark_scaling.png'}")
+    console.print("Written:", f"{out / name}.csv", pictures / "benchmark_scaling.png", soft_wrap=True)
     return 0
 
 
@@ -89,14 +90,7 @@ def draw(points: list[Point], machine: Machine, quick: bool, path: Path) -> None
         for side, (name, colour, marker) in STYLES.items():
             line = _line([p for p in points if p.job.curve == curve], side)
             if line:
-                axes.plot(
-                    *zip(*line, strict=True),
-                    marker=marker,
-                    color=colour,
-                    label=name,
-                    linewidth=1.6,
-                    markersize=5,
-                )
+                axes.plot(*zip(*line, strict=True), marker=marker, color=colour, label=name, linewidth=1.6)
         axes.set_title(title, fontsize=10.5, color=INK)
         axes.set(xlabel=x_label, ylabel=y_label)
         if curve == "threads":

@@ -70,6 +70,20 @@ class Limits:
     warm_up: int = 2
 
 
+class Budget:
+    """Shares the time of a whole run out to its measurements, so that it ends in time on busy machines."""
+
+    def __init__(self, seconds: float, measurements: int, longest: float) -> None:
+        self._end = time.perf_counter() + seconds
+        self._left, self._longest = measurements, longest
+
+    def share(self) -> float:
+        """Seconds for the next measurement: half of its share, for a disturbed one may take twice as long."""
+        share = max(0.0, self._end - time.perf_counter()) / max(1, self._left)
+        self._left -= 1
+        return min(self._longest, share / 2)
+
+
 def percentile(values: np.ndarray, percent: float) -> float:
     """NaN where there is nothing."""
     return float(np.percentile(values, percent)) if len(values) else float("nan")
