@@ -8,7 +8,7 @@ is nothing to do then. Nothing synchronises with the host, and a call that raise
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -203,9 +203,8 @@ def adamw_(
     states = _adam_states("adamw_", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad)
     beta1, beta2 = arguments.pair("adamw_", "betas", betas)
     hyper = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-    _step(
-        "adamw_", params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf
-    )
+    scalars = step_scalars("adamw_", params, lr, hyper, maximize, inv_scale, clip_coef, found_inf)
+    step_lists("adamw_", params, grads, masters, states, steps, scalars)
 
 
 @_documented(
@@ -236,9 +235,8 @@ def adam_(
     states = _adam_states("adam_", exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad)
     beta1, beta2 = arguments.pair("adam_", "betas", betas)
     hyper = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-    _step(
-        "adam_", params, grads, masters, states, steps, lr, hyper, maximize, inv_scale, clip_coef, found_inf
-    )
+    scalars = step_scalars("adam_", params, lr, hyper, maximize, inv_scale, clip_coef, found_inf)
+    step_lists("adam_", params, grads, masters, states, steps, scalars)
 
 
 @_documented(
@@ -272,20 +270,8 @@ def sgd_(
             "one per param with momentum, none without"
         )
     hyper = dict(momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
-    _step(
-        "sgd_",
-        params,
-        grads,
-        masters,
-        dict(momentum_buffers=momentum_buffers),
-        steps,
-        lr,
-        hyper,
-        maximize,
-        inv_scale,
-        clip_coef,
-        found_inf,
-    )
+    scalars = step_scalars("sgd_", params, lr, hyper, maximize, inv_scale, clip_coef, found_inf)
+    step_lists("sgd_", params, grads, masters, dict(momentum_buffers=momentum_buffers), steps, scalars)
 
 
 def _adam_states(op, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad) -> dict[str, Sequence[Tensor]]:
@@ -299,20 +285,16 @@ def _adam_states(op, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad) -> dict[st
     return states
 
 
-def _step(
+def step_lists(
     op: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     masters: Sequence[Tensor],
-    states: dict[str, Sequence[Tensor]],
+    states: Mapping[str, Sequence[Tensor]],
     steps: Sequence[Tensor],
-    lr: float | Tensor,
-    hyper: dict[str, float],
-    maximize: bool,
-    inv_scale: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
+    scalars: dict[str, Any],
 ) -> None:
+    """Any step op. ``states`` by the names that the caller knows; ``scalars`` from :func:`step_scalars`."""
     arguments.need_lists(op, params=params, grads=grads, masters=masters, steps=steps)
     lengths = dict(grads=grads, **states, masters=masters, steps=steps)
     for name, tensors in lengths.items():
@@ -324,34 +306,42 @@ def _step(
     if not params:
         return
     flat = [state for tensors in states.values() for state in tensors]
-    lr_tensor = None
-    if isinstance(lr, Tensor) and isinstance(params[0], Tensor):
-        if lr.device == params[0].device or lr.device.type != "cpu" or lr.numel() != 1:
-            lr, lr_tensor = 0.0, lr
-        else:
-            lr = lr.item()  # reading a CPU tensor waits for nothing
     try:
-        _call(
-            op,
-            params,
-            grads,
-            masters,
-            flat,
-            steps,
-            lr=arguments.number(op, "lr", lr),
-            hyper=[arguments.number(op, name, value) for name, value in hyper.items()],
-            maximize=bool(maximize),
-            lr_tensor=lr_tensor,
-            inv_scale=inv_scale,
-            clip_coef=clip_coef,
-            found_inf=found_inf,
-        )
+        _call(op, params, grads, masters, flat, steps, **scalars)
     except (TypeError, ValueError) as error:
         # The op has one list of states; the caller knows them by name.
         names = [f"{name}[{i}]" for name, tensors in states.items() for i in range(len(tensors))]
         text = re.sub(r"\bstates\[(\d+)\]", lambda match: names[int(match[1])], str(error))
         raise type(error)(text) from None
     _bump(params, masters, flat, steps)
+
+
+def step_scalars(
+    op: str,
+    params: Sequence[Tensor],
+    lr: float | Tensor,
+    hyper: dict[str, Any],
+    maximize: bool,
+    inv_scale: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+) -> dict[str, Any]:
+    """The keyword arguments that every step op has. ``hyper``: by name, in the order of csrc/math's Hyper."""
+    lr_tensor = None
+    if isinstance(lr, Tensor) and params and isinstance(params[0], Tensor):
+        if lr.device == params[0].device or lr.device.type != "cpu" or lr.numel() != 1:
+            lr, lr_tensor = 0.0, lr
+        else:
+            lr = lr.item()  # reading a CPU tensor waits for nothing
+    return dict(
+        lr=arguments.number(op, "lr", lr),
+        hyper=[arguments.number(op, name, value) for name, value in hyper.items()],
+        maximize=bool(maximize),
+        lr_tensor=lr_tensor,
+        inv_scale=inv_scale,
+        clip_coef=clip_coef,
+        found_inf=found_inf,
+    )
 
 
 def _call(op: str, *args: Any, **kwargs: Any) -> Any:

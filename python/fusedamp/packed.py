@@ -37,10 +37,10 @@ class Fields(NamedTuple):
 
     addresses: list[int]
     numels: list[int]
-    codes: list[int | None]
+    codes: list[int]
 
 
-def read(tensors: Sequence[Tensor]) -> Fields | None:
+def read(tensors: Sequence[Any]) -> Fields | None:
     """The fields of ``tensors``, or None where one of them is not a plain contiguous floating-point tensor
     with memory."""
     if not tensors or torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
@@ -50,9 +50,12 @@ def read(tensors: Sequence[Tensor]) -> Fields | None:
             return None
     except RuntimeError:  # sparse tensors have no is_contiguous
         return None
-    numels, codes = list(map(_numel, tensors)), list(map(_CODES.get, map(_dtype, tensors)))
-    addresses = list(map(_address, tensors))
-    if None in codes or tensors[0].device.type not in ("cpu", "cuda"):
+    addresses, numels = list(map(_address, tensors)), list(map(_numel, tensors))
+    try:
+        codes = list(map(_CODES.__getitem__, map(_dtype, tensors)))
+    except KeyError:
+        return None
+    if tensors[0].device.type not in ("cpu", "cuda"):
         return None
     if 0 in addresses and any(n and not a for n, a in zip(numels, addresses, strict=True)):
         return None  # freed
@@ -65,44 +68,51 @@ def pack(values: Sequence[int]) -> Tensor:
 
 
 class StepTable:
-    """The parameters of one step op with what belongs to them, for as long as none of their memory moves."""
+    """The parameters of one step op with what belongs to them, for as long as none of their memory moves.
+
+    Args:
+        op: the step op.
+        params, masters, states, steps: as the op's, which has accepted them with gradients like ``grads``.
+        grads: contiguous gradients of contiguous parameters.
+    """
 
     def __init__(
-        self, op: str, params: list[Tensor], masters: list[Tensor], states: list[Tensor], steps: list[Tensor]
-    ):
+        self,
+        op: str,
+        params: list[Tensor],
+        masters: list[Tensor],
+        states: list[Tensor],
+        steps: list[Tensor],
+        grads: Fields,
+    ) -> None:
         self.op, self.states_per_param = op, len(states) // len(params)
-        self.params, self.fixed = params, [*params, *masters, *states, *steps]
-        self.addresses = list(map(_address, self.fixed))
-        self._grads: Fields | None = None  # of the last step
-        self._rows = torch.empty(0)
+        self.params, self._fixed = params, [*params, *masters, *states, *steps]
+        self._addresses = list(map(_address, self._fixed))
+        self._numels, self._codes = grads.numels, grads.codes
+        self._rows = self._packed_rows(grads)
 
-    def launch(self, grads: list[Tensor], scalars: dict[str, Any]) -> bool:
-        """One step with ``grads``; False, and nothing done, where something moved or is not plain.
+    def accepts(self, grads: Fields) -> bool:
+        """Whether a step with ``grads`` differs from the first in nothing but their addresses and values.
 
-        The first call needs gradients that the list op has accepted with the same tensors.
+        A parameter whose size or dtype was changed in place shows in its gradient's.
         """
-        fields = read(grads)
-        if fields is None or list(map(_address, self.fixed)) != self.addresses:
-            return False
-        known = self._grads
-        if known is None or known.numels != fields.numels or known.codes != fields.codes:
-            if known is not None or not self._fits(fields):
-                return False
-            self._rows = self._packed_rows(fields)
-        self._grads = fields
-        torch.ops.fusedamp.packed_step_(
-            self._rows, pack(fields.addresses), self.params[0], self.op, self.states_per_param, **scalars
+        return (
+            grads.numels == self._numels
+            and grads.codes == self._codes
+            and list(map(_address, self._fixed)) == self._addresses
+            and all(map(_contiguous, self.params))
         )
-        torch.autograd.graph.increment_version(self.fixed)
-        return True
 
-    def _fits(self, grads: Fields) -> bool:
-        params = read(self.params)
-        return params is not None and params.numels == grads.numels
+    def launch(self, grads: Fields, scalars: dict[str, Any]) -> None:
+        """The step, on gradients that were accepted just now."""
+        torch.ops.fusedamp.packed_step_(
+            self._rows, pack(grads.addresses), self.params[0], self.op, self.states_per_param, **scalars
+        )
+        torch.autograd.graph.increment_version(self.params)  # nobody differentiates through our states
 
     def _packed_rows(self, grads: Fields) -> Tensor:
         n = len(self.params)
-        columns = [self.addresses[i : i + n] for i in range(0, len(self.addresses), n)]
+        columns = [self._addresses[i : i + n] for i in range(0, len(self._addresses), n)]
         has_masters = len(columns) == self.states_per_param + 3
         nothing = [0] * n
         params, masters = columns[0], columns[1] if has_masters else nothing

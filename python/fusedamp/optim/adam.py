@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .. import ops
-from .base import Batch, FusedOptimizer, Group
+from .base import FusedOptimizer, Group
 from .hyper import check_number
 
 
@@ -77,22 +76,10 @@ class Adam(FusedOptimizer):
     def _active_states(self, group: Group) -> tuple[str, ...]:
         return self.state_names if group["amsgrad"] else self.state_names[:2]
 
-    def _launch(self, group: Group, batch: Batch, **common: Any) -> None:
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
         beta1, beta2 = group["betas"]
-        update = ops.adamw_ if group["decoupled_weight_decay"] else ops.adam_
-        update(
-            batch.params,
-            batch.grads,
-            batch.states(0),
-            batch.states(1),
-            batch.states(2),
-            batch.masters,
-            batch.steps,
-            betas=(float(beta1), float(beta2)),
-            eps=float(group["eps"]),
-            amsgrad=bool(group["amsgrad"]),
-            **common,
-        )
+        hyper = dict(beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
+        return "adamw_" if group["decoupled_weight_decay"] else "adam_", hyper
 
 
 class AdamW(Adam):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .. import ops
+from ..packed import read
 from . import state_io
 from .hyper import check_common
 from .layout import STATE_DTYPES
+from .replay import Replay
 from .slot import Entry, Mode, Slot, check_aliasing
 
 Group = dict[str, Any]
@@ -48,24 +52,21 @@ class AmpInputs:
 class Batch:
     """What one op call updates: parameters of one group on one device, all with masters or all without."""
 
+    group: Group
+    state_names: tuple[str, ...]
+    op: str
+    scalars: dict[str, Any]
     slots: list[Slot] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
 
-    @property
-    def params(self) -> list[Tensor]:
-        return [slot.target for slot in self.slots]
-
-    @property
-    def masters(self) -> list[Tensor]:
-        return [slot.master for slot in self.slots if slot.master is not None]
-
-    @property
-    def steps(self) -> list[Tensor]:
-        return [slot.step for slot in self.slots]
-
-    def states(self, index: int) -> list[Tensor]:
-        """The states of that index in ``state_names``; nothing where the group has none such."""
-        return [slot.states[index] for slot in self.slots if index < len(slot.states)]
+    def launch(self) -> None:
+        states = {f"{name}s": [s.states[i] for s in self.slots] for i, name in enumerate(self.state_names)}
+        masters = [slot.master for slot in self.slots if slot.master is not None]
+        params, steps = [slot.target for slot in self.slots], [slot.step for slot in self.slots]
+        ops.step_lists(self.op, params, self.grads, masters, states, steps, self.scalars)
+        for slot in self.slots:
+            if slot.target is not slot.param:
+                slot.finish()
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -86,6 +87,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     required_state: tuple[str, ...] = ()  # what a checkpoint must have for every parameter that it knows
     _slots: dict[int, Slot]  # by id of the parameter, which the slot keeps alive
     _unchecked: bool  # whether slots were made since memory was last checked for sharing
+    _stepped: list[Slot]  # of the last step
+    _replay: Replay | None  # what makes the same step again quick
     _turn: int  # counts the steps, to see a parameter twice in one
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
@@ -103,8 +106,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The states that ``group`` uses with its present options: the first of ``state_names``."""
         return self.state_names
 
-    def _launch(self, group: Group, batch: Batch, **common: Any) -> None:
-        """Call the op; ``common`` are the arguments that all ops have."""
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
+        """The name of the step op, and its hyper-parameters by name, in the op's order."""
         raise NotImplementedError
 
     def _new_state(self, name: str, param: Tensor, entry: Entry) -> Tensor:
@@ -136,21 +139,46 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step()
         return loss
 
-    @torch._disable_dynamo  # compiled callers run it eagerly: a trace would freeze what the slots remember
+    @torch._disable_dynamo  # compiled callers run it eagerly: a trace would freeze what is remembered
     def _step(self) -> None:
-        for group, batch, common in self._prepare():  # all is checked before anything moves
-            self._launch(group, batch, **common)
-            for slot in batch.slots:
-                if slot.target is not slot.param:
-                    slot.finish()
+        for g, group in enumerate(self.param_groups):
+            self._check_group(self._where(g), group)
+        if self._replay is not None:
+            calls = self._replay.calls(self.param_groups, self.state, self._mode)
+            if calls is not None:
+                ready = [(table, grads, self._scalars(group, table.params)) for group, table, grads in calls]
+                for table, grads, scalars in ready:
+                    table.launch(grads, scalars)
+                return
+        before, self._replay = self._stepped, None
+        batches = self._prepare()  # all is checked before anything moves
+        for batch in batches:
+            batch.launch()
+        # A table costs more than a step does without one; the second step in a row of the same kind makes it.
+        self._stepped = [slot for batch in batches for slot in batch.slots]
+        if len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
+            self._replay = self._remember(batches)
 
-    def _prepare(self) -> list[tuple[Group, Batch, dict[str, Any]]]:
-        calls: list[tuple[Group, Batch, dict[str, Any]]] = []
+    def _remember(self, batches: list[Batch]) -> Replay | None:
+        seen = []
+        for batch in batches:
+            fields = read(batch.grads)
+            plain = all(slot.target is slot.param and slot.target.is_contiguous() for slot in batch.slots)
+            own = all(slot.param.grad is grad for slot, grad in zip(batch.slots, batch.grads, strict=True))
+            if fields is None or not plain or not own:
+                return None
+            seen.append((batch.group, batch.op, batch.slots, fields))
+        return Replay(self.param_groups, self.state, list(map(self._mode, self.param_groups)), seen)
+
+    def _mode(self, group: Group) -> Mode:
+        return self._active_states(group), group["master_weights"], self._op(group)[0]
+
+    def _prepare(self) -> list[Batch]:
+        calls: list[Batch] = []
         known = self._slots
         self._turn += 1
         for g, group in enumerate(self.param_groups):
-            self._check_group(self._where(g), group)
-            mode: Mode = (self._active_states(group), group["master_weights"])
+            mode = self._mode(group)
             batches: dict[tuple[str, bool], Batch] = {}
             for i, param in enumerate(group["params"]):
                 grad = param.grad
@@ -177,8 +205,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     raise type(error)(f"{self._where(g)} params[{i}] {error}") from error
                 slot.turn = self._turn
                 if (batch := batches.get(slot.key)) is None:
-                    batch = batches[slot.key] = Batch()
-                    calls.append((group, batch, self._common(group, slot.source.device)))
+                    batch = batches[slot.key] = Batch(group, *mode[::2], self._scalars(group, [slot.target]))
+                    calls.append(batch)
                 batch.slots.append(slot)
                 batch.grads.append(grad)
         if self._unchecked:
@@ -189,26 +217,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         return calls
 
     def _forget(self) -> None:
-        self._slots = {}
+        self._slots, self._stepped, self._replay = {}, [], None
         self._unchecked = True
         self._turn = 0
 
     def _where(self, index: int) -> str:
         return f"[{type(self).__name__}] group {index}:"
 
-    def _common(self, group: Group, device: torch.device) -> dict[str, Any]:
+    def _scalars(self, group: Group, params: list[Tensor]) -> dict[str, Any]:
+        device = params[0].device
         amp = DeviceInputs() if self._amp is None else self._amp.for_device(device)
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != device:
             lr = lr.to(device)
-        return {
-            "lr": lr if isinstance(lr, Tensor) else float(lr),
-            "weight_decay": float(group["weight_decay"]),
-            "maximize": bool(group["maximize"]),
-            "inv_scale": amp.inv_scale,
-            "clip_coef": amp.clip_coef,
-            "found_inf": amp.found_inf,
-        }
+        op, hyper = self._op(group)
+        return ops.step_scalars(
+            op, params, lr, hyper, group["maximize"], amp.inv_scale, amp.clip_coef, amp.found_inf
+        )
 
     # Groups and checkpoints ---------------------------------------------------------------
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .. import ops
-from .base import Batch, FusedOptimizer, Group
+from .base import FusedOptimizer, Group
 from .hyper import check_number
 from .slot import Entry
 
@@ -88,15 +87,5 @@ class SGD(FusedOptimizer):
     def _densified(self, grad: Tensor) -> Tensor:
         return grad.to_dense()
 
-    def _launch(self, group: Group, batch: Batch, **common: Any) -> None:
-        ops.sgd_(
-            batch.params,
-            batch.grads,
-            batch.states(0),
-            batch.masters,
-            batch.steps,
-            momentum=float(group["momentum"]),
-            dampening=float(group["dampening"]),
-            nesterov=bool(group["nesterov"]),
-            **common,
-        )
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
+        return "sgd_", {name: group[name] for name in ("momentum", "dampening", "weight_decay", "nesterov")}

@@ -15,7 +15,7 @@ from ..sharding import local
 from .layout import STATE_DTYPES, fits, fitted, overlaps_itself, placed_like, strided_like
 
 Entry = dict[str, Any]  # optimizer.state[param]
-Mode = tuple[tuple[str, ...], str]  # names of the states in use, master_weights
+Mode = tuple[tuple[str, ...], str, str]  # names of the states in use, master_weights, name of the op
 
 
 class Slot:
@@ -32,7 +32,7 @@ class Slot:
         source = local(param)
         _check(source)
         _complete(param, entry, mode, new_state)
-        names, _ = mode
+        names, _, _ = mode
         wanted = torch.empty_like(source, device="meta").stride()
         self.param, self.source, self.entry, self.mode = param, source, entry, mode
         self.dense = source if source.stride() == wanted else torch.empty_like(source).copy_(source)
@@ -143,7 +143,7 @@ def _complete(
     param: Tensor, entry: Entry, mode: Mode, new_state: Callable[[str, Tensor, Entry], Tensor]
 ) -> None:
     """Create what is missing in ``entry``, mend what doesn't fit, drop a master that is not wanted."""
-    names, master_weights = mode
+    names, master_weights, _ = mode
     wants_master = has_master(param, master_weights)
     if (
         param.is_cuda

@@ -1,0 +1,79 @@
+"""The calls of a step, made again with new gradients for as long as nothing but the gradients has changed.
+
+Preparing a step costs microseconds per parameter, mostly to see that everything is as it was. Here the same
+is seen by bulk comparisons of identities and addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+
+from ..packed import Fields, StepTable, read
+from .slot import Mode, Slot
+
+Group = dict[str, Any]
+State = dict[Tensor, dict[str, Any]]
+
+
+def _same(one: Iterable[Any], other: list[Any]) -> bool:
+    one = list(one)
+    return len(one) == len(other) and all(map(is_, one, other))
+
+
+class Replay:
+    """What the last step saw.
+
+    Args:
+        groups, state: the optimizer's.
+        modes: of each group, which states are in use.
+        batches: each op call: its group, the name of the op, its slots and gradients.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        state: State,
+        modes: list[Mode],
+        batches: list[tuple[Group, str, list[Slot], Fields]],
+    ) -> None:
+        self._groups, self._state, self._modes = list(groups), state, modes
+        self._params = [param for group in groups for param in group["params"]]
+        self._sizes = [len(group["params"]) for group in groups]
+        self._entries = list(state.values())
+        self._values = list(chain.from_iterable(map(dict.values, self._entries)))
+        stepped = {id(slot.param) for _, _, slots, _ in batches for slot in slots}
+        self._idle = [param for param in self._params if id(param) not in stepped]
+        self._calls = []
+        for group, op, slots, grads in batches:
+            states = [s for column in zip(*(slot.states for slot in slots), strict=True) for s in column]
+            masters = [slot.master for slot in slots if slot.master is not None]
+            params, steps = [slot.target for slot in slots], [slot.step for slot in slots]
+            self._calls.append((group, StepTable(op, params, masters, states, steps, grads)))
+
+    def calls(
+        self, groups: list[Group], state: State, mode_of: Callable[[Group], Mode]
+    ) -> list[tuple[Group, StepTable, Fields]] | None:
+        """The op calls of this step, or None where more than the gradients has changed."""
+        if (
+            state is not self._state
+            or not _same(groups, self._groups)
+            or [len(group["params"]) for group in groups] != self._sizes
+            or not _same(chain.from_iterable(group["params"] for group in groups), self._params)
+            or list(map(mode_of, groups)) != self._modes
+            or not _same(state.values(), self._entries)
+            or not _same(chain.from_iterable(map(dict.values, self._entries)), self._values)
+            or any(param.grad is not None or hasattr(param, "main_grad") for param in self._idle)
+        ):
+            return None
+        prepared = []
+        for group, table in self._calls:
+            grads = read([param.grad for param in table.params])
+            if grads is None or not table.accepts(grads):
+                return None
+            prepared.append((group, table, grads))
+        return prepared
