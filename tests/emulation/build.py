@@ -21,7 +21,7 @@ HOST_FLAGS = [
 
 @dataclass(frozen=True)
 class Kind:
-    """A compiler with its flags, and the kernels' geometry: threads, elements of a chunk, words of a packet."""
+    """A compiler and its flags; the kernels' geometry: threads, elements of a chunk, words of a packet."""
 
     name: str
     compilers: tuple[str, ...]  # the first one that is there
@@ -104,14 +104,17 @@ def is_fresh(target: Path) -> bool:
 
 
 def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:
-    """Builds test_kernels or test_runtime of the project in `root`, only what has changed; returns the binary."""
+    """Builds test_kernels or test_runtime of the project in `root`, only what changed; returns the binary."""
     compiler, emulation, csrc = kind.compiler(), root / "tests/emulation", root / "csrc"
     assert compiler, kind.missing
     folder.mkdir(parents=True, exist_ok=True)
     include = [f"-I{emulation}", f"-I{cuda_include()}"]
     emulated = [compiler, *HOST_FLAGS, *kind.flags, *kind.defines(), *include]
     # The fibers, and the CPU engine as the reference, stay free of sanitizers.
-    jobs = {"runtime": ["g++", *HOST_FLAGS, "-O2", *include, str(emulation / "runtime.cpp")]}
+    jobs = {
+        part: ["g++", *HOST_FLAGS, "-O2", *include, str(emulation / f"{part}.cpp")]
+        for part in ("runtime", "meeting")
+    }
     jobs[program] = [*emulated, str(emulation / f"{program}.cpp")]
     if program == "test_kernels":
         reference = ["g++", *HOST_FLAGS, "-O2"]

@@ -1,6 +1,6 @@
 // The fibers behind cuda_emulation.h. Compiled without sanitizers; it tells AddressSanitizer and ThreadSanitizer about
 // fibers, shared memory and synchronisation through their hooks, which are absent in a plain build.
-#include "cuda_emulation.h"
+#include "fibers.h"
 
 #include <sys/mman.h>
 
@@ -13,7 +13,6 @@
 #include <string>
 #include <vector>
 
-#define HOOK extern "C" __attribute__((weak))
 HOOK void __sanitizer_start_switch_fiber(void**, const void*, size_t);
 HOOK void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
 HOOK void __asan_poison_memory_region(const volatile void*, size_t);
@@ -22,8 +21,6 @@ HOOK void* __tsan_get_current_fiber();
 HOOK void* __tsan_create_fiber(unsigned);
 HOOK void __tsan_destroy_fiber(void*);
 HOOK void __tsan_switch_to_fiber(void*, unsigned);
-HOOK void __tsan_acquire(void*);
-HOOK void __tsan_release(void*);
 
 #if !defined(__x86_64__)
 #error "the fiber switch below is written for x86-64"
@@ -54,45 +51,22 @@ emulation_switch:
 namespace emulation {
 
 Thread* current;
+std::vector<Fiber> fibers;
+Block block;
+int schedule;
+std::mt19937_64 random_bits;
 
 namespace {
 
-enum State { kReady, kAtBarrier, kAtWarpOp, kExited };
+long grid_end;  // orders a grid before what follows it
+
 const char* const kStateNames[] = {"ready", "at a block barrier", "at a warp function", "exited"};
 
-struct Fiber : Thread {
-  void* stack_pointer;
-  char* stack;
-  unsigned index, lane;
-  State state;
-  Place place;  // where it waits
-  Vote vote;    // and with what
-  bool predicate;
-  WarpOp op;
-  unsigned mask;
-  int argument, width;
-  uint64_t value, result;
-  void *asan_stack, *tsan;
-  bool fenced;             // has it executed a fence?
-  unsigned pending_count;  // atomics since its last fence
-  void* pending[8];
-};
-
 constexpr size_t kStack = 128 << 10, kGuard = 4096, kShared = 8 << 10, kRedZone = 64;
-constexpr unsigned kMaxWarps = 32;
-constexpr int kInOrder = 0, kReversed = 1, kShuffled = 2, kPreemptive = 3;
 
-// What ThreadSanitizer sees a block's barriers as. A fresh one for each block: nothing orders blocks.
-struct SyncPoints {
-  long block[2], warp[kMaxWarps][2];
-};
 SyncPoints sync_pool[4096];
 unsigned sync_next;
-SyncPoints* sync;
-long grid_end;
 
-std::vector<Fiber> fibers;
-unsigned alive, barrier_count, warp_sync_count[kMaxWarps], warp_waiting[kMaxWarps], warp_exited[kMaxWarps];
 char *stacks, *shared_memory;
 size_t stacks_count, shared_used;
 struct {
@@ -109,28 +83,10 @@ void* kernel_argument;
 const char* kernel_name = "?";
 
 uint64_t schedule_seed;
-int schedule;
-std::mt19937_64 random_bits;
 
-Fiber* self() { return static_cast<Fiber*>(current); }
-unsigned threads() { return static_cast<unsigned>(fibers.size()); }
 bool under_tsan() { return __tsan_create_fiber != nullptr; }
-void acquire(void* p) {
-  if (__tsan_acquire) __tsan_acquire(p);
-}
-void release(void* p) {
-  if (__tsan_release) __tsan_release(p);
-}
 
 constexpr unsigned kNoHappensBefore = 1;  // switching fibers orders nothing: CUDA threads are unordered
-
-void switch_to_main(Fiber* f, bool for_good) {
-  if (__sanitizer_start_switch_fiber)
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &f->asan_stack, main_stack_bottom, main_stack_bytes);
-  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(main_tsan, kNoHappensBefore);
-  emulation_switch(&f->stack_pointer, main_stack_pointer);
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(f->asan_stack, nullptr, nullptr);
-}
 
 void switch_to(Fiber* f) {
   current = f;
@@ -147,8 +103,8 @@ void fiber_main() {
   kernel_entry(kernel_argument);
   release(&grid_end);
   f->state = kExited;
-  --alive;
-  warp_exited[f->index / 32] |= 1u << f->lane;
+  --block.alive;
+  block.warp_exited[f->index / 32] |= 1u << f->lane;
   switch_to_main(f, true);
   abort();
 }
@@ -182,69 +138,6 @@ void map_shared_memory() {
   shared_used = 0;
 }
 
-// Everybody alive waits at a barrier: let them go on, if it is the same one.
-void try_release_barrier() {
-  unsigned waiting = 0;
-  const Fiber* first = nullptr;
-  for (const Fiber& f : fibers) {
-    if (f.state != kAtBarrier) continue;
-    ++waiting;
-    if (!first) first = &f;
-  }
-  if (!first || waiting != alive) return;
-  if (alive != threads())
-    fail("%u threads left the kernel before the block barrier at %s:%d", threads() - alive, first->place.file,
-         first->place.line);
-  int count = 0;
-  for (const Fiber& f : fibers) {
-    if (f.place.line != first->place.line || f.place.file != first->place.file || f.vote != first->vote)
-      fail("threads wait at different barriers: %s:%d and %s:%d", first->place.file, first->place.line, f.place.file,
-           f.place.line);
-    count += f.predicate;
-  }
-  const bool all = count == static_cast<int>(threads());
-  const int result = first->vote == Vote::kOr ? count > 0 : first->vote == Vote::kAnd ? all : count;
-  for (Fiber& f : fibers) {
-    f.state = kReady;
-    f.result = static_cast<uint64_t>(result);
-  }
-  ++barrier_count;
-}
-
-// All lanes that the mask names have arrived: hand out the results.
-void complete_warp_op(Fiber* warp, unsigned lanes, const Fiber& by) {
-  const WarpOp op = by.op;
-  const unsigned mask = by.mask, warp_index = by.index / 32;
-  unsigned ballot = 0;
-  for (unsigned l = 0; l < lanes; ++l)
-    if (mask >> l & 1) ballot |= static_cast<unsigned>(warp[l].value != 0) << l;
-  for (unsigned l = 0; l < lanes; ++l) {
-    if (!(mask >> l & 1)) continue;
-    Fiber& f = warp[l];
-    const long lane = l, segment = lane / f.width * f.width, end = segment + f.width;
-    long source = lane;
-    switch (op) {
-      case WarpOp::kIndex: source = segment + (f.argument & (f.width - 1)); break;
-      case WarpOp::kUp: source = lane - f.argument < segment ? lane : lane - f.argument; break;
-      case WarpOp::kDown: source = lane + f.argument >= end ? lane : lane + f.argument; break;
-      case WarpOp::kXor: source = (lane ^ f.argument) >= end ? lane : lane ^ f.argument; break;
-      case WarpOp::kBallot: f.result = ballot; break;
-      case WarpOp::kAny: f.result = ballot != 0; break;
-      case WarpOp::kAll: f.result = ballot == (mask & (lanes == 32 ? ~0u : (1u << lanes) - 1)); break;
-      case WarpOp::kSync: f.result = 0; break;
-    }
-    if (op <= WarpOp::kXor) {
-      if (source < 0 || source >= static_cast<long>(lanes) || !(mask >> source & 1))
-        fail("lane %u shuffles from lane %ld, which mask 0x%08x does not name (%s:%d)", l, source, mask, f.place.file,
-             f.place.line);
-      f.result = warp[source].value;
-    }
-    f.state = kReady;
-    --warp_waiting[warp_index];
-  }
-  if (op == WarpOp::kSync) ++warp_sync_count[warp_index];
-}
-
 void start_fiber(unsigned i, uint3 block_index, dim3 blocks) {
   Fiber& f = fibers[i];
   f = Fiber();
@@ -263,15 +156,15 @@ void start_fiber(unsigned i, uint3 block_index, dim3 blocks) {
   f.stack_pointer = top;
 }
 
-void run_block(unsigned block, unsigned blocks) {
+void run_block(unsigned index, unsigned blocks) {
   map_stacks();
   map_shared_memory();
-  sync = &sync_pool[sync_next++ % 4096];
-  barrier_count = 0;
-  std::fill_n(warp_waiting, kMaxWarps, 0u);
-  std::fill_n(warp_exited, kMaxWarps, 0u);
-  alive = threads();
-  for (unsigned i = 0; i < threads(); ++i) start_fiber(i, {block, 0, 0}, dim3(blocks));
+  block.sync = &sync_pool[sync_next++ % 4096];
+  block.barrier_count = 0;
+  std::fill_n(block.warp_waiting, kMaxWarps, 0u);
+  std::fill_n(block.warp_exited, kMaxWarps, 0u);
+  block.alive = threads();
+  for (unsigned i = 0; i < threads(); ++i) start_fiber(i, {index, 0, 0}, dim3(blocks));
   static std::vector<unsigned> order;
   if (under_tsan()) {
     // It hands out thread numbers in order: shuffled, or thread t of two blocks would look like one thread.
@@ -280,7 +173,7 @@ void run_block(unsigned block, unsigned blocks) {
     std::shuffle(order.begin(), order.end(), random_bits);
     for (const unsigned i : order) fibers[i].tsan = __tsan_create_fiber(0);
   }
-  while (alive > 0) {
+  while (block.alive > 0) {
     order.clear();
     for (const Fiber& f : fibers)
       if (f.state == kReady) order.push_back(f.index);
@@ -296,6 +189,14 @@ void run_block(unsigned block, unsigned blocks) {
 }
 
 }  // namespace
+
+void switch_to_main(Fiber* f, bool for_good) {
+  if (__sanitizer_start_switch_fiber)
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &f->asan_stack, main_stack_bottom, main_stack_bytes);
+  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(main_tsan, kNoHappensBefore);
+  emulation_switch(&f->stack_pointer, main_stack_pointer);
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(f->asan_stack, nullptr, nullptr);
+}
 
 void set_schedule(uint64_t seed) { schedule_seed = seed; }
 
@@ -326,78 +227,6 @@ void may_switch() {
   if (current && schedule == kPreemptive && random_bits() % 4 == 0) switch_to_main(self(), false);
 }
 
-// The C++ rule: what precedes a fence that precedes an atomic by one thread happens before what follows a fence that
-// follows an atomic on the same address by another. Nothing less orders anything.
-void after_atomic(void* address) {
-  Fiber* f = self();
-  if (!f || !under_tsan()) return;
-  if (f->fenced) release(address);
-  for (unsigned i = 0; i < f->pending_count; ++i)
-    if (f->pending[i] == address) return;
-  if (f->pending_count == 8) fail("more than 8 atomics between two fences");
-  f->pending[f->pending_count++] = address;
-}
-
-void fence() {
-  may_switch();
-  Fiber* f = self();
-  f->fenced = true;
-  for (unsigned i = 0; i < f->pending_count; ++i) acquire(f->pending[i]);
-  f->pending_count = 0;
-}
-
-int barrier(Vote vote, bool predicate, Place place) {
-  Fiber* f = self();
-  f->vote = vote;
-  f->predicate = predicate;
-  f->place = place;
-  f->state = kAtBarrier;
-  void* point = &sync->block[barrier_count & 1];
-  release(point);
-  switch_to_main(f, false);
-  acquire(point);
-  return static_cast<int>(f->result);
-}
-
-uint64_t warp_op(WarpOp op, unsigned mask, uint64_t value, int argument, int width, Place place) {
-  Fiber* f = self();
-  const unsigned w = f->index / 32, lanes = std::min(32u, threads() - w * 32);
-  const unsigned named = mask & (lanes == 32 ? ~0u : (1u << lanes) - 1), gone = warp_exited[w] & mask;
-  if (!(mask >> f->lane & 1))
-    fail("lane %u calls a warp function whose mask 0x%08x does not name it (%s:%d)", f->lane, mask, place.file,
-         place.line);
-  if (width < 1 || width > 32 || (width & (width - 1))) fail("shuffle width %d (%s:%d)", width, place.file, place.line);
-  if (gone)
-    fail("mask 0x%08x names lane %d, which has left the kernel (%s:%d)", mask, __builtin_ctz(gone), place.file,
-         place.line);
-  f->op = op;
-  f->mask = mask;
-  f->value = value;
-  f->argument = argument;
-  f->width = width;
-  f->place = place;
-  f->state = kAtWarpOp;
-  void* point = &sync->warp[w][warp_sync_count[w] & 1];
-  if (op == WarpOp::kSync) release(point);  // shuffles and votes order no memory
-
-  Fiber* warp = &fibers[w * 32];
-  bool all_here = ++warp_waiting[w] >= static_cast<unsigned>(__builtin_popcount(named));
-  for (unsigned l = 0; l < lanes && all_here; ++l) {
-    if (!(mask >> l & 1)) continue;
-    const Fiber& other = warp[l];
-    if (other.state != kAtWarpOp || other.mask != mask) {
-      all_here = false;
-    } else if (other.op != op || other.place.line != place.line || other.place.file != place.file) {
-      fail("lanes of mask 0x%08x meet in different calls: %s:%d and %s:%d", mask, place.file, place.line,
-           other.place.file, other.place.line);
-    }
-  }
-  if (all_here) complete_warp_op(warp, lanes, *f);
-  if (!all_here || (schedule >= kShuffled && random_bits() % 2)) switch_to_main(f, false);
-  if (op == WarpOp::kSync) acquire(point);
-  return f->result;
-}
-
 // Allocates nothing: it runs on a fiber, whose memory ThreadSanitizer would call unordered with the next block's.
 void* shared_array(const void* key, size_t bytes, size_t alignment) {
   for (unsigned i = 0; i < shared_array_count; ++i)
@@ -425,7 +254,7 @@ void run_grid(const char* name, unsigned blocks, unsigned threads_per_block, voi
   std::iota(order.begin(), order.end(), 0u);
   if (schedule == kReversed) std::reverse(order.begin(), order.end());
   if (schedule >= kShuffled) std::shuffle(order.begin(), order.end(), random_bits);
-  for (const unsigned block : order) run_block(block, blocks);
+  for (const unsigned index : order) run_block(index, blocks);
   acquire(&grid_end);
 }
 

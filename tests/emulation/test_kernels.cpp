@@ -105,10 +105,9 @@ int states_of(RuleId rule) {
   return counts[rule];
 }
 
-void test_step(Random& random, RuleId rule, int64_t largest, Alignment alignment) {
+void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, Alignment alignment) {
   std::vector<StepTensor> tensors;
-  for (const int64_t numel : random_sizes(random, largest))
-    tensors.push_back(step_tensor(random, numel, states_of(rule), alignment));
+  for (const int64_t numel : sizes) tensors.push_back(step_tensor(random, numel, states_of(rule), alignment));
 
   const float inv_scale = 1.0f / 1024.0f, clip_coef = 0.37f, single_lr = 3e-3f;
   const double double_lr = 3e-3;
@@ -333,7 +332,9 @@ int main(int argc, char** argv) {
     Random random(1000 + round);
     emulation::set_schedule(round);
     for (int rule = 0; rule < kRuleCount; ++rule)
-      test_step(random, static_cast<RuleId>(rule), largest, static_cast<Alignment>((round + rule) % 3));
+      test_step(random, static_cast<RuleId>(rule), random_sizes(random, largest),
+                static_cast<Alignment>((round + rule) % 3));
+    for (int repeat = 0; repeat < 4; ++repeat) test_step(random, kAdamW, {0, 0, 0}, Alignment::kAll);
     test_reads(random, largest);
   }
   Random random(1);

@@ -1,5 +1,4 @@
 #include "step.cuh"
 
-template void fusedamp::cuda::step_with<fusedamp::Adam>(const Device&, const std::vector<StepRow>&, const StepScalars&);
-template void fusedamp::cuda::step_with<fusedamp::AdamAmsgrad>(const Device&, const std::vector<StepRow>&,
-                                                               const StepScalars&);
+FUSEDAMP_CUDA_STEP(Adam)
+FUSEDAMP_CUDA_STEP(AdamAmsgrad)

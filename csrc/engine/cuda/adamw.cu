@@ -1,6 +1,4 @@
 #include "step.cuh"
 
-template void fusedamp::cuda::step_with<fusedamp::AdamW>(const Device&, const std::vector<StepRow>&,
-                                                         const StepScalars&);
-template void fusedamp::cuda::step_with<fusedamp::AdamWAmsgrad>(const Device&, const std::vector<StepRow>&,
-                                                                const StepScalars&);
+FUSEDAMP_CUDA_STEP(AdamW)
+FUSEDAMP_CUDA_STEP(AdamWAmsgrad)

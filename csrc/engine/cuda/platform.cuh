@@ -1,5 +1,5 @@
 // The only file here that knows whether nvcc compiles the kernels for a GPU or a host compiler for the emulation that
-// tests run on a CPU (tests/emulation). Rules that keep both possible are in README.md.
+// tests run on a CPU; tests/emulation/README.md has the rules that keep both possible.
 #pragma once
 #if defined(__CUDACC__)
 

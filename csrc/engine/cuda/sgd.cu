@@ -1,5 +1,4 @@
 #include "step.cuh"
 
-template void fusedamp::cuda::step_with<fusedamp::Sgd>(const Device&, const std::vector<StepRow>&, const StepScalars&);
-template void fusedamp::cuda::step_with<fusedamp::SgdMomentum>(const Device&, const std::vector<StepRow>&,
-                                                               const StepScalars&);
+FUSEDAMP_CUDA_STEP(Sgd)
+FUSEDAMP_CUDA_STEP(SgdMomentum)

@@ -146,3 +146,7 @@ void step_with(const Device& device, const std::vector<StepRow>& rows, const Ste
 }
 
 }  // namespace fusedamp::cuda
+
+#define FUSEDAMP_CUDA_STEP(Rule)                                                                      \
+  template void fusedamp::cuda::step_with<fusedamp::Rule>(const Device&, const std::vector<StepRow>&, \
+                                                          const StepScalars&);

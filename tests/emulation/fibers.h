@@ -1,0 +1,66 @@
+// What the two halves of the emulation share: runtime.cpp runs fibers, meeting.cpp lets them meet.
+#pragma once
+#include <random>
+#include <vector>
+
+#include "cuda_emulation.h"
+
+#define HOOK extern "C" __attribute__((weak))
+HOOK void __tsan_acquire(void*);
+HOOK void __tsan_release(void*);
+
+namespace emulation {
+
+enum State { kReady, kAtBarrier, kAtWarpOp, kExited };
+
+struct Fiber : Thread {
+  void* stack_pointer;
+  char* stack;
+  unsigned index, lane;
+  State state;
+  Place place;  // where it waits
+  Vote vote;    // and with what
+  bool predicate;
+  WarpOp op;
+  unsigned mask;
+  int argument, width;
+  uint64_t value, result;
+  void *asan_stack, *tsan;
+  bool fenced;             // has it executed a fence?
+  unsigned pending_count;  // atomics since its last fence
+  void* pending[8];
+};
+
+constexpr unsigned kMaxWarps = 32;
+
+// What ThreadSanitizer sees a block's barriers as. A fresh one for each block: nothing orders blocks.
+struct SyncPoints {
+  long block[2], warp[kMaxWarps][2];
+};
+
+struct Block {  // the one that runs
+  SyncPoints* sync;
+  unsigned alive, barrier_count;
+  unsigned warp_sync_count[kMaxWarps], warp_waiting[kMaxWarps], warp_exited[kMaxWarps];
+};
+
+enum Schedule { kInOrder, kReversed, kShuffled, kPreemptive };
+
+extern std::vector<Fiber> fibers;
+extern Block block;
+extern int schedule;
+extern std::mt19937_64 random_bits;
+
+inline Fiber* self() { return static_cast<Fiber*>(current); }
+inline unsigned threads() { return static_cast<unsigned>(fibers.size()); }
+inline void acquire(void* p) {
+  if (__tsan_acquire) __tsan_acquire(p);
+}
+inline void release(void* p) {
+  if (__tsan_release) __tsan_release(p);
+}
+
+void switch_to_main(Fiber* f, bool for_good);
+void try_release_barrier();
+
+}  // namespace emulation
