@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from build import KINDS, ROOT, Kind, build
+from emulated import KINDS, ROOT, Kind, build
 
 ARGUMENTS = ["2", "3000"]  # rounds, largest tensor
 
@@ -121,11 +121,16 @@ def main(words: list[str]) -> int:
                 source = root / "csrc/engine/cuda" / defect.file
                 text = source.read_text()
                 if text.count(defect.good) != 1:
-                    raise ValueError(f"{defect.name}: its place occurs {text.count(defect.good)} times in {defect.file}")
+                    raise ValueError(
+                        f"{defect.name}: its place occurs {text.count(defect.good)} times in {defect.file}"
+                    )
                 source.write_text(text.replace(defect.good, defect.bad))
                 message = verdict(kind, root)
                 source.write_text(text)
-                print(f"{'caught' if message else 'SURVIVED':8}  {kind.name:7}  {defect.name}: {message[:110]}", flush=True)
+                print(
+                    f"{'caught' if message else 'SURVIVED':8}  {kind.name:7}  {defect.name}: {message[:110]}",
+                    flush=True,
+                )
                 if not message:
                     survivors.append(defect.name)
     print(f"{len(wanted) - len(survivors)} of {len(wanted)} defects caught")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build import KINDS, Kind, build, cuda_include
+from emulated import KINDS, Kind, build, cuda_include
 
 pytestmark = [
     pytest.mark.emulation,
