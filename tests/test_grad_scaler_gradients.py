@@ -101,10 +101,13 @@ def test_expanded_gradient_is_replaced_by_a_dense_one():
     assert torch.equal(param.grad, torch.full((2, 3), 3.0))
 
 
+def sparse(indices, values):
+    return torch.sparse_coo_tensor(torch.tensor([indices]), values, (3,), check_invariants=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sparse_gradients(dtype):
-    indices = torch.tensor([[1, 1, 0]])
-    grad = torch.sparse_coo_tensor(indices, torch.tensor([4.0, 2.0, 8.0], dtype=dtype), (3,))
+    grad = sparse([1, 1, 0], torch.tensor([4.0, 2.0, 8.0], dtype=dtype))
     scaler, optimizer = scaler_at(2.0), optimizer_of(grad)
     scaler.unscale_(optimizer)
     assert torch.equal(grads_of(optimizer)[0].to_dense(), torch.tensor([4.0, 3.0, 0.0], dtype=dtype))
@@ -112,9 +115,7 @@ def test_sparse_gradients(dtype):
 
 
 def test_sparse_duplicates_that_overflow_together_are_seen():
-    grad = torch.sparse_coo_tensor(
-        torch.tensor([[1, 1]]), torch.full((2,), 60000.0, dtype=torch.float16), (3,)
-    )
+    grad = sparse([1, 1], torch.full((2,), 60000.0, dtype=torch.float16))
     scaler, optimizer = scaler_at(1024.0), optimizer_of(grad)
     scaler.unscale_(optimizer)
     assert found(scaler, optimizer) == {"cpu": 1.0}
@@ -149,6 +150,7 @@ def test_overflow_made_by_unscaling():
     assert found(scaler, optimizer) == {"cpu": 1.0}
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_bad_layout_changes_nothing():
     optimizer = optimizer_of(torch.ones(2))
     param = torch.eye(2).to_sparse_csr().requires_grad_()

@@ -56,13 +56,14 @@ def test_found_inf_replaced(make_optimizer, value):
 
 
 @each_optimizer
-def test_both_of_two_devices_overflow(make_optimizer):
-    """torch adds the flags of two devices to 2 and steps with NaN, its step count going back by 1."""
+@pytest.mark.parametrize("value", [float("nan"), 1.0])
+def test_two_devices(make_optimizer, value):
+    """Where both overflow, torch adds the flags to 2 and steps with NaN, its step count going back by 1."""
     param, scaler, optimizer = make(make_optimizer)
     scaler.step(optimizer)
     scaler.update(8.0)
     weights, count = param.detach().clone(), optimizer.state[param]["step"].clone()
-    param.grad = torch.full((3,), float("nan"))
+    param.grad = torch.full((3,), value)
     scaler.unscale_(optimizer)
     flags = scaler._found_inf_per_device(optimizer)
     flags[torch.device("cpu", 1)] = torch.ones(())  # as if parameters lived there too
@@ -71,6 +72,7 @@ def test_both_of_two_devices_overflow(make_optimizer):
     assert torch.equal(optimizer.state[param]["step"], count)
     live = [flag.clone() for flag in flags.values()]
     scaler.update()
+    assert scaler.get_scale() == 4.0
     assert [flag.item() for flag in flags.values()] == live, (
         "update must not write into the flags, as torch's does"
     )
