@@ -107,7 +107,8 @@ class Twins {
   Memory memory_[2];
 };
 
-// A device for the engine: scratch of exactly the wanted size, full of NaN; tables that are uploaded each time.
+// A device for the engine (0 multiprocessors: a grid is one block, which walks over everything): scratch of exactly the
+// wanted size, full of NaN; tables that are uploaded each time.
 class EmulatedDevice {
  public:
   explicit EmulatedDevice(int multiprocessors) {

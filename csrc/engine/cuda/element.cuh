@@ -2,6 +2,8 @@
 // time; whether 16 bits are FP16 or BF16 is decided afterwards, by a branch that a whole block takes together. So one
 // loop per size serves every mix of types, and loads never wait for that branch.
 #pragma once
+#include <type_traits>
+
 #include "platform.cuh"
 
 #include "../../math/rounding.h"
@@ -94,11 +96,9 @@ __device__ __forceinline__ int elements_to_boundary(const T* list) {
 }
 
 // Calls visit(i, width) over 0 .. n - 1 by all threads of the block. `head` elements come one by one, then N at a time,
-// then the rest one by one. head = n where the lists share no boundary. width is std::integral_constant<int, N or 1>.
+// then the rest one by one. head = n where the lists share no boundary. `width` holds N or 1 as a constant.
 template <int N>
-struct Width {
-  static constexpr int value = N;
-};
+using Width = std::integral_constant<int, N>;
 template <int N, class Visit>
 __device__ __forceinline__ void for_each_element(int n, int head, Visit visit) {
   const int tid = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);

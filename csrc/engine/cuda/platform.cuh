@@ -16,9 +16,9 @@ namespace fusedamp::cuda {
 
 constexpr int kBlock = 256;        // threads of a block
 constexpr int64_t kChunk = 16384;  // elements that a block takes at a time
-constexpr int kPacketWords =
-    4000;  // of 8 bytes: what one launch carries in its parameters (CUDA 12.1: up to 32,764 bytes)
-constexpr int kSmallPacketWords = 480;
+// What one launch carries in its parameters, in words of 8 bytes: up to 32,764 bytes from CUDA 12.1 on. A small table
+// goes in a small packet.
+constexpr int kPacketWords = 4000, kSmallPacketWords = 480;
 
 // An address that was read from memory, of which the compiler does not know that it lies in global memory.
 template <class T>
