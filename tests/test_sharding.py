@@ -124,7 +124,9 @@ def partial_gradient(rank):
     params, optimizer, scaler, (mesh, replicate, shard) = mixed_world(optim.SGD)
     fill(params, mesh, replicate, shard)
     params[0].grad = DTensor.from_local(torch.full((4, 2), 4.0), mesh, [Partial()], run_check=False)
-    scaler.step(optimizer)  # the true gradient is 8 / 8, the sum of both summands
+    # The true gradient is 8 / 8, the sum of both summands, so every one of the 8 + 12 + 3 elements is 1.
+    assert scaler.clip_grad_norm_(optimizer, math.inf).item() == pytest.approx(math.sqrt(23))
+    scaler.step(optimizer)
     torch.testing.assert_close(params[0].to_local(), torch.full((4, 2), 0.9))
 
 
