@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 from . import ops
 from .optim.layout import is_dense, overlaps_itself
+from .packed import PLAIN, Fields, read
 from .sharding import MeshDim, all_reduce_, follow_placements, local, sharded_dims
 
 PerDevice = dict[torch.device, Tensor]
@@ -50,6 +53,7 @@ class _Bucket:
     tensors: list[Tensor] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     layouts: list[tuple[MeshDim, ...]] = field(default_factory=list)
+    fields: Fields | None = None  # of the tensors, where they were read in bulk
 
 
 class Gradients:
@@ -67,9 +71,27 @@ class Gradients:
         # Of all parameters, since a rank without gradients must still join the reductions of the others.
         self._all_layouts: dict[tuple[MeshDim, ...], torch.device] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad():
-            for position, param in enumerate(params):
-                self._add(position, param, magnitudes)
+        params = list(params)
+        if not self._read_in_bulk(params):
+            with torch.no_grad():
+                for position, param in enumerate(params):
+                    self._add(position, param, magnitudes)
+
+    def _read_in_bulk(self, params: list[Tensor]) -> bool:
+        """Does all that is to be done where every gradient is a plain contiguous tensor on one device."""
+        if not PLAIN.issuperset(map(type, params)):
+            return False
+        grads = [param.grad for param in params]
+        present = [grad for grad in grads if grad is not None]
+        if len(present) < len(grads) and any(hasattr(param, "main_grad") for param in params):
+            return False
+        if (fields := read(present)) is None:
+            return False
+        positions = [i for i, grad in enumerate(grads) if grad is not None]
+        self.originals, self._all_layouts = present, {(): params[0].device}
+        bucket = _Bucket(present, positions, [()] * len(present), fields)
+        self.by_device[present[0].device] = bucket
+        return True
 
     def _add(self, position: int, param: Tensor, magnitudes: bool) -> None:
         if not isinstance(param, Tensor):
@@ -142,7 +164,7 @@ class Gradients:
         """One read pass per device; devices on which this rank has no gradient are left out."""
         return {
             device: ops.grad_stats(
-                bucket.tensors, None if inv_scale is None else on(inv_scale, device), norm_type
+                bucket.tensors, None if inv_scale is None else on(inv_scale, device), norm_type, bucket.fields
             )
             for device, bucket in self.by_device.items()
             if bucket.tensors
@@ -218,17 +240,14 @@ class Stamp:
     def __init__(self, grads: list[Tensor], weak: bool = False) -> None:
         self._seen = [TensorWeakRef(grad) for grad in grads] if weak else grads
         self._weak = weak
-        self._versions = [_version(grad) for grad in grads]
+        self._versions = _versions(grads)
 
     def matches(self, grads: list[Tensor]) -> bool:
         seen = [ref() for ref in self._seen] if self._weak else self._seen  # type: ignore[operator]
-        return (
-            len(grads) == len(seen)
-            and all(a is b for a, b in zip(grads, seen, strict=True))
-            and [_version(grad) for grad in grads] == self._versions
-        )
+        return len(grads) == len(seen) and all(map(is_, grads, seen)) and _versions(grads) == self._versions
 
 
-def _version(grad: Tensor) -> tuple[int, int]:
-    version = grad._version
-    return version, version if type(grad) is Tensor else local(grad)._version
+def _versions(grads: list[Tensor]) -> list[int]:
+    """The version counters, and those of the shards that DTensors hold."""
+    shards = [] if PLAIN.issuperset(map(type, grads)) else map(local, grads)
+    return list(map(attrgetter("_version"), chain(grads, shards)))

@@ -54,7 +54,12 @@ def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> N
     _bump(grads, [found_inf])
 
 
-def grad_stats(grads: Sequence[Tensor], inv_scale: Tensor | None = None, norm_type: float = 2.0) -> GradStats:
+def grad_stats(
+    grads: Sequence[Tensor],
+    inv_scale: Tensor | None = None,
+    norm_type: float = 2.0,
+    fields: packed.Fields | None = None,
+) -> GradStats:
     """Finite check before and after unscaling, total and per-tensor norms and non-finite counts, in one read
     pass.
 
@@ -66,6 +71,7 @@ def grad_stats(grads: Sequence[Tensor], inv_scale: Tensor | None = None, norm_ty
         grads (list of tensors, any shape, fp16|bf16|fp32|fp64, at least one): read only.
         inv_scale (1 element, fp32): 1 / loss scale; None stands for 1.
         norm_type: the p of the norm, 0 to inf.
+        fields: what ``packed.read(grads)`` returned just now, to spare reading them again.
     Raises: ValueError naming the op, the index, what it got, what it wanted.
     Cost: reads each gradient once; no host sync.
     """
@@ -75,7 +81,9 @@ def grad_stats(grads: Sequence[Tensor], inv_scale: Tensor | None = None, norm_ty
     norm_type = arguments.number("grad_stats", "norm_type", norm_type)
     if not norm_type >= 0.0:
         raise ValueError(f"[grad_stats] norm_type is {norm_type}; expected a number from 0 to inf")
-    if (fields := packed.read(grads)) is not None:
+    if fields is None:
+        fields = packed.read(grads)
+    if fields is not None:
         rows = packed.pack([*fields.addresses, *fields.numels, *fields.codes])
         return GradStats(*_call("packed_grad_stats", rows, grads[0], inv_scale, norm_type))
     return GradStats(*_call("grad_stats", grads, inv_scale, norm_type))

@@ -22,7 +22,7 @@ _CODES = {
     torch.float32: 2,
     torch.float64: 3,
 }  # as in csrc/engine/dtype.h
-_PLAIN = {Tensor, Parameter}
+PLAIN = {Tensor, Parameter}
 _address, _numel, _contiguous, _device = (
     Tensor.data_ptr,
     Tensor.numel,
@@ -43,7 +43,7 @@ class Fields(NamedTuple):
 def read(tensors: Sequence[Any]) -> Fields | None:
     """The fields of ``tensors``, or None where one of them is not a plain contiguous floating-point tensor
     with memory."""
-    if not tensors or torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
+    if not tensors or torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
         return None
     try:
         if not all(map(_contiguous, tensors)) or len(set(map(_device, tensors))) != 1:
@@ -59,6 +59,8 @@ def read(tensors: Sequence[Any]) -> Fields | None:
         return None
     if 0 in addresses and any(n and not a for n, a in zip(numels, addresses, strict=True)):
         return None  # freed
+    if 1 in numels and any(n == 1 and t.is_neg() for n, t in zip(numels, tensors, strict=True)):
+        return None  # a lazy negation; only views of complex numbers have it, which are contiguous if single
     return Fields(addresses, numels, codes)
 
 
