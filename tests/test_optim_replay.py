@@ -62,6 +62,16 @@ def swap_state_memory(params, optimizer):
     state["exp_avg_sq"].data = torch.full((7,), 0.25)
 
 
+def transpose_state(params, optimizer):
+    state = optimizer.state[params[2]]
+    state["exp_avg_sq"].data = state["exp_avg_sq"].data.t()
+
+
+def reinterpret(params, optimizer):
+    params[1].data = params[1].data.view(torch.float16)
+    params[1].grad = params[1].grad.to(torch.float16)
+
+
 def replace_entry(params, optimizer):
     optimizer.state[params[1]] = copy.deepcopy(optimizer.state[params[1]])
     optimizer.state[params[1]]["exp_avg"].fill_(-1)

@@ -90,19 +90,20 @@ class StepTable:
         self.op, self.states_per_param = op, len(states) // len(params)
         self.params, self._fixed = params, [*params, *masters, *states, *steps]
         self._addresses = list(map(_address, self._fixed))
-        self._numels, self._codes = grads.numels, grads.codes
+        self._numels, self._codes, self._dtypes = grads.numels, grads.codes, list(map(_dtype, params))
         self._rows = self._packed_rows(grads)
 
     def accepts(self, grads: Fields) -> bool:
         """Whether a step with ``grads`` differs from the first in nothing but their addresses and values.
 
-        A parameter whose size or dtype was changed in place shows in its gradient's.
+        A parameter whose size was changed in place shows in its gradient's.
         """
         return (
             grads.numels == self._numels
             and grads.codes == self._codes
             and list(map(_address, self._fixed)) == self._addresses
-            and all(map(_contiguous, self.params))
+            and list(map(_dtype, self.params)) == self._dtypes
+            and all(map(_contiguous, self._fixed))
         )
 
     def launch(self, grads: Fields, scalars: dict[str, Any]) -> None:
