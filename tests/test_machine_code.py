@@ -82,7 +82,7 @@ def test_reads_and_unscale_move_16_bytes_at_a_time(instructions: dict) -> None:
         assert accesses(counts, "LDG") >= 3, key
         assert accesses(counts, "STG") >= 3, key
     for key, counts in kernels(instructions, "stats_kernelILb0E").items():
-        assert accesses(counts, "LDG") >= 6, key  # three norms, two sizes
+        assert accesses(counts, "LDG") >= 3 * 3 * 4, key  # norms, types, loads under way
 
 
 def test_nothing_spills(instructions: dict) -> None:

@@ -97,16 +97,24 @@ __device__ __forceinline__ int elements_to_boundary(const T* list) {
 
 // Calls visit(i, width) over 0 .. n - 1 by all threads of the block. `head` elements come one by one, then N at a time,
 // then the rest one by one. head = n where the lists share no boundary. `width` holds N or 1 as a constant.
+// kAhead: how many loads of N a thread may have under way, where visit() stores nothing.
 template <int N>
 using Width = std::integral_constant<int, N>;
-template <int N, class Visit>
+template <int N, int kAhead = 1, class Visit>
 __device__ __forceinline__ void for_each_element(int n, int head, Visit visit) {
   const int tid = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   head = head < n ? head : n;
-  const int tail = head + (n - head) / N * N;
-  for (int i = head + tid * N; i < tail; i += threads * N) visit(i, Width<N>());
+  const int tail = head + (n - head) / N * N, stride = threads * N;
+  int i = head + tid * N;
+  if constexpr (kAhead > 1) {
+    for (; i + (kAhead - 1) * stride < tail; i += kAhead * stride) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) visit(i + a * stride, Width<N>());
+    }
+  }
+  for (; i < tail; i += stride) visit(i, Width<N>());
   const int singles = head + (n - tail);
-  for (int i = tid; i < singles; i += threads) visit(i < head ? i : i - head + tail, Width<1>());
+  for (int s = tid; s < singles; s += threads) visit(s < head ? s : s - head + tail, Width<1>());
 }
 
 }  // namespace fusedamp::cuda

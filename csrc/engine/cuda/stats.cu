@@ -55,18 +55,18 @@ struct FastSum {
   float sum;
   uint32_t nonzero;
 };
-template <Norm kNorm, class G>
+// kDType is a constant here: a branch on it would keep the loads of one iteration from passing those before.
+template <Norm kNorm, class G, DType kDType>
 __device__ __forceinline__ FastSum fast_sum(const GradRow& row, Span span, float inv_scale) {
   constexpr int kVector = 16 / sizeof(G);
   const G* grads = in_global(static_cast<const G*>(row.grad) + span.first);
-  const DType dtype = row.dtype;
   FastSum found = {0.0f, 0};
-  for_each_element<kVector>(span.count, elements_to_boundary<kVector>(grads), [&](int i, auto width) {
+  for_each_element<kVector, 4>(span.count, elements_to_boundary<kVector>(grads), [&](int i, auto width) {
     constexpr int N = decltype(width)::value;
     const Pack<G, N> grad = load<N>(grads + i);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      const float x = widen<float>(grad.v[e], dtype) * inv_scale;
+      const float x = widen<float>(grad.v[e], kDType) * inv_scale;
       found.sum = accumulate<kNorm>(found.sum, x);
       found.nonzero |= bits_of(x) << 1;
     }
@@ -75,8 +75,9 @@ __device__ __forceinline__ FastSum fast_sum(const GradRow& row, Span span, float
 }
 template <Norm kNorm>
 __device__ __forceinline__ FastSum fast_sum(const GradRow& row, Span span, float inv_scale) {
-  return row.dtype == DType::f32 ? fast_sum<kNorm, uint32_t>(row, span, inv_scale)
-                                 : fast_sum<kNorm, uint16_t>(row, span, inv_scale);
+  if (row.dtype == DType::f32) return fast_sum<kNorm, uint32_t, DType::f32>(row, span, inv_scale);
+  if (row.dtype == DType::bf16) return fast_sum<kNorm, uint16_t, DType::bf16>(row, span, inv_scale);
+  return fast_sum<kNorm, uint16_t, DType::f16>(row, span, inv_scale);
 }
 
 __device__ __forceinline__ double magnitude_of(double x) { return x < 0.0 ? -x : x; }
