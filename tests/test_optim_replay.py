@@ -62,11 +62,6 @@ def swap_state_memory(params, optimizer):
     state["exp_avg_sq"].data = torch.full((7,), 0.25)
 
 
-def transpose_state(params, optimizer):
-    state = optimizer.state[params[2]]
-    state["exp_avg_sq"].data = state["exp_avg_sq"].data.t()
-
-
 def reinterpret(params, optimizer):
     params[1].data = params[1].data.view(torch.float16)
     params[1].grad = params[1].grad.to(torch.float16)
@@ -140,9 +135,10 @@ def nothing(params, optimizer):
 
 
 CHANGES = [
-    nothing, swap_memory, shrink, transpose, replace_state_tensor, swap_state_memory, replace_entry,
-    drop_state, drop_master, reload, change_options, start_amsgrad, stop_masters, couple_decay, swap_groups,
-    step_one_group, lose_a_gradient, use_main_grad, stride_a_gradient, swap_gradient_memory, write_weights,
+    nothing, reinterpret, swap_memory, shrink, transpose, replace_state_tensor,
+    swap_state_memory, replace_entry, drop_state, drop_master, reload, change_options, start_amsgrad,
+    stop_masters, couple_decay, swap_groups, step_one_group, lose_a_gradient, use_main_grad,
+    stride_a_gradient, swap_gradient_memory, write_weights,
 ]  # fmt: skip
 
 
@@ -160,7 +156,7 @@ def test_no_change_between_steps_goes_unseen(change, monkeypatch):
             optimizer.step()
             if step == 3:
                 assert (optimizer._replay is not None) == repeating
-            if step == 4 and change in (shrink, transpose):
+            if step == 4 and change in (shrink, transpose, reinterpret):
                 break  # a second time they would do something else
         return everything(params, optimizer)
 
@@ -211,4 +207,16 @@ def test_freed_memory_is_refused():
     give_grads(params, 3)
     params[0].data.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="no memory"):
+        optimizer.step()
+
+
+def test_a_transposed_state_is_refused():
+    params, optimizer = make()
+    for step in range(3):
+        give_grads(params, step)
+        optimizer.step()
+    state = optimizer.state[params[2]]
+    state["exp_avg_sq"].data = state["exp_avg_sq"].data.t()  # another order at the same address
+    give_grads(params, 3)
+    with pytest.raises(ValueError, match="strides"):
         optimizer.step()
