@@ -15,6 +15,7 @@ import torch
 Call = Callable[[], None]
 LOST_SHARE = 0.03  # of a sample's wall time that may be lost to other work
 LOST_SECONDS = 50e-6
+POOL_REST = 5e-3  # seconds after which idle OpenMP threads no longer spin on the cores that the stream needs
 ENOUGH = 3  # clean pairs without which a measurement goes on for twice its budget
 
 
@@ -109,6 +110,8 @@ def alternate(
             for name, call in (("ours", ours), ("theirs", theirs))[:: -1 if attempt % 2 else 1]:
                 before()
                 taken[name] = _sample(call)
+            if stream:
+                time.sleep(POOL_REST)
             roof = _sample(stream) if stream else None
             if any(sample.disturbed(threads) for sample in taken.values()):
                 timing.dropped += 1
