@@ -25,6 +25,12 @@ def number(op: str, name: str, value: Any) -> float:
         raise TypeError(f"[{op}] {name} is {value!r}; expected a number") from None
 
 
+def flag(op: str, name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, int)):
+        raise TypeError(f"[{op}] {name} is {value!r}; expected True or False")
+    return bool(value)
+
+
 def pair(op: str, name: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise TypeError(f"[{op}] {name} is {value!r}; expected a pair of numbers")

@@ -139,7 +139,7 @@ def update_scale_(
         found_inf,
         growth_interval=growth_interval,
         hysteresis=hysteresis,
-        refill_on_good_step=bool(refill_on_good_step),
+        refill_on_good_step=arguments.flag(op, "refill_on_good_step", refill_on_good_step),
         **factors,
     )
     _bump([scale, growth_tracker], [] if hysteresis_tracker is None else [hysteresis_tracker])
@@ -272,7 +272,7 @@ def sgd_(
     found_inf: Tensor | None = None,
 ) -> None:
     arguments.need_lists("sgd_", params=params, momentum_buffers=momentum_buffers)
-    if bool(momentum_buffers) != (momentum != 0.0 and len(params) > 0):
+    if bool(momentum_buffers) != (arguments.number("sgd_", "momentum", momentum) != 0.0 and len(params) > 0):
         raise ValueError(
             f"[sgd_] momentum_buffers has {len(momentum_buffers)} tensors with momentum={momentum}; expected "
             "one per param with momentum, none without"
@@ -285,7 +285,7 @@ def sgd_(
 def _adam_states(op, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, amsgrad) -> dict[str, Sequence[Tensor]]:
     states = dict(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, max_exp_avg_sqs=max_exp_avg_sqs)
     arguments.need_lists(op, **states)
-    if bool(amsgrad) != bool(max_exp_avg_sqs) and exp_avgs:
+    if arguments.flag(op, "amsgrad", amsgrad) != bool(max_exp_avg_sqs) and exp_avgs:
         raise ValueError(
             f"[{op}] max_exp_avg_sqs has {len(max_exp_avg_sqs)} tensors with amsgrad={amsgrad}; expected one "
             "per param with amsgrad, none without"
@@ -335,6 +335,7 @@ def step_scalars(
     found_inf: Tensor | None,
 ) -> dict[str, Any]:
     """The keyword arguments that every step op has. ``hyper``: by name, in the order of csrc/math's Hyper."""
+    arguments.need_lists(op, params=params)
     lr_tensor = None
     if isinstance(lr, Tensor) and params and isinstance(params[0], Tensor):
         if lr.device == params[0].device or lr.device.type != "cpu" or lr.numel() != 1:
@@ -344,7 +345,7 @@ def step_scalars(
     return dict(
         lr=arguments.number(op, "lr", lr),
         hyper=[arguments.number(op, name, value) for name, value in hyper.items()],
-        maximize=bool(maximize),
+        maximize=arguments.flag(op, "maximize", maximize),
         lr_tensor=lr_tensor,
         inv_scale=inv_scale,
         clip_coef=clip_coef,
@@ -355,7 +356,7 @@ def step_scalars(
 def _call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Calls the op. Its own complaints ("[op_] params[3] is ...") become ValueErrors without C++ line
     numbers."""
-    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
     if isinstance(first, Tensor) and first.is_meta:
         arguments.explain(op, RuntimeError(), args, kwargs, "")
     try:
