@@ -33,7 +33,7 @@ class FloorWatch:
             return False
         look = torch.stack((scale.reshape(()), found_inf.reshape(())))
         if scale.is_cuda:
-            host = torch.empty(2, pin_memory=True).copy_(look, non_blocking=True)
+            host = torch.empty(2, device="cpu", pin_memory=True).copy_(look, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._pending = (event, host, backoff)

@@ -122,4 +122,5 @@ class StepTable:
         states = columns[1 + has_masters : -1]
         states += [nothing] * (3 - len(states))
         codes = [_CODES[p.dtype] | g << 8 for p, g in zip(self.params, grads.codes, strict=True)]
-        return torch.tensor([params, masters, *states, columns[-1], grads.numels, codes]).t().contiguous()
+        rows = [params, masters, *states, columns[-1], grads.numels, codes]
+        return torch.tensor(rows, device="cpu").t().contiguous()  # whatever the user's default device is
