@@ -4,8 +4,27 @@ import os
 
 import pytest
 import torch
+from on_device import DEVICE, OnDevice
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+_on_device = None
+
+
+def pytest_configure() -> None:
+    global _on_device
+    if "FUSEDAMP_TEST_DEVICE" in os.environ:
+        _on_device = OnDevice(DEVICE)
+        _on_device.__enter__()
+
+
+def pytest_collectstart(collector) -> None:
+    if _on_device is not None and isinstance(collector, pytest.Module):
+        _on_device.enter_module(collector.path.stem)
+
+
+def pytest_runtest_setup(item) -> None:
+    if _on_device is not None:
+        _on_device.enter_module(item.path.stem)
 
 
 @pytest.fixture

@@ -1,0 +1,47 @@
+"""``FUSEDAMP_TEST_DEVICE=cuda pytest``: the same tests on another device, as far as they don't name one.
+
+Tensors are made on the CPU, with the values that they have in every run, and then moved. Modules about the
+host's side (builds, processes, instruction sets, the CPU's distributed backend) stay on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+DEVICE = os.environ.get("FUSEDAMP_TEST_DEVICE", "cpu")
+HOST_ONLY = """
+    test_benchmarks test_build test_capabilities test_cli test_cuda_registration test_default_device test_demo
+    test_evidence test_house test_integrations test_kernels test_machine_code test_ops_targets
+    test_optim_distributed test_runtime test_sharding
+"""
+FACTORIES = """
+    arange empty empty_permuted empty_strided eye full linspace logspace ones rand randint randn randperm
+    scalar_tensor sparse_coo_tensor tensor zeros
+"""  # by name: Dynamo, which traces what is below, has no hash of these functions
+
+
+class OnDevice(TorchFunctionMode):
+    """Moves what factories make without a device. ``active`` is switched per module."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.active = torch.device(device), True
+
+    def enter_module(self, name: str) -> None:
+        self.active = name not in HOST_ONLY.split()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        moves = (
+            getattr(func, "__name__", "") in FACTORIES.split()
+            and kwargs.get("device") is None
+            and not kwargs.get("pin_memory")
+        )
+        if not (self.active and moves):
+            return func(*args, **kwargs)
+        requires_grad = kwargs.pop("requires_grad", False)  # a moved tensor would not be a leaf
+        return func(*args, **kwargs).to(self.device).requires_grad_(requires_grad)
