@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fusedamp.capabilities import capabilities, cpu_capability, gpu_capability
+from fusedamp import capabilities
+from fusedamp.capabilities import cpu_capability, gpu_capability
 
 GPUS = [  # name, compute capability, has (fp16, bf16, tf32, fp8), recommended
     ("Tesla P100-PCIE-16GB", (6, 0), (False, False, False, False), torch.float32),

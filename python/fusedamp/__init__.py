@@ -4,10 +4,21 @@ weights, fused."""
 from importlib.metadata import version as _version
 
 from . import ops
+from .capabilities import Capability, capabilities
 from .clip import clip_grad_norm_
 from .grad_scaler import GradScaler
 from .overflow import Overflow, OverflowReport
 from .patch import patch_torch
 
 __version__ = _version("fusedamp")
-__all__ = ["GradScaler", "Overflow", "OverflowReport", "__version__", "clip_grad_norm_", "ops", "patch_torch"]
+__all__ = [
+    "Capability",
+    "GradScaler",
+    "Overflow",
+    "OverflowReport",
+    "__version__",
+    "capabilities",
+    "clip_grad_norm_",
+    "ops",
+    "patch_torch",
+]

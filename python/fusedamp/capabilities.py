@@ -155,7 +155,7 @@ def describe(info: dict) -> str:
 
 
 def _listed(value: object) -> str:
-    return (", ".join(map(str, value)) or "none") if isinstance(value, (list, tuple)) else str(value)
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"
 
 
 def _cpuinfo() -> str:

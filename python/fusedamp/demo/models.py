@@ -63,7 +63,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A GPT on bytes: pre-norm blocks, learned positions."""
 
-    def __init__(self, context: int = 64, width: int = 96, depth: int = 3, heads: int = 3) -> None:
+    def __init__(self, context: int = 64, width: int = 96, depth: int = 2, heads: int = 3) -> None:
         super().__init__()
         self.token, self.place = Embedding(256, width), Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))

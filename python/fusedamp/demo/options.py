@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=("gpt", "digits", "all"), default="all", help="what to train (default: all)")
     add("--dtype", choices=(*DTYPES, "all"), default="all", help="format compared with FP32 (default: all)")
     add("--data", metavar="FILE", help="text to fine-tune the GPT on (default: Python's language reference)")
-    add("--steps", type=int, metavar="N", help="fine-tuning steps (default: gpt 160, digits 600)")
+    add("--steps", type=int, metavar="N", help="fine-tuning steps (default: gpt 120, digits 480)")
     add("--quick", action="store_true", help="a third of the steps")
     add(
         "--lr",

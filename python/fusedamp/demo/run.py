@@ -69,7 +69,7 @@ def _machine(options: Options) -> str:
     if options.device.type == "cuda":
         name = torch.cuda.get_device_name(options.device)
     else:
-        name = f"CPU, {torch.get_num_threads()} threads"
+        name = f"CPU, threads {torch.get_num_threads()}"
     return (
         f"torch {torch.__version__}, Python {platform.python_version()}, {name}, lr {options.learning_rate:g}"
     )

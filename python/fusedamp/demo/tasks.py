@@ -47,7 +47,7 @@ def gpt_task(data: Path | None) -> Task:
         pretrain=lambda seed, step: _windows(code_bytes, _draw(seed, step, len(code) - CONTEXT - 1, 16)),
         finetune=lambda seed, step: _windows(learn, _draw(seed, step, len(learn) - CONTEXT - 1, 16)),
         held_out=_windows(keep, starts),
-        steps=160,
+        steps=120,
     )
 
 
@@ -71,7 +71,7 @@ def digits_task() -> Task:
         pretrain=lambda seed, step: batch(images, seed, step),
         finetune=lambda seed, step: batch(mirrored, seed, step),
         held_out=(mirrored[learn:], labels[learn:]),
-        steps=600,
+        steps=480,
     )
 
 
