@@ -1,6 +1,7 @@
 # make demo   the main job: train in FP32, FP16 and BF16, with torch's AMP and with fusedamp; table and picture in demo-out/
 # make test   everything proven        make check    format, lint, types
 # make bench  optimizer phase against torch             make mutants  broken variants that the tests must notice
+# make evidence  on a machine with a GPU: builds for it, proves, measures, and writes benchmarks/results/
 # make dev    all tools, and git hooks
 #
 # They use the active virtual environment and its torch; where none is active, they make .venv and install torch there.
@@ -20,6 +21,10 @@ test: $(VENV)/.fusedamp-test
 
 bench: $(VENV)/.fusedamp-bench
 	$(PYTHON) benchmarks/run.py $(ARGS)
+
+# Installs nothing: for machines that can fetch nothing. PYTHON=... chooses the interpreter; it must have torch.
+evidence:
+	$(if $(filter file,$(origin PYTHON)),$(or $(VIRTUAL_ENV:%=%/bin/python),python3),$(PYTHON)) benchmarks/evidence/run.py $(ARGS)
 
 mutants: $(VENV)/.fusedamp-test
 	$(PYTHON) tests/mutants.py $(ARGS)
@@ -42,4 +47,4 @@ $(VENV)/.fusedamp-%: $(SOURCES) | $(PYTHON)
 	$(PYTHON) -m pip install $(if $(filter %.whl,$(INSTALL)),'$(INSTALL)[$*]',-e '.[$*]')
 	@touch $@
 
-.PHONY: demo test bench mutants check dev
+.PHONY: demo test bench evidence mutants check dev

@@ -50,16 +50,16 @@ def _parameters(weights: list[Tensor], grads: list[Tensor]) -> list[Parameter]:
     return params
 
 
-def _start(scaler: torch.amp.GradScaler) -> None:
-    scaler.scale(torch.zeros(1))  # makes the scale, as the first loss does
+def _start(scaler: torch.amp.GradScaler, weights: list[Tensor]) -> None:
+    scaler.scale(torch.zeros(1, device=weights[0].device))  # makes the scale, as the first loss does
 
 
 class Fusedamp:
     def __init__(self, optimizer: str, weights: list[Tensor], grads: list[Tensor], max_norm: float) -> None:
         self.weights = _parameters(weights, grads)
         self.optimizer = getattr(fusedamp.optim, NAMES[optimizer])(self.weights, **OPTIONS[optimizer])
-        self.scaler = fusedamp.GradScaler("cpu", init_scale=INIT_SCALE)
-        _start(self.scaler)
+        self.scaler = fusedamp.GradScaler(weights[0].device.type, init_scale=INIT_SCALE)
+        _start(self.scaler, weights)
         self.max_norm = max_norm
 
     def phase(self) -> None:
@@ -80,8 +80,8 @@ class Torch:
         self.weights = _parameters(weights, grads)
         choice = dict(fused=implementation == "fused", foreach=implementation == "foreach")
         self.optimizer = getattr(torch.optim, NAMES[optimizer])(self.weights, **OPTIONS[optimizer], **choice)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=INIT_SCALE)
-        _start(self.scaler)
+        self.scaler = torch.amp.GradScaler(weights[0].device.type, init_scale=INIT_SCALE)
+        _start(self.scaler, weights)
         self.max_norm = max_norm
 
     def phase(self) -> None:

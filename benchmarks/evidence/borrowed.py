@@ -1,0 +1,44 @@
+"""What the tests know already: rows of optimizers, random calls of the ops, comparisons to the bit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from .process import ROOT
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+import cases
+import op_calls
+
+__all__ = ["cases", "copies", "differing", "op_calls"]
+
+
+def copies(device: str, misaligned: bool) -> Callable[[Tensor], Tensor]:
+    """Returns a function that copies tensors to ``device``; misaligned ones start 1, 2, 3, 0 ... elements off
+    a boundary, so that the lists of one parameter share none."""
+    turn = count(1)
+
+    def copy(tensor: Tensor) -> Tensor:
+        offset = next(turn) % 4 if misaligned else 0
+        buffer = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=device)
+        return buffer[offset:].view(tensor.shape).copy_(tensor.detach())
+
+    return copy
+
+
+def differing(ones: Iterable[Tensor], others: Iterable[Tensor]) -> list[str]:
+    """Which of the pairs differ in a bit (any NaN equals any other), and how."""
+    found = []
+    for index, (one, other) in enumerate(zip(ones, others, strict=True)):
+        one, other = one.detach().cpu(), other.detach().cpu()
+        if not op_calls.same_numbers(one, other):
+            where = (one != other) & ~(one.isnan() & other.isnan())
+            first = where.reshape(-1).nonzero()[:1].tolist()
+            found.append(f"tensor {index} {list(one.shape)} {one.dtype}: {int(where.sum())} from {first}")
+    return found

@@ -1,0 +1,130 @@
+"""W1 to W4: the optimizer phase beside torch's, its floor in bytes, and the device's own copy speed.
+
+Two times each: as a user sees it (from a quiet device, host included), and the device's alone (the host ran
+ahead).
+"""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from ...contenders import DTYPES
+from ...rows import RIVALS, Row
+from ...workloads import WORKLOADS, Shapes, gpt2, many_small, numel
+from ..clock import Clock, copy_speed
+from ..place import Place
+from ..sides import Side, gradients, ours, theirs
+from .probe import driver
+
+
+def llama_7b() -> Shapes:
+    """Touvron et al. 2023, arXiv:2302.13971: 6.7e9 parameters."""
+    width, inner, words = 4_096, 11_008, 32_000
+    layer: Shapes = [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner), (width,), (width,)]
+    return [(words, width), *layer * 32, (width,), (words, width)]
+
+
+REAL: dict[str, Shapes] = {
+    "W1": [(1_000_000_000,)],
+    "W2": WORKLOADS["W2"].full,
+    "W3": WORKLOADS["W3"].full,
+    "W4 GPT-2 XL": gpt2(50_257, 1_024, 1_600, 48),
+    "W4 7B": llama_7b(),
+}
+TINY: dict[str, Shapes] = {
+    "W1": [(20_001,)],
+    "W2": gpt2(50, 16, 8, 1),
+    "W3": many_small(8),
+    "W4 GPT-2 XL": gpt2(60, 16, 8, 2),
+    "W4 7B": [(10, 10)] * 3,
+}
+PAIRS = [(w, rival) for w in ("W1", "W2", "W3") for rival in ("P1", "P3", "P2", "P4")]
+PAIRS += [("W4 GPT-2 XL", "P3"), ("W4 GPT-2 XL", "P1"), ("W4 7B", None)]
+COPY_TARGET = 0.9  # of copy speed, on W1 and W4
+
+
+def bytes_held(row: Row, alone: bool) -> int:
+    """Per parameter on the device: shared gradients, both sides' weights and states, what torch allocates
+    meanwhile."""
+    fp32 = row.dtype == "fp32"
+    our, their = (12, 12) if fp32 else (14, 18)
+    temporary = 8 if row.rival.implementation == "foreach" else 0
+    return (4 if fp32 else 2) + our + (0 if alone else their + temporary)
+
+
+def run(place: Place) -> None:
+    clock = Clock(place.device)
+    place.note("state_before", driver() if not place.rehearse else "")
+    copied = copy_speed(clock, place.device, place.sized(4 << 30, 1 << 16))
+    place.note("copy_gb_s", copied)
+    gc.collect()
+    rows: list[dict] = []
+    for workload, rival in place.sized(PAIRS, PAIRS[2::3]):
+        shapes = place.sized(REAL, TINY)[workload]
+        row = Row("adamw", workload, RIVALS[rival or "P3"])
+        if place.seconds_left < 8:
+            rows.append({"workload": workload, "dtype": row.dtype, "rival": rival, "skipped": "no time left"})
+            continue
+        if place.device == "cuda":
+            torch.cuda.empty_cache()
+            need, free = bytes_held(row, rival is None) * numel(shapes), torch.cuda.mem_get_info()[0]
+            if need > 0.95 * free:
+                why = f"needs {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+                rows.append({"workload": workload, "dtype": row.dtype, "rival": rival, "skipped": why})
+                continue
+        with place.attempt(f"{workload} {row.dtype} against {rival}"):
+            rows.append(measure(place, clock, row, shapes, copied, alone=rival is None))
+        gc.collect()
+        place.note("rows", rows)
+    place.note("rows", rows)
+    place.note("targets", targets(rows))
+    place.note("state_after", driver() if not place.rehearse else "")
+
+
+def measure(place: Place, clock: Clock, row: Row, shapes: Shapes, copied: float, alone: bool) -> dict:
+    grads = gradients(shapes, DTYPES[row.dtype], place.device)
+    sides: dict[str, Side] = {"ours": ours(shapes, DTYPES[row.dtype], place.device, grads)}
+    if not alone:
+        sides["theirs"] = theirs(row, shapes, place.device, grads)
+    calls, before = ({name: getattr(s, what) for name, s in sides.items()} for what in ("phase", "restore"))
+    # Ours reads what theirs has unscaled: the values differ by a power of two, the work does not.
+    samples = place.sized(15, 1)
+    seen = clock.alternate(calls, before, samples, ahead=False)
+    device = clock.alternate(calls, before, samples, ahead=True)
+    for name, side in sides.items():
+        finite = all(bool(weight.isfinite().all()) for weight in side.weights)
+        place.check(f"{row.name}: {name} stays finite", finite)
+    gb_s = row.floor_bytes * numel(shapes) / device["ours"]["ms"] / 1e6
+    return {
+        "workload": row.workload,
+        "tensors": len(shapes),
+        "numel": numel(shapes),
+        "dtype": row.dtype,
+        "rival": None if alone else f"{row.rival.key} {row.rival.title}",
+        "seen": seen,
+        "device": device,
+        "floor_bytes": row.floor_bytes,
+        "our_bytes": row.our_bytes,
+        "rival_bytes": None if alone else row.rival_bytes,
+        "gb_s": gb_s,
+        "share_of_copy": gb_s / copied,
+        "ratio_seen": None if alone else seen["theirs"]["ms"] / seen["ours"]["ms"],
+        "ratio_device": None if alone else device["theirs"]["ms"] / device["ours"]["ms"],
+    }
+
+
+def targets(rows: list[dict]) -> dict[str, bool]:
+    """The aims of the project; missing one is a finding, not a failure."""
+    met = {}
+    for row in rows:
+        if "skipped" in row:
+            continue
+        name = f"{row['workload']} {row['dtype']}"
+        if not row["workload"].startswith(("W2", "W3")):
+            met[f"{name}: {COPY_TARGET:.0%} of copy speed"] = row["share_of_copy"] >= COPY_TARGET
+        if row["rival"] and row["rival"].startswith("P1"):
+            wanted = row["rival_bytes"] / row["our_bytes"]
+            met[f"{name}: {wanted:.2f} times as fast as torch fused"] = row["ratio_seen"] >= wanted
+    return met

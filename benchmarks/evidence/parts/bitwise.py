@@ -1,0 +1,160 @@
+"""Every optimizer, mix of dtypes, master mode and odd size, aligned and not: 20 steps, the CPU's bits.
+
+In a rehearsal the CPU plays both sides, on one thread and on two.
+"""
+
+from __future__ import annotations
+
+import torch
+from fusedamp import GradScaler, ops
+from torch import Tensor
+
+from ..borrowed import cases, copies, differing, op_calls
+from ..place import Place
+
+SIZES = [(), (0,), (1,), (7,), (255,), (3, 5, 7), (4_097,), (16_383,), (16_384,), (16_385,), (100_003,)]
+TINY_SIZES = [(), (0,), (1,), (7,), (257,)]
+STEPS, SKIPPED, WRITTEN = 20, 7, 11
+# In read passes a thread adds at most this many terms in FP32, on either side, before it goes on in FP64.
+STATS_ROUNDINGS = 512
+
+
+def run(place: Place) -> None:
+    compared = 0
+    variants = place.sized(list(op_calls.VARIANTS), ["adamw", "adam-amsgrad", "sgd-nesterov"])
+    for variant in variants:
+        for masters in (False, True):
+            for grad_dtype in (None, torch.float16, torch.bfloat16, torch.float32):
+                for misaligned in (False, True):
+                    name = f"{variant}, masters={masters}, grads={grad_dtype}, misaligned={misaligned}"
+                    with place.attempt(name):
+                        steps(place, variant, masters, grad_dtype, misaligned)
+                    compared += 1
+    place.note("op_combinations", compared)
+    for dtype in op_calls.DTYPES:
+        with place.attempt(f"unscale_ {dtype}"):
+            unscale(place, dtype)
+        with place.attempt(f"grad_stats {dtype}"):
+            stats(place, dtype)
+    with place.attempt("update_scale_"):
+        scale(place)
+    optimizers = place.sized(cases.CASES, cases.MAIN[:1])
+    for case in optimizers:
+        for dtype in op_calls.DTYPES:
+            for mode in ("auto", "none") if dtype in op_calls.HALVES else ("auto",):
+                with place.attempt(f"optim {case.name} {dtype} master_weights={mode}"):
+                    through_the_scaler(place, case, dtype, mode)
+    place.note("optimizers", [case.name for case in optimizers])
+
+
+def same(ones: list[Tensor], others: list[Tensor], when: str) -> None:
+    found = differing(ones, others)
+    if found:
+        raise AssertionError(f"{when}: {len(found)} tensors differ: {'; '.join(found[:3])}")
+
+
+def steps(
+    place: Place, variant: str, masters: bool, grad_dtype: torch.dtype | None, misaligned: bool
+) -> None:
+    dtypes = op_calls.HALVES if masters else op_calls.DTYPES
+    sizes = place.sized(SIZES, TINY_SIZES)
+    cpu = op_calls.step_call(variant, sizes, dtypes, masters=masters, grad_dtype=grad_dtype, taken=(0, 3))
+    gpu = cpu.map(copies(place.device, misaligned))
+    gpu.steps = [step.clone().to(place.device) for step in cpu.steps]
+    scalars = dict(inv_scale=torch.tensor(2.0**-7), clip_coef=torch.tensor(0.37))
+    draw = torch.Generator().manual_seed(5)
+    for step in range(place.sized(STEPS, 3)):
+        for one, other in zip(cpu.grads, gpu.grads, strict=True):
+            one.copy_(torch.randn(one.shape, generator=draw) * 2.0**7)
+            other.copy_(one)
+        if step == WRITTEN:  # a user's write to the weights, which masters follow
+            for call in (cpu, gpu):
+                for param in call.params[::2]:
+                    param.mul_(0.5)
+        found_inf = torch.tensor(float(step == SKIPPED))
+        cpu.options |= scalars | {"found_inf": found_inf}
+        moved = {
+            name: value.to(place.device) for name, value in cpu.options.items() if torch.is_tensor(value)
+        }
+        gpu.options |= moved
+        cpu.run()
+        gpu.run()
+        if step in (0, place.sized(STEPS, 3) - 1):
+            same(cpu.tensors(), gpu.tensors(), f"after step {step + 1}")
+
+
+def gradients(place: Place, dtype: torch.dtype, scale: float) -> tuple[list[Tensor], list[Tensor]]:
+    draw = torch.Generator().manual_seed(6)
+    cpu = [torch.randn(s, generator=draw).mul(scale).to(dtype) for s in place.sized(SIZES, TINY_SIZES)]
+    return cpu, list(map(copies(place.device, True), cpu))
+
+
+def unscale(place: Place, dtype: torch.dtype) -> None:
+    for factor, bad in ((1 / 3, None), (2.0**-20, None), (1.0, float("inf")), (3e38, None)):
+        cpu, gpu = gradients(place, dtype, 2.0**7)
+        if bad is not None:
+            for grads in (cpu, gpu):
+                grads[-1].view(-1)[-1] = bad
+        flags = []
+        for grads, device in ((cpu, "cpu"), (gpu, place.device)):
+            flags.append(torch.zeros((), device=device))
+            ops.unscale_(grads, torch.tensor(factor, device=device), flags[-1])
+        same([*cpu, flags[0]], [*gpu, flags[1]], f"times {factor}")
+
+
+def stats(place: Place, dtype: torch.dtype) -> None:
+    for norm_type in (2.0, 1.0, float("inf"), 0.0, 3.0):
+        cpu, gpu = gradients(place, dtype, 2.0**7)
+        for values in ((), (float("inf"),), (float("nan"), float("-inf"))):
+            for index, value in enumerate(values):
+                for grads in (cpu, gpu):
+                    grads[-1 - index].view(-1)[-1 - 3 * index] = value
+            one = ops.grad_stats(cpu, torch.tensor(2.0**-7), norm_type)
+            two, again = (
+                ops.grad_stats(gpu, torch.tensor(2.0**-7, device=place.device), norm_type) for _ in range(2)
+            )
+            same([one.found_inf, one.counts], [two.found_inf, two.counts], f"norm {norm_type}")
+            same(list(two), list(again), f"norm {norm_type}, twice on the device")
+            close = torch.isclose(one.total, two.total.cpu(), rtol=2 * STATS_ROUNDINGS * 2.0**-24, atol=0)
+            if not (close | (one.total.isnan() & two.total.cpu().isnan())):
+                raise AssertionError(f"norm {norm_type}: total {float(two.total)}; CPU: {float(one.total)}")
+
+
+def scale(place: Place) -> None:
+    draw = torch.Generator().manual_seed(7)
+    found = (torch.rand(300, generator=draw) < 0.3).float()
+    options = dict(growth_factor=1.7, backoff_factor=0.3, growth_interval=2, min_scale=0.5, max_scale=1e6)
+    states = []
+    for device in ("cpu", place.device):
+        state = [torch.tensor(v, device=device) for v in (1024.0, 0, 3)]
+        state[1:] = [tracker.to(torch.int32) for tracker in state[1:]]
+        for flag in found.to(device).unbind():
+            ops.update_scale_(*state[:2], flag, hysteresis_tracker=state[2], hysteresis=3, **options)
+        states.append(state)
+    same([states[0][0]], [states[1][0]], "scale")
+    assert [int(t) for t in states[0][1:]] == [int(t) for t in states[1][1:]], "trackers"
+
+
+def through_the_scaler(place: Place, case: cases.Case, dtype: torch.dtype, mode: str) -> None:
+    """The public way, without clipping: a norm may differ in its last bits."""
+    seen = []
+    for device in ("cpu", place.device):
+        params = [torch.nn.Parameter(p.detach().to(device)) for p in cases.make_params(dtype)]
+        optimizer = case.ours(params, **case.options, master_weights=mode)
+        scaler = GradScaler(device, init_scale=8.0, growth_interval=4)
+        scaler.scale(torch.ones((), device=device))
+        for step in range(place.sized(STEPS, 4)):
+            cases.set_grads(
+                twins := [torch.nn.Parameter(p.detach().cpu()) for p in params], step, scaler.get_scale()
+            )
+            if step in (3, SKIPPED):
+                twins[5].grad[0, 0] = float("inf")
+            for param, twin in zip(params, twins, strict=True):
+                param.grad = twin.grad.to(device)
+            if step % 3 == 2:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        state = [value for entry in optimizer.state.values() for _, value in sorted(entry.items())]
+        seen.append([*(p.detach() for p in params), *state, scaler._scale])
+    same(*seen, "after the last step")

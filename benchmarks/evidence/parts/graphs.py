@@ -1,0 +1,147 @@
+"""One graph holds the whole tail: unscaling, clipping, step, scale update. 100 replays against eager steps,
+with overflows: the same bits in weights, masters, states, step counts, scale and trackers.
+
+In a rehearsal a "replay" calls the captured function again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from fusedamp import GradScaler
+from torch import Tensor
+
+from ..borrowed import cases, differing
+from ..place import Place
+
+SHAPES = [(1,), (7,), (33, 31), (257,), (16_385,), (0,), (64, 64)]
+WARM_UP = 3  # steps before a capture: they make the states, and the calls that are then repeated
+OVERFLOWS = {0, 1, 9, 17, 18, 19, 40, 77}  # which of the replayed steps
+
+
+@dataclass
+class Training:
+    """Parameters with gradients in fixed places, an optimizer and a scaler."""
+
+    params: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler
+    flow: str
+    norms: Tensor
+
+    def tail(self) -> None:
+        if self.flow == "unscale_":
+            self.scaler.unscale_(self.optimizer)
+        norm = self.scaler.clip_grad_norm_(self.optimizer, 1.5)
+        self.norms.copy_(norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def everything(self) -> list[Tensor]:
+        state = [value for entry in self.optimizer.state.values() for _, value in sorted(entry.items())]
+        trackers = [
+            self.scaler._growth_tracker.double(),
+            self.scaler._hysteresis_budget(self.norms.device).double(),
+        ]
+        return [*(p.detach() for p in self.params), *state, self.scaler._scale, *trackers, self.norms]
+
+
+def training(place: Place, case: cases.Case, dtype: torch.dtype, mode: str, flow: str) -> Training:
+    params = cases.make_params(dtype, SHAPES)
+    params = [torch.nn.Parameter(p.detach().to(place.device)) for p in params]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    lr = torch.tensor(1e-2, device=place.device)  # a schedule moves it between replays
+    options = case.options | {"lr": lr, "master_weights": mode}
+    if "capturable" in case.ours([torch.zeros(1)], **case.options).defaults:
+        options["capturable"] = True
+    optimizer = case.ours(params, **options)
+    scaler = GradScaler(place.device, init_scale=64.0, growth_interval=5, hysteresis=2)
+    scaler.scale(torch.ones((), device=place.device))
+    return Training(params, optimizer, scaler, flow, torch.zeros((), device=place.device))
+
+
+def feed(model: Training, step: int) -> None:
+    """New gradients, in place."""
+    draw = torch.Generator().manual_seed(step)
+    for param in model.params:
+        param.grad.copy_(torch.randn(param.shape, generator=draw) * 64)
+    if step - WARM_UP in OVERFLOWS:
+        model.params[step % 3].grad.view(-1)[-1] = float("inf") if step % 2 else float("nan")
+    model.optimizer.param_groups[0]["lr"].fill_(1e-2 / (1 + step))
+
+
+def captured(place: Place, tail: Callable[[], None]) -> Callable[[], None]:
+    if place.device != "cuda":
+        return tail
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tail()
+    return graph.replay
+
+
+def compare(place: Place, case: cases.Case, dtype: torch.dtype, mode: str, flow: str) -> None:
+    eager, graphed = (training(place, case, dtype, mode, flow) for _ in range(2))
+    for step in range(WARM_UP):
+        for model in (eager, graphed):
+            feed(model, step)
+            model.tail()
+    versions = [p._version for p in graphed.params]
+    replay = captured(place, graphed.tail)
+    if place.device == "cuda":
+        bumped = [p._version > v for p, v in zip(graphed.params, versions, strict=True)]
+        assert all(bumped), "version counters did not move while capturing"
+    steps = place.sized(100, 6)
+    for step in range(WARM_UP, WARM_UP + steps):
+        for model, run in ((eager, eager.tail), (graphed, replay)):
+            feed(model, step)
+            run()
+        if step in (WARM_UP, WARM_UP + 2, WARM_UP + steps - 1):
+            found = differing(eager.everything(), graphed.everything())
+            assert not found, f"after step {step - WARM_UP + 1}: {'; '.join(found[:3])}"
+    stepped = [entry["step"] for entry in eager.optimizer.state.values()]
+    skipped = WARM_UP + steps - int(stepped[0])
+    wanted = sum(o < steps for o in OVERFLOWS)
+    assert skipped == wanted, f"{skipped} steps were skipped; expected {wanted}"
+    report = eager.scaler.overflow_report(eager.optimizer)
+    assert str(report) == str(graphed.scaler.overflow_report(graphed.optimizer)), "overflow reports differ"
+
+
+def run(place: Place) -> None:
+    done = 0
+    for case in place.sized(cases.CASES, cases.MAIN[:1]):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for mode in ("auto",) if dtype == torch.float32 else ("auto", "none"):
+                for flow in ("unscale_", "fused"):
+                    with place.attempt(f"{case.name} {dtype} master_weights={mode} {flow}"):
+                        compare(place, case, dtype, mode, flow)
+                    done += 1
+    place.note("graphs", done)
+    place.note("replays_each", place.sized(100, 6))
+    with place.attempt("two graphs beside each other, and eager steps between their replays"):
+        interleaved(place)
+
+
+def interleaved(place: Place) -> None:
+    """Each graph must keep tables and memory of its own: what eager calls leave behind is reused."""
+    case = cases.BY_NAME["adamw"]
+    pairs = []
+    for flow in ("unscale_", "fused"):
+        eager, graphed = (training(place, case, torch.bfloat16, "auto", flow) for _ in range(2))
+        for step in range(WARM_UP):
+            for model in (eager, graphed):
+                feed(model, step)
+                model.tail()
+        pairs.append((eager, graphed, captured(place, graphed.tail)))
+    for step in range(WARM_UP, WARM_UP + 20):
+        for eager, graphed, replay in pairs:
+            feed(graphed, step)
+            replay()
+            feed(eager, step)
+            eager.tail()
+        torch.full((100_000,), float("nan"), device=place.device)  # over whatever was freed
+    for eager, graphed, _ in pairs:
+        found = differing(eager.everything(), graphed.everything())
+        assert not found, "; ".join(found[:3])

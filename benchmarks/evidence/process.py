@@ -1,0 +1,74 @@
+"""Commands that may crash or hang, in a process group of their own, within a time limit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TAIL = 4_000  # characters of output that a report keeps
+FAREWELL = 10  # seconds between an interrupt and the end
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int  # negative: the signal that ended it
+    seconds: float
+    timed_out: bool
+    output: str
+
+    @property
+    def tail(self) -> str:
+        return self.output[-TAIL:]
+
+    @property
+    def verdict(self) -> str:
+        """Why it did not end well; empty if it did."""
+        if self.timed_out:
+            return f"still running after {self.seconds:.0f} s, killed"
+        if self.code < 0:
+            return f"crashed with {signal.Signals(-self.code).name}"
+        return f"exit code {self.code}" if self.code else ""
+
+
+def execute(
+    command: list[str], seconds: float, env: dict[str, str] | None = None, interrupt: bool = False
+) -> Finished:
+    """Run ``command`` in the source folder. ``interrupt``: at its limit it may first say what it knows."""
+    begin = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        timed_out = False
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+            if interrupt:
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(FAREWELL)
+        finally:
+            _end(process)
+        output.seek(0)
+        return Finished(process.returncode, time.monotonic() - begin, timed_out, output.read())
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Its whole group: workers and profilers have processes of their own."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

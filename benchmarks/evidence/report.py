@@ -1,0 +1,146 @@
+"""The Markdown beside the JSON: what ran on what, each part's outcome, the tables, and every failure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .parts import PARTS
+
+Result = dict[str, Any]
+
+
+def markdown(about: dict[str, Any], results: dict[str, Result]) -> str:
+    kind = (
+        "rehearsal without a GPU: tiny sizes on the CPU, no evidence" if about["rehearsal"] else about["gpu"]
+    )
+    blocks = [f"# Evidence: {kind}", _facts(about), _outcomes(results)]
+    for name, show in TABLES.items():
+        findings = results.get(name, {}).get("findings", {})
+        try:
+            text = show(findings)
+        except (KeyError, TypeError) as error:  # a part that ended early has left holes
+            text = f"(incomplete: {error!r})"
+        if text:
+            blocks += [f"## {PARTS[name].title}", text]
+    failed = {name: r for name, r in results.items() if r["outcome"] == "failed"}
+    for name, result in failed.items():
+        blocks += [f"## Failure: {PARTS[name].title}", _failure(result)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _facts(about: dict[str, Any]) -> str:
+    shown = {key: value for key, value in about.items() if key != "rehearsal" and value not in ("", None)}
+    return "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in shown.items())
+
+
+def _outcomes(results: dict[str, Result]) -> str:
+    rows = [
+        (PARTS[n].title, r["outcome"], r["checks"], len(r["failures"]), f"{r['seconds']:.0f} s", r["reason"])
+        for n, r in results.items()
+    ]
+    return table(("part", "outcome", "checks", "failed", "took", "reason"), rows)
+
+
+def _failure(result: Result) -> str:
+    lines = [f"- {' '.join(failure.split())[:600]}" for failure in result["failures"][:40]]
+    more = len(result["failures"]) - len(lines)
+    if more > 0:
+        lines.append(f"- and {more} more, in the JSON file")
+    tail = result["tail"].strip()[-2_500:].replace("```", "'''")
+    return "\n".join([*lines, "", "```", tail, "```"])
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    heads = list(heads)
+    lines = [heads, ["---"] * len(heads), *([_cell(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return " ".join(text.replace("|", "/").split())[:200]
+
+
+def _bandwidth(found: dict[str, Any]) -> str:
+    heads = ("workload", "weights", "against", "ours ms", "theirs ms", "times as fast", "on the device alone")
+    heads += ("bytes ours / theirs", "GB/s (floor bytes)", "of copy")
+    rows = []
+    for row in found.get("rows", []):
+        if "skipped" in row:
+            rows.append((row["workload"], row["dtype"], row["rival"], row["skipped"], *[None] * 6))
+            continue
+        rows.append(
+            (
+                f"{row['workload']} ({row['tensors']:,} tensors, {row['numel']:,})",
+                row["dtype"],
+                row["rival"],
+                row["seen"]["ours"]["ms"],
+                row["seen"].get("theirs", {}).get("ms"),
+                row["ratio_seen"],
+                row["ratio_device"],
+                f"{row['our_bytes']} / {row['rival_bytes'] or '-'}",
+                row["gb_s"],
+                f"{row['share_of_copy']:.0%}",
+            )
+        )
+    if not rows:
+        return ""
+    aims = "\n".join(
+        f"- {'met' if met else 'MISSED'}: {aim}" for aim, met in found.get("targets", {}).items()
+    )
+    copied = f"The device's own copy: {found['copy_gb_s']:.0f} GB/s, read and written."
+    return "\n\n".join([copied, table(heads, rows), aims])
+
+
+def _launches(found: dict[str, Any]) -> str:
+    rows = [(n, r["ours"], r["ours_engine"], r["theirs"]) for n, r in found.get("launches", {}).items()]
+    host = [
+        (name, r["ours_us_per_tensor"], r["theirs_us_per_tensor"])
+        for name, r in found.get("host", {}).items()
+    ]
+    if not rows:
+        return ""
+    first = table(("phase", "our launches", "of them the engine's", "their launches"), rows)
+    return f"{first}\n\n{table(('host time, us per tensor', 'ours', 'theirs'), host)}"
+
+
+def _training(found: dict[str, Any]) -> str:
+    heads = ("recipe", "step ms", "optimizer phase ms", "peak GB", "first loss", "last loss")
+    keys = ("recipe", "step_ms", "optimizer_phase_ms", "peak_gb", "first_loss", "last_loss")
+    rows = [[run[key] for key in keys] for run in found.get("runs", [])]
+    return table(heads, rows) if rows else ""
+
+
+def _suite(found: dict[str, Any]) -> str:
+    if not found.get("counts"):
+        return ""
+    counts = ", ".join(f"{name} {count}" for name, count in found["counts"].items())
+    return "\n".join([counts, *(f"- `{_cell(name)}`" for name in found["failing"])])
+
+
+def _counters(found: dict[str, Any]) -> str:
+    kernels = found.get("kernels", [])
+    return table(kernels[0], (kernel.values() for kernel in kernels)) if kernels else ""
+
+
+def _plain(found: dict[str, Any]) -> str:
+    return "\n".join(f"- {key.replace('_', ' ')}: {json.dumps(value)[:300]}" for key, value in found.items())
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "build": _plain,
+    "bitwise": _plain,
+    "graphs": _plain,
+    "sync": _plain,
+    "large": _plain,
+    "bandwidth": _bandwidth,
+    "launches": _launches,
+    "training": _training,
+    "suite": _suite,
+    "sanitizer": _plain,
+    "counters": _counters,
+}

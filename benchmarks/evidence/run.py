@@ -1,0 +1,174 @@
+"""``make evidence``: proves and measures fusedamp on this machine's GPU, in at most 10 minutes.
+
+Every part runs in a process of its own within a time limit, so that a crash or a hang in one is recorded and
+the others go on. The report is rewritten after each part. Needs torch, nvcc and a C++ compiler; fetches
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: make the folder a package, so that its modules find each other
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+    __package__ = "benchmarks.evidence"
+
+from benchmarks.evidence.parts import PARTS
+from benchmarks.evidence.process import ROOT, execute
+from benchmarks.evidence.report import markdown
+
+RESULTS = ROOT / "benchmarks" / "results"
+PARTIAL = ROOT / "benchmarks" / "partial"  # of rehearsals and selected parts; not for the record
+LIMIT = 580  # seconds in all
+LEAST = 8  # seconds with which a part is started at all
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="make evidence",
+        description=__doc__.split("\n")[0],
+        epilog="Parts: " + "; ".join(f"{p.name}: {p.title}" for p in PARTS.values()) + ".",
+    )
+    add = parser.add_argument
+    add(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        help="only these parts of a built fusedamp",
+    )
+    add(
+        "--rehearse",
+        action="store_true",
+        help="without a GPU: every part at tiny sizes on the CPU, which proves nothing but that it runs",
+    )
+    add("--limit", type=float, default=LIMIT, metavar="SECONDS", help=f"for all parts (default: {LIMIT})")
+    add(
+        "--out",
+        type=Path,
+        help=f"folder for the report (default: {RESULTS.relative_to(ROOT)} for a whole run on a GPU, "
+        f"{PARTIAL.relative_to(ROOT)} otherwise)",
+    )
+    add("--commit", help="what to call the sources where git cannot tell")
+    options = parser.parse_args(arguments)
+    if options.limit <= 0:
+        parser.error(f"argument --limit: got {options.limit}; expected seconds > 0")
+    options.out = options.out or (PARTIAL if options.rehearse or options.only else RESULTS)
+    return options
+
+
+def environment(rehearse: bool, arch: str | None) -> dict[str, str]:
+    """A rehearsal takes the fusedamp that is installed; a run takes the one that it builds in this folder."""
+    if rehearse:
+        return {}
+    paths = [str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or arch or ""
+    return {"PYTHONPATH": os.pathsep.join(paths), "TORCH_CUDA_ARCH_LIST": chosen}
+
+
+def perform(name: str, seconds: float, rehearse: bool, env: dict[str, str]) -> dict[str, Any]:
+    """One part in its process. What it found before it crashed or was stopped counts."""
+    with tempfile.TemporaryDirectory(prefix="evidence-") as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.evidence.part", name, "--result", str(file)]
+        command += ["--device", "cpu" if rehearse else "cuda", "--seconds", str(seconds)]
+        done = execute([*command, *(["--rehearse"] if rehearse else [])], seconds, env)
+        try:
+            result = json.loads(file.read_text())
+        except (OSError, ValueError):
+            result = {"outcome": "unfinished", "reason": "", "checks": 0, "failures": [], "findings": {}}
+    if result["outcome"] == "unfinished" or (done.code and result["outcome"] != "failed"):
+        result |= {"outcome": "failed", "reason": done.verdict or "ended without a result"}
+    return result | {"seconds": done.seconds, "tail": done.tail}
+
+
+def commit() -> str:
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+        )
+        sources = ["--", "csrc", "python", "benchmarks/*.py", "setup.py"]
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", *sources], check=True, capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def nvcc_version() -> str:
+    try:
+        text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return next(iter(re.findall(r"V([\d.]+)", text)), "")
+
+
+def write(out: Path, about: dict[str, Any], results: dict[str, Any]) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")
+    stem = out / f"{slug}-{about['date']}"
+    out.mkdir(parents=True, exist_ok=True)
+    stem.with_name(stem.name + ".json").write_text(
+        json.dumps({"about": about, "parts": results}, indent=1) + "\n"
+    )
+    stem.with_name(stem.name + ".md").write_text(markdown(about, results))
+    return stem
+
+
+def skipped(reason: str) -> dict[str, Any]:
+    nothing = {"checks": 0, "failures": [], "findings": {}, "seconds": 0.0, "tail": ""}
+    return {"outcome": "skipped", "reason": reason, **nothing}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    end = time.monotonic() + options.limit
+    probe = perform("probe", min(60.0, options.limit), options.rehearse, {})
+    machine = probe["findings"]
+    if probe["outcome"] != "passed":
+        why = probe["reason"] if probe["outcome"] == "skipped" else f"torch does not work: {probe['reason']}"
+        print(
+            f"make evidence: {why}. (--rehearse runs every part at tiny sizes on the CPU.)", file=sys.stderr
+        )
+        return 2
+    about = {
+        "rehearsal": options.rehearse,
+        "commit": options.commit or commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **machine,
+        "nvcc": nvcc_version(),
+    }
+    env = environment(options.rehearse, machine.get("arch"))
+    results: dict[str, Any] = {}
+    for name, part in PARTS.items():
+        if options.only and name not in options.only:
+            continue
+        seconds = min(part.seconds, end - time.monotonic())
+        if results.get("build", {}).get("outcome") == "failed":
+            results[name] = skipped("the build failed")
+        elif seconds < LEAST:
+            results[name] = skipped(f"{options.limit:g} s were over")
+        else:
+            results[name] = perform(name, seconds, options.rehearse, env)
+        result = results[name]
+        stem = write(options.out, about, results)
+        print(f"{part.title}: {result['outcome']} ({result['seconds']:.0f} s) {result['reason']}", flush=True)
+        for failure in result["failures"][:5]:
+            print(f"    {' '.join(failure.split())[:300]}", flush=True)
+    print(f"Written: {stem}.json and .md")
+    return 1 if any(result["outcome"] == "failed" for result in results.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The sides of a comparison on a device: contenders.py's, on tensors made there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..contenders import DTYPES, INIT_SCALE, Contender, Fusedamp, torch_side
+from ..duel import NO_CLIPPING
+from ..rows import Row
+from ..workloads import Shapes
+
+
+@dataclass
+class Side:
+    """``phase()`` is what is timed; ``restore()`` brings the gradients back, as a backward pass would."""
+
+    contender: Contender
+    restore: Callable[[], None]
+
+    def phase(self) -> None:
+        self.contender.phase()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [weight.detach() for weight in self.contender.weights]
+
+
+def gradients(shapes: Shapes, dtype: torch.dtype, device: str) -> list[Tensor]:
+    return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+def _starts(shapes: Shapes, dtype: torch.dtype, device: str) -> list[Tensor]:
+    return [torch.randn(shape, device=device, dtype=dtype).mul_(0.05) for shape in shapes]
+
+
+def ours(
+    shapes: Shapes,
+    dtype: torch.dtype,
+    device: str,
+    grads: list[Tensor] | None = None,
+    optimizer: str = "adamw",
+) -> Side:
+    """fusedamp leaves gradients as they are: nothing to restore."""
+    grads = gradients(shapes, dtype, device) if grads is None else grads
+    weights = _starts(shapes, dtype, device)
+    return Side(Fusedamp(optimizer, weights, grads, NO_CLIPPING), lambda: None)
+
+
+def theirs(row: Row, shapes: Shapes, device: str, grads: list[Tensor]) -> Side:
+    """torch unscales FP32 gradients in place, by a power of two; by hand it works on copies."""
+    weights = _starts(shapes, DTYPES[row.dtype], device)
+    contender = torch_side(row.rival, row.optimizer, weights, grads, NO_CLIPPING)
+    if row.rival.by_hand:
+        return Side(contender, lambda: None)
+    return Side(contender, lambda: torch._foreach_mul_(grads, INIT_SCALE))

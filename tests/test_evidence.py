@@ -1,0 +1,178 @@
+"""``make evidence`` rehearsed: each part runs, notices what is wrong, and all that happens is reported."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the package
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks" / "evidence").is_dir(), reason="not a source checkout"
+)
+
+from benchmarks.evidence import part, process, report, run  # noqa: E402
+from benchmarks.evidence.parts import PARTS, bitwise, counters, graphs, large, suite  # noqa: E402
+from benchmarks.evidence.place import Place, Skip  # noqa: E402
+
+NOTHING = {"checks": 0, "failures": [], "findings": {}, "seconds": 1.0, "tail": "", "reason": ""}
+
+
+def rehearsed(name: str) -> dict:
+    torch.manual_seed(0)
+    return part.perform(name, Place("cpu", rehearse=True, seconds=60))
+
+
+PARTS_IN_PYTHON = ["bitwise", "graphs", "sync", "large", "bandwidth", "launches", "training", "reduced"]
+
+
+@pytest.mark.parametrize("name", PARTS_IN_PYTHON)
+def test_a_rehearsal_runs_the_part(name):
+    result = rehearsed(name)
+    assert (result["outcome"], result["failures"], result["reason"]) == ("passed", [], "")
+    assert result["checks"] > 0
+    assert report.markdown({"rehearsal": True}, {name: NOTHING | result} if name in PARTS else {})
+
+
+def test_from_the_command_line_to_the_files(tmp_path, capfd):
+    assert run.main(["--rehearse", "--only", "build", "counters", "--out", str(tmp_path)]) == 0, (
+        capfd.readouterr()
+    )
+    (file,) = tmp_path.glob("rehearsal-*.json")
+    found = json.loads(file.read_text())
+    assert {name: p["outcome"] for name, p in found["parts"].items()} == {
+        "build": "passed",
+        "counters": "passed",
+    }
+    assert {"commit", "date", "torch", "cuda", "nvcc", "gpu"} <= set(found["about"])
+    text = file.with_suffix(".md").read_text()
+    assert "no evidence" in text
+    assert PARTS["counters"].title in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path, capfd):
+    assert run.main(["--out", str(tmp_path)]) != 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "no GPU is present" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bits_that_differ_fail_the_part(monkeypatch):
+    """A device that rounds once otherwise is noticed in every optimizer."""
+    copies = bitwise.copies
+
+    def off_by_one_ulp(device, misaligned):
+        copy = copies(device, misaligned)
+        return lambda t: copy(torch.nextafter(t, torch.full_like(t, 9.0)) if t.dtype == torch.float32 else t)
+
+    monkeypatch.setattr(bitwise, "copies", off_by_one_ulp)
+    failures = rehearsed("bitwise")["failures"]
+    assert all(
+        any(f.startswith(v) for f in failures) for v in ("adamw", "adam-amsgrad", "sgd-nesterov", "unscale_")
+    )
+
+
+def test_a_replay_that_differs_fails_the_part(monkeypatch):
+    """As if a graph replayed with a stale scale."""
+
+    def stale(place, tail):
+        model = tail.__self__
+        scale = model.scaler._scale.clone()
+        return lambda: (model.scaler._scale.copy_(scale), tail())
+
+    monkeypatch.setattr(graphs, "captured", stale)
+    assert len(rehearsed("graphs")["failures"]) >= 10
+
+
+def test_an_element_that_differs_is_found_at_its_place():
+    pattern = torch.randn(101)
+    tensor = large.repeated(pattern, 1_000, "cpu")
+    assert large.first_difference(tensor, pattern) is None
+    tensor[977] += 1
+    assert large.first_difference(tensor, pattern) == 977
+
+
+def test_crash_hang_and_exit_code_are_told_apart():
+    python = [sys.executable, "-c"]
+    crash = process.execute([*python, "import os; print('so far'); os.abort()"], 20)
+    assert crash.verdict == "crashed with SIGABRT"
+    begin = time.monotonic()
+    hang = process.execute([*python, "import time; print('here', flush=True); time.sleep(60)"], 1.5)
+    assert hang.timed_out
+    assert "killed" in hang.verdict
+    assert "here" in hang.tail
+    assert time.monotonic() - begin < 20
+    assert process.execute([*python, "raise SystemExit(3)"], 20).verdict == "exit code 3"
+
+
+@pytest.mark.parametrize("code", [-11, 1, 0])
+def test_what_a_part_found_before_it_crashed_is_kept(monkeypatch, code):
+    def crashing(command, seconds, env):
+        place = Place("cuda", False, seconds, Path(command[command.index("--result") + 1]))
+        place.note("copy_gb_s", 3000.0)
+        place.check("first", False, "wrong")
+        return process.Finished(code, 2.0, False, "Segmentation fault")
+
+    monkeypatch.setattr(run, "execute", crashing)
+    result = run.perform("bandwidth", 60, False, {})
+    assert result["outcome"] == "failed"
+    assert result["reason"]
+    assert result["findings"] == {"copy_gb_s": 3000.0}
+    text = report.markdown({"rehearsal": False, "gpu": "some GPU"}, {"bandwidth": result})
+    assert "first: wrong" in text
+    assert "Segmentation fault" in text
+
+
+def test_parts_that_fail_or_are_left_out_are_in_the_report(monkeypatch, tmp_path, capsys):
+    """A failed build ends it; so does the time."""
+    outcomes = {"probe": {"outcome": "passed", "findings": {"gpu": "X"}}, "build": {"outcome": "failed"}}
+    monkeypatch.setattr(run, "perform", lambda name, *_: NOTHING | outcomes[name])
+    assert run.main(["--out", str(tmp_path)]) == 1
+    text = next(tmp_path.glob("x-*.md")).read_text()
+    assert text.count("the build failed") == len(PARTS) - 1
+    outcomes["build"] = {"outcome": "passed"}
+    assert run.main(["--out", str(tmp_path), "--limit", "3"]) == 0
+    assert next(tmp_path.glob("x-*.md")).read_text().count("3 s were over") == len(PARTS)
+    capsys.readouterr()
+
+
+def test_a_part_that_skips_or_raises(monkeypatch):
+    def skip(place):
+        raise Skip("no tool")
+
+    monkeypatch.setattr(suite, "run", skip)
+    assert (rehearsed("suite")["outcome"], rehearsed("suite")["reason"]) == ("skipped", "no tool")
+    monkeypatch.setattr(suite, "run", lambda place: 1 / 0)
+    assert rehearsed("suite")["outcome"] == "failed"
+
+
+def test_what_other_tools_write_is_read(tmp_path):
+    table = (
+        '==PROF== Profiling "step_kernel"\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","step_kernel","gpu__time_duration.sum","us","1,234"\n'
+        '"0","step_kernel","dram__bytes_read.sum","Gbyte","2.8"\n'
+    )
+    assert counters.read(table) == [{"kernel": "step_kernel", "time": "1,234 us", "read": "2.8 Gbyte"}]
+    file = tmp_path / "junit.xml"
+    file.write_text(
+        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"><testcase classname="tests.a" '
+        'name="b"><failure message="assert 1 == 2&#10;more"/></testcase></testsuite></testsuites>'
+    )
+    counts, failing = suite.read(file)
+    assert counts == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
+    assert failing == ["tests.a::b: assert 1 == 2"]
+
+
+@pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--limit", "0"]])
+def test_bad_options(arguments, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(arguments)
+    assert arguments[0] in capsys.readouterr().err
