@@ -1,4 +1,4 @@
-"""The read pass in backward: results are those of the read pass in step, bit for bit, and nothing stale counts.
+"""The read pass in backward: results are those of the read pass in step, bit for bit; nothing stale counts.
 
 Two equal worlds run the same program, one attached; and a record tells which gradients were read when.
 """
@@ -419,7 +419,7 @@ def test_bad_arguments_change_nothing(arguments, error, match):
 
 
 def test_nothing_is_read_early_while_a_graph_is_captured(monkeypatch, reads):
-    """A replay writes gradients and moves no version counter; and a finding made before is a constant in it."""
+    """A replay writes gradients and moves no version counter; a finding made before is a constant to it."""
     world = World(True)
     world.backward()
     reads.clear()

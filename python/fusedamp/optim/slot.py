@@ -95,7 +95,9 @@ class Slot:
 
 
 def as_step(value: Any, param: Tensor) -> Tensor:
-    """A new step count as the ops want it: FP32, 0-d, on the parameter's device."""
+    """A new step count as the ops want it: FP32, 0-d, on the parameter's device; a number without a sync."""
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=torch.float32, device=param.device)
     return torch.as_tensor(value, dtype=torch.float32, device=param.device).detach().reshape(()).clone()
 
 
