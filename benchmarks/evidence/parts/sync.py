@@ -32,7 +32,7 @@ def alarmed(place: Place) -> Iterator[None]:
 def tails(model: Training) -> None:
     model.tail()
     skipped = model.scaler.last_step_skipped
-    clip_grad_norm_(model.params, torch.tensor(1.0, device=skipped.device), norm_type=float("inf"))
+    clip_grad_norm_(model.params, torch.ones((), device=skipped.device), norm_type=float("inf"))
 
 
 def run(place: Place) -> None:
