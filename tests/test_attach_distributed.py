@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 ITERATIONS = [(1.0, 2.0), (1.0, math.inf), (math.nan, 1.0), (3.0, 1.0)]  # a factor of the loss for each rank
 
 
-def train(model, inner, rank, attached, set_to_none, backwards=None):
+def train(model, inner, rank, attached, set_to_none, backwards=None, reduce=lambda inner: None):
     """What is seen and left of a training; one pair of factors for each iteration."""
     optimizer = optim.AdamW(inner.parameters(), lr=0.1)
     scaler = GradScaler("cpu", init_scale=8.0)
@@ -34,6 +34,7 @@ def train(model, inner, rank, attached, set_to_none, backwards=None):
         if backwards is not None:
             backwards(model, scaler)
         scaler.scale(model(torch.full((2, 4), 1.0 + rank)).sum() * factors[rank]).backward()
+        reduce(inner)
         norm = scaler.clip_grad_norm_(optimizer, 0.5)
         scaler.step(optimizer)
         seen.append((norm.nan_to_num(nan=-1.0).item(), scaler.last_step_skipped.item()))
@@ -58,13 +59,33 @@ def ddp(rank, bucket_views, comm_hook, set_to_none, no_sync):
         if comm_hook:
             model.register_comm_hook(None, allreduce_hook)
         results.append(train(model, inner, rank, attached, set_to_none, accumulate if no_sync else None))
-    assert results[0] == results[1]
+    check(*results)
+
+
+def check(attached, plain):
+    """The same with and without, on all ranks; a bad gradient of one rank is everybody's."""
+    assert attached == plain
     ranks = torch.distributed.get_world_size()
     everyone = [None] * ranks
-    torch.distributed.all_gather_object(everyone, results[0])
+    torch.distributed.all_gather_object(everyone, attached)
     assert all(other == everyone[0] for other in everyone), "ranks drifted apart"
-    skips = [skipped for _, skipped in results[0][0]]
+    skips = [skipped for _, skipped in attached[0]]
     assert skips == [not all(map(math.isfinite, factors[:ranks])) for factors in ITERATIONS]
+
+
+def by_hand(rank):
+    """The gradients are averaged after backward by a collective of the user's."""
+    results = []
+    for attached in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        results.append(train(model, model, rank, attached, True, reduce=all_reduce))
+    check(*results)
+
+
+def all_reduce(model):
+    for param in model.parameters():
+        torch.distributed.all_reduce(param.grad)
 
 
 def fsdp2(rank):
@@ -86,6 +107,7 @@ SCENARIOS = {
     "DDP, bucket views, communication hook": (ddp, (True, True, False, False)),
     "DDP, no_sync": (ddp, (False, False, True, True)),
     "DDP, no_sync, bucket views, communication hook": (ddp, (True, True, False, True)),
+    "by hand": (by_hand, ()),
     "FSDP2": (fsdp2, ()),
 }
 
