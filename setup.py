@@ -1,10 +1,11 @@
 """Builds three shared objects into the package.
 
-    libfusedamp_cpu.so, libfusedamp_cuda.so   the ops, on PyTorch's stable ABI: one build runs under torch 2.11 and later
+    libfusedamp_cpu.so, libfusedamp_cuda.so   the ops, on PyTorch's stable ABI: run under torch 2.11 and later
     _C.<python tag>.so                        build information; the only one that is tied to a Python version
 
-Needs a C++17 compiler and torch's headers (no GPU; torch itself is never imported). The CUDA object is built wherever nvcc
-is found. FUSEDAMP_CUDA=0 leaves it out, FUSEDAMP_CUDA=1 insists on it; TORCH_CUDA_ARCH_LIST chooses the architectures.
+Needs a C++17 compiler and torch's headers (no GPU; torch itself is never imported). The CUDA object is built
+wherever nvcc is found. FUSEDAMP_CUDA=0 leaves it out, FUSEDAMP_CUDA=1 insists on it; TORCH_CUDA_ARCH_LIST
+chooses the architectures.
 """
 
 import importlib.util
@@ -23,11 +24,20 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 TORCH_TARGET = (2, 11)  # the oldest torch that the ops load under
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fopenmp-simd",
+]
 CPU_TARGETS = {  # instruction set -> flags; engine/cpu/kernels.cpp is compiled once for each
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split(),
+    "avx512": [f"-m{x}" for x in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")]
+    + ["-mprefer-vector-width=512"],
 }
 if os.uname().machine != "x86_64":
     CPU_TARGETS = {"baseline": []}
@@ -56,27 +66,38 @@ def torch_headers(torch: Path) -> tuple[str, list[str]]:
 
 
 def find_nvcc() -> str | None:
-    """nvcc's path, or None for a CPU-only build, with one line that says what was left out and how to get it."""
+    """nvcc's path, or None for a CPU-only build, after one line on what is left out and how to get it."""
     wish = os.environ.get("FUSEDAMP_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         stop(f"FUSEDAMP_CUDA={wish} is unknown; expected auto, 0 or 1.")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    nvcc = next((n for h in homes if h and (n := shutil.which("nvcc", path=f"{h}/bin"))), None) or shutil.which("nvcc")
+    nvcc = next(
+        (n for h in homes if h and (n := shutil.which("nvcc", path=f"{h}/bin"))), None
+    ) or shutil.which("nvcc")
     if wish == "0" or nvcc is None:
         if wish == "1":
-            stop("FUSEDAMP_CUDA=1, but no nvcc was found. Install the CUDA toolkit and set CUDA_HOME, or drop FUSEDAMP_CUDA.")
-        why = "FUSEDAMP_CUDA=0" if wish == "0" else "no nvcc; install the CUDA toolkit and set CUDA_HOME to have them"
+            stop(
+                "FUSEDAMP_CUDA=1, but no nvcc was found. Install the CUDA toolkit and set CUDA_HOME, or drop "
+                "FUSEDAMP_CUDA."
+            )
+        why = (
+            "FUSEDAMP_CUDA=0"
+            if wish == "0"
+            else "no nvcc; install the CUDA toolkit and set CUDA_HOME to have them"
+        )
         print(f"fusedamp: building without CUDA kernels ({why}).", flush=True)
         return None
     return nvcc
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Architectures to compile for, like '9.0' or '12.0+PTX': those asked for, or all that this nvcc knows of ours."""
+    """Architectures like '9.0' or '12.0+PTX': those asked for, or all that this nvcc knows of ours."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if asked:
         return [arch for arch in asked.split(";") if arch]
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
     return [arch for arch in CUDA_ARCHS if "sm_" + arch.split("+")[0].replace(".", "") in known]
 
 
@@ -98,7 +119,10 @@ class Build(build_ext):
         if torch is None:
             stop("torch was not found; its headers are needed. Install it first: pip install torch")
         if not shutil.which(self.cxx):
-            stop(f"no C++ compiler ({self.cxx}) was found. Install g++ 11 or later (Debian: apt install g++), or set CXX.")
+            stop(
+                f"no C++ compiler ({self.cxx}) was found. Install g++ 11 or later (Debian: apt install g++), "
+                "or set CXX."
+            )
         self.torch_version, self.torch_include = torch_headers(torch)
         self.nvcc = find_nvcc()
         self.archs = cuda_archs(self.nvcc) if self.nvcc else []
@@ -114,7 +138,9 @@ class Build(build_ext):
         return super().get_ext_filename(name)
 
     def build_extension(self, ext):
-        jobs = getattr(self, "jobs_for_" + ext.name.rpartition(".")[2].removeprefix("libfusedamp").strip("_").lower())()
+        jobs = getattr(
+            self, "jobs_for_" + ext.name.rpartition(".")[2].removeprefix("libfusedamp").strip("_").lower()
+        )()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda job: self.compile(ext.name, *job), jobs))
         target = Path(self.get_ext_fullpath(ext.name))
@@ -123,12 +149,15 @@ class Build(build_ext):
             return
         part = target.with_suffix(".part")
         link = [self.cxx] if "cuda" not in ext.name else [self.nvcc, "-cudart", "static"]
-        self.call([*link, "-shared", *objects, *self.torch_stubs(link, ext.name), "-o", str(part)], f"linking {target.name}")
+        self.call(
+            [*link, "-shared", *objects, *self.torch_stubs(link, ext.name), "-o", str(part)],
+            f"linking {target.name}",
+        )
         os.replace(part, target)
 
     def torch_stubs(self, link, name):
-        """Empty stand-ins with the names of torch's libraries: the loader finds the real ones, which `import torch` has
-        loaded, and a CPU-only torch is enough to build for CUDA."""
+        """Empty stand-ins with the names of torch's libraries: the loader finds the real ones, which `import
+        torch` has loaded, and a CPU-only torch is enough to build for CUDA."""
         if name.endswith("_C"):
             return []
         folder = Path(self.build_temp) / "stubs"
@@ -136,7 +165,9 @@ class Build(build_ext):
         libraries = ["torch_cpu"] + (["torch_cuda"] if "cuda" in name else [])
         for library in libraries:
             soname, stub = f"-Wl,-soname,lib{library}.so", folder / f"lib{library}.so"
-            self.call([self.cxx, "-shared", soname, "-x", "c", "/dev/null", "-o", str(stub)], f"linking {stub.name}")
+            self.call(
+                [self.cxx, "-shared", soname, "-x", "c", "/dev/null", "-o", str(stub)], f"linking {stub.name}"
+            )
         as_needed = "-Wl,--no-as-needed" if link[0] == self.cxx else "-Xlinker=--no-as-needed"
         return [as_needed, f"-L{folder}", *(f"-l{library}" for library in libraries)]
 
@@ -151,7 +182,9 @@ class Build(build_ext):
             yield ROOT / f"csrc/ops/{name}.cpp", name, [self.cxx, *CXX_FLAGS, *self.torch_flags()]
 
     def jobs_for_cuda(self):
-        host = [f for flag in CXX_FLAGS if flag != "-std=c++17" and flag != "-O3" for f in ("-Xcompiler", flag)]
+        host = [
+            f for flag in CXX_FLAGS if flag != "-std=c++17" and flag != "-O3" for f in ("-Xcompiler", flag)
+        ]
         nvcc = [self.nvcc, "-O3", "-std=c++17", "--fmad=false", "--expt-relaxed-constexpr", *host]
         for source in ROOT.glob("csrc/engine/cuda/*.cu"):
             yield source, source.stem, [*nvcc, *gencode(self.archs)]
@@ -164,7 +197,11 @@ class Build(build_ext):
         def text(value):
             return '"' + value.replace('"', "'") + '"'
 
-        release = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout if self.nvcc else ""
+        release = (
+            subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
+            if self.nvcc
+            else ""
+        )
         defines = {
             "VERSION": text(VERSION),
             "TORCH": text(self.torch_version),
@@ -182,15 +219,23 @@ class Build(build_ext):
         return [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000", *self.torch_include]
 
     def compile(self, library, source, name, command):
-        """Returns the object's path; compiles only if the command, the source or a header that it read has changed."""
+        """The object's path; compiles only if the command, the source or a header that it read changed."""
         target = Path(self.build_temp) / library / f"{name}.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         depends, stamp = target.with_suffix(".d"), target.with_suffix(".cmd")
-        if target.exists() and stamp.exists() and stamp.read_text() == "\n".join(command) and depends.exists():
+        if (
+            target.exists()
+            and stamp.exists()
+            and stamp.read_text() == "\n".join(command)
+            and depends.exists()
+        ):
             read = depends.read_text().replace("\\\n", " ").partition(":")[2].split()
             if all(Path(f).exists() and Path(f).stat().st_mtime <= target.stat().st_mtime for f in read):
                 return str(target)
-        self.call([*command, "-MD", "-MF", str(depends), "-c", str(source), "-o", str(target)], str(source.relative_to(ROOT)))
+        self.call(
+            [*command, "-MD", "-MF", str(depends), "-c", str(source), "-o", str(target)],
+            str(source.relative_to(ROOT)),
+        )
         stamp.write_text("\n".join(command))
         return str(target)
 
@@ -203,6 +248,6 @@ class Build(build_ext):
 setup(
     ext_modules=[Extension(f"fusedamp.{name}", []) for name in ("libfusedamp_cpu", "libfusedamp_cuda", "_C")],
     cmdclass={"build_ext": Build},
-    # An isolated build has torch only if it asks for it; it need not where the environment that it is for has one.
+    # An isolated build has torch only if it asks for it, and need not ask where its environment has one.
     setup_requires=[] if find_torch() else ["torch>=2.11"],
 )
