@@ -50,6 +50,11 @@ def check_narrowing(dtype: torch.dtype) -> None:
     assert same_numbers(params, before.to(dtype)), f"float32 to {dtype}"
     finite = ~before.isnan()
     assert torch.equal(bits(masters)[finite], bits(before)[finite]), f"masters beside {dtype}"
+    payloads = before[before.isnan()]
+    for masters in ([], [torch.zeros_like(payloads)]):
+        params = torch.zeros(payloads.shape, dtype=dtype)
+        ops.sgd_([params], [payloads], [], masters, [scalar(0.0)], lr=1.0)
+        assert params.isnan().all(), f"NaN to {dtype}"
 
 
 def digest() -> dict[str, str]:

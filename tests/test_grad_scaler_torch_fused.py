@@ -173,3 +173,20 @@ def test_no_warning(make_optimizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         iterate(*make(make_optimizer))
+
+
+@each_fused
+def test_a_flag_that_ranks_summed_skips_too(make_optimizer):
+    """torch's fused kernels skip at exactly 1; a SUM over ranks makes 2 of the flag between unscale_ and
+    step."""
+    params, scaler, optimizer = make(make_optimizer)
+    iterate(params, scaler, optimizer)
+    before = state_of(params, optimizer)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    scaler.unscale_(optimizer)
+    for flag in scaler._found_inf_per_device(optimizer).values():
+        flag.fill_(2.0)
+    scaler.step(optimizer)
+    assert_same(before, state_of(params, optimizer))
+    assert scaler.last_step_skipped

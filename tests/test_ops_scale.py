@@ -56,7 +56,8 @@ def test_torch_trajectory_to_the_bit(seed):
     rng = random.Random(seed)
     growth, backoff = rng.choice([(2.0, 0.5), (1.7, 0.3), (1.001, 0.999), (10.0, 0.9)])
     interval, chance = rng.choice([1, 2, 5]), rng.choice([0.05, 0.3, 0.9])
-    ours = [scalar(rng.choice([65536.0, 1.0, 1e-30, 1e38])), tracker()]
+    # A tracker beyond the interval is what a user leaves who makes the interval smaller: no growth then.
+    ours = [scalar(rng.choice([65536.0, 1.0, 1e-30, 1e38])), tracker(rng.choice([0, 1, 7]))]
     theirs = [t.clone() for t in ours]
     for _ in range(400):
         found_inf = scalar(float(rng.random() < chance))
@@ -127,6 +128,13 @@ def test_grows_exactly_after_the_interval():
         update(scale, good, 0.0)
         seen.append((scale.item(), good.item()))
     assert seen == [(8.0, 1), (8.0, 2), (16.0, 0), (16.0, 1), (16.0, 2), (32.0, 0), (32.0, 1)]
+
+
+def test_a_tracker_beyond_the_interval_does_not_grow():
+    """Where a user made the interval smaller; as torch has it."""
+    scale, good = scalar(8.0), tracker(5)
+    update(scale, good, 0.0)
+    assert (scale.item(), good.item()) == (8.0, 6)
 
 
 def test_never_grows_to_infinity():

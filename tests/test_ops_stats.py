@@ -76,8 +76,9 @@ def test_counts_one_bad_element_anywhere(dtype, p):
             wanted.append([int(column == c) for c in range(3)])
     stats = ops.grad_stats(grads, scalar(inv_scale), p)
     assert stats.counts.tolist() == wanted
-    assert stats.found_inf.item() == 1.0
     assert ops.grad_stats(grads[:1], scalar(inv_scale), p).found_inf.item() == 0.0
+    for bad in grads[1 :: len(PLACES)]:  # of each kind one, on its own
+        assert ops.grad_stats([grads[0], bad], scalar(inv_scale), p).found_inf.item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -169,3 +169,12 @@ def test_nan_gradients_reach_the_weights_when_unchecked(variant):
     call.run()
     for written in (call.params[0], call.masters[0], *(one[0] for one in call.states if one)):
         assert torch.nonzero(written.isnan()).flatten().tolist() == [130]
+
+
+def test_a_nan_maximum_stays():
+    """amsgrad's maximum of a NaN and a number is NaN, as torch.maximum has it."""
+    call = step_call("adamw-amsgrad", [(700,)], torch.float32)
+    call.states[2][0][130] = float("nan")
+    call.run()
+    for written in (call.params[0], call.states[2][0]):
+        assert torch.nonzero(written.isnan()).flatten().tolist() == [130]

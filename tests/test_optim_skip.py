@@ -131,3 +131,19 @@ def test_momentum_switched_on_later_starts_from_the_gradient():
             optimizer.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=6 * 8 * 6e-8, atol=6 * 8 * 6e-8)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_zero_learning_rate_and_gradients_move_nothing(case):
+    """Guards the step that torch.distributed.checkpoint makes to create state; stock Adam gives NaN in
+    FP16.
+    """
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        params = make_params(dtype)
+        before = [bits(p) for p in params]
+        optimizer = case.ours(params, **{**case.options, "lr": torch.tensor(0.0)})
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step(closure=None)
+        assert [bits(p) for p in params] == before
+        assert len(optimizer.state) == len(params)
