@@ -1,0 +1,171 @@
+"""What the optimizers refuse, and in which words; nothing is changed then."""
+
+import pytest
+import torch
+from cases import bits, make_params, set_grads
+from fusedamp import optim
+
+
+def one(dtype=torch.float32, **options):
+    """A parameter with a gradient, and its AdamW."""
+    param = torch.nn.Parameter(torch.ones(4, 4, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    return param, optim.AdamW([param], **options)
+
+
+BAD_OPTIONS = [
+    (optim.AdamW, {"lr": -0.1}, r"lr is -0.1; expected a finite number >= 0"),
+    (optim.AdamW, {"lr": float("nan")}, r"lr is nan; expected a finite number >= 0"),
+    (optim.AdamW, {"lr": torch.ones(2)}, r"lr is a tensor of shape \[2\]; expected one element"),
+    (optim.AdamW, {"lr": torch.tensor(-1.0)}, r"lr is -1.0; expected"),
+    (optim.AdamW, {"lr": "1e-3"}, r"lr is '1e-3' \(str\); expected a number"),
+    (optim.AdamW, {"eps": -1e-8}, r"eps is -1e-08; expected a finite number >= 0"),
+    (optim.AdamW, {"betas": (1.0, 0.9)}, r"betas\[0\] is 1.0; expected a number < 1 >= 0"),
+    (optim.AdamW, {"betas": (0.9, -0.1)}, r"betas\[1\] is -0.1"),
+    (optim.AdamW, {"betas": (0.9,)}, r"betas is \(0.9,\); expected two numbers"),
+    (optim.Adam, {"weight_decay": -1}, r"weight_decay is -1; expected"),
+    (optim.Adam, {"differentiable": True}, r"differentiable is True; expected False"),
+    (
+        optim.Adam,
+        {"master_weights": "fp16"},
+        r"master_weights is 'fp16'; expected one of \('auto', 'fp32', 'none'\)",
+    ),
+    (optim.SGD, {"momentum": -0.5}, r"momentum is -0.5; expected"),
+    (optim.SGD, {"dampening": float("inf"), "momentum": 0.9}, r"dampening is inf; expected"),
+    (optim.SGD, {"nesterov": True}, r"nesterov is True with momentum 0 and dampening 0; expected"),
+    (optim.SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, r"nesterov is True with momentum 0.9"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), BAD_OPTIONS)
+def test_bad_options_are_refused(kind, options, message):
+    """Guards constructor, add_param_group and later edits of a group; nothing is changed by the last two."""
+    good, bad = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    name = kind.__name__
+    with pytest.raises((ValueError, TypeError), match=rf"^\[{name}\] {message}"):
+        kind([good], **options)
+    with pytest.raises((ValueError, TypeError), match=rf"^\[{name}\] group 0: {message}"):
+        kind([{"params": [good], **options}])
+    optimizer = kind([good])
+    with pytest.raises((ValueError, TypeError), match=rf"^\[{name}\] group 1: {message}"):
+        optimizer.add_param_group({"params": [bad], **options})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [bad]})
+    good.grad, bad.grad = torch.ones(3), torch.ones(3)
+    optimizer.param_groups[1].update(options)
+    with pytest.raises((ValueError, TypeError), match=rf"^\[{name}\] group 1: {message}"):
+        optimizer.step()
+    assert torch.equal(good, torch.ones(3))
+
+
+def shared_memory():
+    base = torch.ones(8)
+    return [torch.nn.Parameter(base[:5]), torch.nn.Parameter(base[4:])]
+
+
+def freed():
+    param = torch.nn.Parameter(torch.ones(8))
+    param.grad = torch.ones(8)
+    param.untyped_storage().resize_(0)
+    return [param]
+
+
+def wide_gradient():
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad_dtype = torch.float64
+    param.grad = torch.ones(3, dtype=torch.float64)
+    return [param]
+
+
+def gradient_of_dtype(param_dtype, grad_dtype):
+    def make():
+        param = torch.nn.Parameter(torch.ones(3, dtype=param_dtype))
+        param.main_grad = torch.ones(3, dtype=grad_dtype)
+        return [param]
+
+    return make
+
+
+BAD_PARAMS = {
+    "expanded": (
+        lambda: [torch.nn.Parameter(torch.ones(1).expand(3))],
+        r"params\[1\] is float32 of shape \[3\] on cpu with strides \[0\], so that elements share an address",
+    ),
+    "meta": (
+        lambda: [torch.nn.Parameter(torch.ones(3, device="meta"))],
+        r"params\[1\] is float32 of shape \[3\] on meta; expected cpu or cuda",
+    ),
+    "dtype": (
+        lambda: [torch.nn.Parameter(torch.ones(3).to(torch.float8_e5m2))],
+        r"params\[1\] is float8_e5m2 of shape \[3\] on cpu; expected one of float16, ",
+    ),
+    "shared": (shared_memory, r"two parameters share memory at 0x[0-9a-f]+ on cpu; expected disjoint"),
+    "freed": (
+        freed,
+        r"params\[1\] is float32 of shape \[8\] on cpu and has no storage; expected memory to update",
+    ),
+    "integer gradient": (
+        gradient_of_dtype(torch.float32, torch.int32),
+        r"params\[1\] has a gradient .*torch.int32 on cpu; expected .*float32 or narrower",
+    ),
+    "real gradient": (
+        gradient_of_dtype(torch.complex64, torch.float32),
+        r"params\[1\] has a gradient .*torch.float32 on cpu; expected .*complex64 or narrower",
+    ),
+    "wide gradient": (
+        wide_gradient,
+        r"params\[1\] has a gradient .*torch.float64 on cpu; expected .*float32 or narrower",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PARAMS)
+def test_parameters_that_cannot_be_stepped_are_refused(name):
+    """Guards the errors of a step: each time, also where states exist; the good parameter before it didn't
+    move.
+    """
+    make, message = BAD_PARAMS[name]
+    good, bad = torch.nn.Parameter(torch.ones(3)), make()
+    optimizer = optim.SGD([good, *bad], lr=0.1)
+    for p in (good, *bad):
+        if p.grad is None and not hasattr(p, "main_grad"):
+            p.grad = torch.ones_like(p)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"\[SGD\].*{message}"):
+            optimizer.step()
+        assert torch.equal(good, torch.ones(3))
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+def test_a_parameter_given_twice_is_refused(complex_):
+    """Guards a double step: in one group, in two, and in a list that was edited later."""
+    param, other = make_params(torch.complex64 if complex_ else torch.float32, [(3,), (3,)])
+    for params in ([param, param], [("a", param), ("b", param)]):
+        with pytest.raises(
+            ValueError, match=r"\[AdamW\] group 0: a parameter is given twice; expected it once"
+        ):
+            optim.AdamW(params)
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        optim.AdamW([{"params": [param]}, {"params": [param]}])
+    optimizer = optim.AdamW([param, other])
+    set_grads([param, other], 0)
+    optimizer.step()
+    before = bits(param)
+    optimizer.param_groups[0]["params"].append(param)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"\[AdamW\] group 0: params\[2\] is in the optimizer twice"):
+            optimizer.step()
+    assert bits(param) == before
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (6, 4)])  # the second keeps its strides
+def test_a_state_of_another_shape_is_refused(shape):
+    """Guards parameters that were resized after their state was made."""
+    param, optimizer = one()
+    optimizer.step()
+    param.grad = None
+    param.data = torch.ones(shape)
+    param.grad = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"params\[0\] has state 'exp_avg' of shape \[4, 4\].*; expected \["):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(shape))
