@@ -6,7 +6,9 @@ import pytest
 import torch
 from on_device import DEVICE, OnDevice
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # of what a test starts
+    torch.set_num_threads(1)
 _on_device = None
 
 
