@@ -28,6 +28,7 @@ evidence:
 
 mutants: $(VENV)/.fusedamp-test
 	$(PYTHON) tests/mutants.py $(ARGS)
+	$(PYTHON) tests/emulation/mutants.py $(ARGS)
 
 check: $(VENV)/.fusedamp-dev
 	$(PYTHON) -m ruff format --check .
