@@ -212,7 +212,8 @@ class Build(build_ext):
         }
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         flags = [f"-DFUSEDAMP_{name}={value}" for name, value in defines.items()]
-        yield ROOT / "csrc/python/module.cpp", "module", [self.cxx, *CXX_FLAGS, *include, *flags]
+        for source in ROOT.glob("csrc/python/*.cpp"):
+            yield source, source.stem, [self.cxx, *CXX_FLAGS, *include, *self.torch_include, *flags]
 
     def torch_flags(self):
         major, minor = TORCH_TARGET

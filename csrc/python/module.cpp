@@ -1,14 +1,17 @@
-// fusedamp._C: what this build is. It touches no tensor.
+// fusedamp._C: what this build is, and what the ops need to know of many tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
 
+#include "fields.h"
+
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of fusedamp.";
+  m.doc() = "Build information of fusedamp, and what of its Python must be fast.";
   m.def(
       "build_info",
       [] {
@@ -24,4 +27,14 @@ PYBIND11_MODULE(_C, m) {
       },
       "Version, compiler, the torch whose headers were used, the oldest torch that the ops load under, nvcc's release\n"
       "(empty in a CPU-only build), and the CUDA architectures and CPU instruction sets that are in the machine code.");
+  m.def(
+      "bind_tensors", &fusedamp::bind_tensors, "tensor"_a, "parameter"_a, "exchange"_a,
+      "Tell read_fields torch's types, and the capsule of DLPack's exchange interface; False for an unknown version.");
+  m.def("read_fields", &fusedamp::read_fields, "tensors"_a,
+        "A bytearray of int64 [3, n], the addresses, numels and dtype codes of n plain contiguous tensors with memory\n"
+        "on one device; None where there are none, or one is anything else.");
+  m.def("same_fields", &fusedamp::same_fields, "tensors"_a, "fields"_a,
+        "Whether read_fields would give these fields again.");
+  m.def("same_values", &fusedamp::same_values, "dicts"_a, "values"_a,
+        "Whether the values of all dicts, one after the other, are the very objects in a list.");
 }

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from . import ops, routes
 from .attach import WORTH_A_CALL, Attachment
 from .clip import check_norm, clip_grad_norm_
-from .gradients import Gradients, PerDevice, Stamp, combine, gradient_of, no_overflow, on
+from .gradients import Gradients, PerDevice, Stamp, combine, gradient_of, gradients_of, no_overflow, on
 from .loss_scale import LossScale
 from .optim.base import AmpInputs, DeviceInputs
 from .overflow import OverflowLog, OverflowReport, params_of
@@ -159,12 +159,10 @@ class GradScaler(LossScale):
         since.
         """
         read = state.get("read")
-        if read is not None:
-            grads = [grad for param in params_of(optimizer) if (grad := gradient_of(param)) is not None]
-            if not read.stamp.matches([self._scale, *grads]):
-                state["read"] = None
-                for max_norm, norm_type in read.clips:
-                    self._clip_later(optimizer, state, max_norm, norm_type)
+        if read is not None and not read.stamp.matches([self._scale, *gradients_of(params_of(optimizer))]):
+            state["read"] = None
+            for max_norm, norm_type in read.clips:
+                self._clip_later(optimizer, state, max_norm, norm_type)
         return state.get("read")
 
     def _clip_later(

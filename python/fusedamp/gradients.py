@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, is_not
 
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ from torch.utils.weak import TensorWeakRef
 
 from . import ops
 from .optim.layout import is_dense, overlaps_itself
-from .packed import PLAIN, Fields, read
-from .sharding import MeshDim, all_reduce_, follow_placements, local, sharded_dims
+from .packed import Fields, holds_float64, read
+from .sharding import PLAIN, MeshDim, all_reduce_, follow_placements, local, sharded_dims
 
 PerDevice = dict[torch.device, Tensor]
+_grad = attrgetter("grad")
+_is_present = partial(is_not, None)
 
 
 def on(tensor: Tensor, device: torch.device) -> Tensor:
@@ -46,6 +49,15 @@ def gradient_of(param: Tensor) -> Tensor | None:
     return getattr(param, "main_grad", None) if param.grad is None else param.grad
 
 
+def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
+    """Those that ``params`` have."""
+    params = list(params)
+    grads = list(map(_grad, params))
+    if all(map(_is_present, grads)):
+        return grads
+    return [grad for param in params if (grad := gradient_of(param)) is not None]
+
+
 @dataclass(slots=True)
 class _Bucket:
     """Gradients on one device; of each the place of its parameter in ``params`` and how that is sharded."""
@@ -54,6 +66,11 @@ class _Bucket:
     positions: list[int] = field(default_factory=list)
     layouts: list[tuple[MeshDim, ...]] = field(default_factory=list)
     fields: Fields | None = None  # of the tensors, where they were read in bulk
+
+    def has_float64(self) -> bool:
+        if self.fields is not None:
+            return holds_float64(self.fields)
+        return any(tensor.dtype is torch.float64 for tensor in self.tensors)
 
 
 class Gradients:
@@ -81,13 +98,16 @@ class Gradients:
         """Does all that is to be done where every gradient is a plain contiguous tensor on one device."""
         if not PLAIN.issuperset(map(type, params)):
             return False
-        grads = [param.grad for param in params]
-        present = [grad for grad in grads if grad is not None]
+        grads = list(map(_grad, params))
+        present = list(filter(_is_present, grads))
         if len(present) < len(grads) and any(hasattr(param, "main_grad") for param in params):
             return False
         if (fields := read(present)) is None:
             return False
-        positions = [i for i, grad in enumerate(grads) if grad is not None]
+        every = len(present) == len(grads)
+        positions = (
+            list(range(len(grads))) if every else [i for i, grad in enumerate(grads) if grad is not None]
+        )
         self.originals, self._all_layouts = present, {(): params[0].device}
         bucket = _Bucket(present, positions, [()] * len(present), fields)
         self.by_device[present[0].device] = bucket
@@ -226,8 +246,8 @@ class Gradients:
     @property
     def widest(self) -> torch.dtype:
         """FP64 if any gradient is, else FP32: the dtype in which norms are reported."""
-        dtypes = (grad.dtype for bucket in self.by_device.values() for grad in bucket.tensors)
-        return torch.float64 if torch.float64 in dtypes else torch.float32
+        wide = any(bucket.has_float64() for bucket in self.by_device.values())
+        return torch.float64 if wide else torch.float32
 
 
 class Stamp:

@@ -84,8 +84,7 @@ def grad_stats(
     if fields is None:
         fields = packed.read(grads)
     if fields is not None:
-        rows = packed.pack([*fields.addresses, *fields.numels, *fields.codes])
-        return GradStats(*_call("packed_grad_stats", rows, grads[0], inv_scale, norm_type))
+        return GradStats(*_call("packed_grad_stats", packed.rows(fields), grads[0], inv_scale, norm_type))
     return GradStats(*_call("grad_stats", grads, inv_scale, norm_type))
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 # One dimension of a DeviceMesh along which ranks hold different parts of a tensor: (mesh, dimension).
 MeshDim = tuple[Any, int]
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return False
     # Nobody can hold a DTensor before its module is imported, and importing it takes a second.
     module = sys.modules.get("torch.distributed.tensor")

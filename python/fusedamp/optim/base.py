@@ -163,12 +163,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         seen = []
         for batch in batches:
             fields = read(batch.grads)
-            plain = all(slot.target is slot.param and slot.target.is_contiguous() for slot in batch.slots)
+            plain = all(slot.target is slot.param for slot in batch.slots)
             own = all(slot.param.grad is grad for slot, grad in zip(batch.slots, batch.grads, strict=True))
             if fields is None or not plain or not own:
                 return None
             seen.append((batch.group, batch.op, batch.slots, fields))
-        return Replay(self.param_groups, self.state, list(map(self._mode, self.param_groups)), seen)
+        try:
+            return Replay(self.param_groups, self.state, list(map(self._mode, self.param_groups)), seen)
+        except ValueError:  # a tensor that only the checking op can take
+            return None
 
     def _mode(self, group: Group) -> Mode:
         return self._active_states(group), group["master_weights"], self._op(group)[0]

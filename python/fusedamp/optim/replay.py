@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 
+from .._C import same_values
 from ..packed import Fields, StepTable, read
 from .slot import Mode, Slot
 
 Group = dict[str, Any]
 State = dict[Tensor, dict[str, Any]]
+_grad = attrgetter("grad")
 
 
 def _same(one: Iterable[Any], other: list[Any]) -> bool:
@@ -32,6 +34,7 @@ class Replay:
         groups, state: the optimizer's.
         modes: of each group, which states are in use.
         batches: each op call: its group, the name of the op, its slots and gradients.
+    Raises: ValueError where a tensor is none that can be remembered.
     """
 
     def __init__(
@@ -66,13 +69,13 @@ class Replay:
             or not _same(chain.from_iterable(group["params"] for group in groups), self._params)
             or list(map(mode_of, groups)) != self._modes
             or not _same(state.values(), self._entries)
-            or not _same(chain.from_iterable(map(dict.values, self._entries)), self._values)
+            or not same_values(self._entries, self._values)
             or any(param.grad is not None or hasattr(param, "main_grad") for param in self._idle)
         ):
             return None
         prepared = []
         for group, table in self._calls:
-            grads = read([param.grad for param in table.params])
+            grads = read(list(map(_grad, table.params)))
             if grads is None or not table.accepts(grads):
                 return None
             prepared.append((group, table, grads))

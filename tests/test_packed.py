@@ -1,0 +1,106 @@
+"""Fields read in bulk: each is the tensor's own, now; whatever is not plain is left to the ops that check."""
+
+import pytest
+import torch
+from fusedamp import _C, packed
+
+PLAIN = {
+    "float32": lambda: torch.randn(3, 5),
+    "float16": lambda: torch.randn(7).half(),
+    "bfloat16": lambda: torch.nn.Parameter(torch.randn(2, 3).bfloat16()),
+    "float64": lambda: torch.randn(4).double(),
+    "view at an offset": lambda: torch.randn(9)[3:],
+    "0-dim": lambda: torch.tensor(2.0),
+    "empty": lambda: torch.zeros(0, 3),
+    "size 1 with an odd stride": lambda: torch.randn(4, 3)[:, :1].t()[:, :1],
+}
+CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+
+REFUSED = {
+    "transposed": lambda: torch.randn(3, 5).t(),
+    "with gaps": lambda: torch.randn(6)[::2],
+    "expanded": lambda: torch.randn(1).expand(3),
+    "channels last": lambda: torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "sparse": lambda: torch.randn(3, 5).to_sparse(),
+    "meta": lambda: torch.empty(3, device="meta"),
+    "integer": lambda: torch.zeros(3, dtype=torch.int32),
+    "complex": lambda: torch.zeros(3, dtype=torch.complex64),
+    "negated lazily": lambda: torch.tensor([1 + 2j]).conj().imag,
+    "a subclass": lambda: torch.nn.Buffer(torch.randn(3)).as_subclass(type("Odd", (torch.Tensor,), {})),
+    "freed": lambda: _freed(torch.randn(3)),
+    "all zeros, without memory": lambda: torch._efficientzerotensor(3),
+    "no tensor": lambda: None,
+}
+
+
+def _freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def test_fields_are_the_tensors_own():
+    tensors = [make() for make in PLAIN.values()]
+    addresses, numels, codes = packed.rows(packed.read(tensors)).tolist()
+    assert addresses == [t.data_ptr() for t in tensors]
+    assert numels == [t.numel() for t in tensors]
+    assert codes == [CODES[t.dtype] for t in tensors]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_not_plain_is_refused(name, place):
+    """At the first place, and after a plain one."""
+    assert packed.read([*([torch.randn(3)] * place), REFUSED[name]()]) is None
+
+
+def test_nothing_to_read():
+    assert packed.read([]) is None
+
+
+def test_float64_is_found():
+    assert not packed.holds_float64(packed.read([torch.randn(3), torch.randn(3).half()]))
+    assert packed.holds_float64(packed.read([torch.randn(3), torch.randn(3).double(), torch.randn(3)]))
+
+
+CHANGES = {
+    "memory": lambda t: t.set_(torch.randn(4, 3)),
+    "data": lambda t: setattr(t, "data", torch.randn(4, 3)),
+    "size": lambda t: t.resize_(6, 3),
+    "dtype": lambda t: setattr(t, "data", t.data.view(torch.bfloat16)[:, :3].contiguous()),
+    "order": lambda t: setattr(t, "data", t.data.view(3, 4).t()),
+    "freed": lambda t: _freed(t),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_shows(change):
+    """Guards against stale addresses: what is remembered holds only while every field is as it was."""
+    tensors = [torch.randn(2), torch.zeros(4, 3), torch.randn(5)]
+    fields = packed.read(tensors)
+    assert _C.same_fields(tensors, fields)
+    CHANGES[change](tensors[1])
+    assert not _C.same_fields(tensors, fields)
+
+
+def test_another_length_is_another_list():
+    tensors = [torch.randn(2), torch.randn(3)]
+    fields = packed.read(tensors)
+    assert not _C.same_fields(tensors[:1], fields)
+    assert not _C.same_fields([*tensors, torch.randn(1)], fields)
+
+
+def test_copy_on_write_memory_is_not_shared():
+    """The address that is handed out may be written through: a lazy clone must have its own by then."""
+    original = torch.randn(8)
+    before, clone = original.clone(), torch._lazy_clone(original)
+    address = packed.rows(packed.read([clone])).tolist()[0][0]
+    assert address == clone.data_ptr() != original.data_ptr()
+    assert torch.equal(original, before)
+
+
+def test_same_values():
+    one, two, three = object(), object(), object()
+    assert _C.same_values([{"a": one}, {}, {"b": two, "c": three}], [one, two, three])
+    assert not _C.same_values([{"a": one}, {"b": two}], [one, two, three])
+    assert not _C.same_values([{"a": one}, {"b": two, "c": three}], [one, two])
+    assert not _C.same_values([{"a": one}, {"b": two}], [two, one])
