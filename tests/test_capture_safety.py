@@ -151,6 +151,18 @@ def test_tail_on_fake_cuda(make, master_weights, capturing, fake_cuda):
     assert all(optimizer.state[p]["step"].is_cuda for p in params)
 
 
+def test_a_scale_made_while_capturing_is_refused(fake_cuda):
+    """Each replay would set it to its first value again."""
+    scaler, loss = GradScaler("cuda"), torch.ones((), device="cuda")
+    fake_cuda.capturing = True
+    with pytest.raises(RuntimeError, match=r"expected it before graph capture.* Call scaler\.scale\(\) once"):
+        scaler.scale(loss)
+    fake_cuda.capturing = False
+    scaler.scale(loss)
+    fake_cuda.capturing = True
+    scaler.scale(loss)
+
+
 @each_optimizer
 @pytest.mark.parametrize("master_weights", ["auto", "fp32", "none"])
 @pytest.mark.parametrize("attached", [False, True])

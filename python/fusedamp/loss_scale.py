@@ -70,6 +70,15 @@ class LossScale(torch.amp.GradScaler):
     def _lazy_init_scale_growth_tracker(self, dev: torch.device | str) -> None:
         if self._growth_tracker is not None:
             raise AssertionError("_growth_tracker initialized before _scale")
+        if (
+            torch.device(dev).type == "cuda"
+            and not torch.compiler.is_compiling()
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            raise RuntimeError(
+                "[GradScaler.scale] the scale is not on the device yet; expected it before graph capture, as "
+                "each replay would reset it. Call scaler.scale() once before capturing."
+            )
         self._scale = torch.full((), self._init_scale, dtype=torch.float32, device=dev)
         self._growth_tracker = torch.full((), self._init_growth_tracker, dtype=torch.int32, device=dev)
 

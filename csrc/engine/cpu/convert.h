@@ -46,6 +46,39 @@ FUSEDAMP_FN void narrow_bf16(const float* from, uint16_t* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = float_to_bf16(from[i]);
 }
 
+// Whether narrowing gives other bits than these anywhere.
+FUSEDAMP_FN bool narrows_otherwise_f16(const float* from, const uint16_t* to, int64_t n) {
+  int64_t i = 0;
+  uint32_t differ = 0;
+#if defined(__F16C__)
+  __m128i bits = _mm_setzero_si128();
+#if defined(__AVX512F__)
+  __m256i wide_bits = _mm256_setzero_si256();
+  for (; i + 16 <= n; i += 16) {
+    const __m256i expected = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(to + i));
+    const __m256i rounded = _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0);
+    wide_bits = _mm256_or_si256(wide_bits, _mm256_xor_si256(expected, rounded));
+  }
+  bits = _mm_or_si128(_mm256_castsi256_si128(wide_bits), _mm256_extracti128_si256(wide_bits, 1));
+#endif
+  for (; i + 8 <= n; i += 8) {
+    const __m128i expected = _mm_loadu_si128(reinterpret_cast<const __m128i*>(to + i));
+    const __m128i rounded = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0);
+    bits = _mm_or_si128(bits, _mm_xor_si128(expected, rounded));
+  }
+  differ = !_mm_testz_si128(bits, bits);
+#endif
+  for (; i < n; ++i) differ |= float_to_f16(from[i]) ^ to[i];
+  return differ != 0;
+}
+
+FUSEDAMP_FN bool narrows_otherwise_bf16(const float* from, const uint16_t* to, int64_t n) {
+  uint32_t differ = 0;
+#pragma omp simd reduction(| : differ)
+  for (int64_t i = 0; i < n; ++i) differ |= static_cast<uint32_t>(float_to_bf16(from[i]) ^ to[i]);
+  return differ != 0;
+}
+
 template <class To, class From>
 FUSEDAMP_FN void cast(const From* from, To* to, int64_t n) {
 #pragma omp simd
@@ -59,8 +92,12 @@ FUSEDAMP_FN void widen(DType dtype, const uint16_t* from, float* to, int64_t n) 
 FUSEDAMP_FN void narrow(DType dtype, const float* from, uint16_t* to, int64_t n) {
   dtype == DType::f16 ? narrow_f16(from, to, n) : narrow_bf16(from, to, n);
 }
+FUSEDAMP_FN bool narrows_otherwise(DType dtype, const float* from, const uint16_t* to, int64_t n) {
+  return dtype == DType::f16 ? narrows_otherwise_f16(from, to, n) : narrows_otherwise_bf16(from, to, n);
+}
 
-constexpr int64_t kBlock = 512;  // elements that are staged through the L1 cache at a time
+constexpr int64_t kBlock =
+    128;  // elements that are staged through the L1 cache at a time; few, so that arithmetic overlaps with loads
 
 FUSEDAMP_FN const void* element(const void* base, DType dtype, int64_t index) {
   return static_cast<const char*>(base) + index * size_of(dtype);
