@@ -72,14 +72,16 @@ class Fusedamp:
 
 
 class Torch:
-    """P1, P2, P5: FP32 weights. ``clip_grad_norm_`` gets ``foreach=True``, its faster setting for many."""
+    """P1, P2, P5, P6: FP32 weights. ``clip_grad_norm_`` gets ``foreach=True``, its faster setting for many."""
 
     def __init__(
         self, optimizer: str, weights: list[Tensor], grads: list[Tensor], max_norm: float, implementation: str
     ) -> None:
         self.weights = _parameters(weights, grads)
-        choice = dict(fused=implementation == "fused", foreach=implementation == "foreach")
+        choice = dict(fused=implementation == "fused", foreach=implementation in ("foreach", "compiled"))
         self.optimizer = getattr(torch.optim, NAMES[optimizer])(self.weights, **OPTIONS[optimizer], **choice)
+        if implementation == "compiled":
+            self.optimizer.step = torch.compile(self.optimizer.step)
         self.scaler = torch.amp.GradScaler(weights[0].device.type, init_scale=INIT_SCALE)
         _start(self.scaler, weights)
         self.max_norm = max_norm
