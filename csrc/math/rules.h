@@ -1,6 +1,10 @@
 // Every update rule, and a number for each.
 #pragma once
+#include "adagrad.h"
 #include "adam.h"
+#include "lion.h"
+#include "radam.h"
+#include "rmsprop.h"
 #include "sgd.h"
 
 namespace fusedamp {

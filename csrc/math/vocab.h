@@ -42,6 +42,12 @@ FUSEDAMP_FN V maximum(V a, V b) {
   return where(a >= b || a != a, a, b);
 }
 
+// 1, -1, or x itself where it is 0 or NaN.
+template <class V>
+FUSEDAMP_FN V sign(V x) {
+  return where(x > V(0), V(1), where(x < V(0), V(-1), x));
+}
+
 // base^n for a whole number n >= 0 by repeated squaring. Only IEEE multiplications, so host and device agree
 // to the bit, which their pow() functions do not.
 FUSEDAMP_FN double powi(double base, int64_t n) {

@@ -105,9 +105,19 @@ void update_scale_(Tensor scale, Tensor growth_tracker, OptionalTensor hysteresi
 
 std::string cpu_target() { return cpu::kernels().name; }
 
+std::string step_ops() {
+  return ""
+#define FUSEDAMP_OP(op, Hyper) #op "_ "
+#include "../math/optimizers.def"
+      ;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fusedamp, CompositeExplicitAutograd, m) { m.impl("cpu_target", TORCH_BOX(&cpu_target)); }
+STABLE_TORCH_LIBRARY_IMPL(fusedamp, CompositeExplicitAutograd, m) {
+  m.impl("cpu_target", TORCH_BOX(&cpu_target));
+  m.impl("step_ops", TORCH_BOX(&step_ops));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fusedamp, CPU, m) {
   m.impl("unscale_", TORCH_BOX(&unscale_));

@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kPackedStepSchema);
   m.def(fusedamp::kPackedGradStatsSchema);
   m.def("cpu_target() -> str");  // the instruction set that the CPU ops run on
+  m.def("step_ops() -> str");    // the names of all step ops, separated by blanks
 #define FUSEDAMP_OP(op, Hyper) m.def(FUSEDAMP_STEP_SCHEMA(op));
 #include "../math/optimizers.def"
 }

@@ -25,7 +25,7 @@ if not _load("fusedamp_cpu"):
 # The CUDA object needs the CUDA half of torch itself, GPU or not.
 HAS_CUDA_OPS: bool = torch.version.cuda is not None and _load("fusedamp_cuda")
 
-STEP_OPS = ("adamw_", "adam_", "sgd_")
+STEP_OPS: tuple[str, ...] = tuple(torch.ops.fusedamp.step_ops().split())  # of csrc/math/optimizers.def
 
 
 def _need_one_kind(*args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import FusedOptimizer, Group
-from .hyper import check_number
+from .hyper import check_betas, check_number
 
 
 class Adam(FusedOptimizer):
@@ -68,10 +68,7 @@ class Adam(FusedOptimizer):
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
         check_number(where, "eps", group["eps"])
-        if len(group["betas"]) != 2:
-            raise ValueError(f"{where} betas is {group['betas']}; expected two numbers. Pass (beta1, beta2).")
-        for i, beta in enumerate(group["betas"]):
-            check_number(where, f"betas[{i}]", beta, below=1.0)
+        check_betas(where, group["betas"])
 
     def _active_states(self, group: Group) -> tuple[str, ...]:
         return self.state_names if group["amsgrad"] else self.state_names[:2]

@@ -103,7 +103,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         check_common(where, group)
 
     def _active_states(self, group: Group) -> tuple[str, ...]:
-        """The states that ``group`` uses with its present options: the first of ``state_names``."""
+        """The states that ``group`` uses with its present options, in the op's order."""
         return self.state_names
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:

@@ -34,6 +34,14 @@ def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: 
         raise ValueError(f"{where} {name} is {value}; expected {bound} >= {low:g}. Pass such a value.")
 
 
+def check_betas(where: str, betas: Any) -> None:
+    """Raise unless ``betas`` is a pair of numbers in [0, 1)."""
+    if len(betas) != 2:
+        raise ValueError(f"{where} betas is {betas}; expected two numbers. Pass (beta1, beta2).")
+    for i, beta in enumerate(betas):
+        check_number(where, f"betas[{i}]", beta, below=1.0)
+
+
 def check_common(where: str, group: dict[str, Any]) -> None:
     """Raise unless the options that every optimizer has are usable."""
     check_number(where, "lr", group["lr"])

@@ -1,0 +1,35 @@
+"""The ops, typed and documented: `torch.ops.fusedamp.*` with argument names, checks that raise ValueError or
+TypeError, and version counters that autograd can trust.
+
+Every tensor of a call lives on one device. Lists mix float16, bfloat16, float32 and float64 freely. Tensors
+are dense in memory (no gaps or overlaps) in any order of dimensions; what belongs to a parameter has its
+shape and strides. Empty and 0-dim tensors and views at any offset are fine, and so is an empty list: there
+is nothing to do then. Nothing synchronises with the host, and a call that raises has changed nothing.
+
+Every step op also takes ``maximize`` (ascend instead of descend), ``inv_scale``, ``clip_coef`` and
+``found_inf``.
+"""
+
+from .adagrad import adagrad_, rmsprop_, rmsprop_centered_
+from .adam import adam_, adamw_, radam_
+from .gradients import GradStats, grad_stats, unscale_
+from .loss_scale import update_scale_
+from .sgd import lion_, sgd_
+from .step import step_lists, step_scalars  # for fusedamp.optim
+
+__all__ = [
+    "GradStats",
+    "adagrad_",
+    "adam_",
+    "adamw_",
+    "grad_stats",
+    "lion_",
+    "radam_",
+    "rmsprop_",
+    "rmsprop_centered_",
+    "sgd_",
+    "step_lists",
+    "step_scalars",
+    "unscale_",
+    "update_scale_",
+]

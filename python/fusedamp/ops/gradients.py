@@ -1,0 +1,78 @@
+"""Ops over gradients: unscaling, and one pass that reads them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import arguments, packed
+from .call import bump, call
+
+
+class GradStats(NamedTuple):
+    """What one read pass over n gradients finds. All tensors are on the gradients' device."""
+
+    found_inf: Tensor
+    """float32, 0-dim: 1 if an element is not finite before or after unscaling, else 0."""
+    total: Tensor
+    """float64, 0-dim: the sum of |g * inv_scale|^p over all tensors (p = inf: the maximum; p = 0: how many
+    are not 0)."""
+    per_tensor: Tensor
+    """float64, [n]: the same for each tensor."""
+    counts: Tensor
+    """int64, [n, 3]: elements that are infinite, that are NaN, and that are finite but overflow when
+    unscaled."""
+
+
+def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+    """Multiplies every gradient by ``inv_scale`` in place, and sets ``found_inf`` to 1 if anything is not
+    finite.
+
+    Args:
+        grads (list of tensors, any shape, fp16|bf16|fp32|fp64): rewritten; arithmetic in fp32 (fp64 for
+            fp64), rounded to nearest even.
+        inv_scale (1 element, fp32): 1 / loss scale.
+        found_inf (1 element, fp32): set to 1 if an element is not finite before, or after as it is stored;
+            else untouched.
+    Raises: ValueError naming the op, the index, what it got, what it wanted.
+    Cost: reads and writes each gradient once; no host sync.  Source: arXiv:1710.03740, section 3.2.
+    """
+    arguments.need_lists("unscale_", grads=grads)
+    if not grads:
+        return
+    call("unscale_", grads, inv_scale, found_inf)
+    bump(grads, [found_inf])
+
+
+def grad_stats(
+    grads: Sequence[Tensor],
+    inv_scale: Tensor | None = None,
+    norm_type: float = 2.0,
+    fields: packed.Fields | None = None,
+) -> GradStats:
+    """Finite check before and after unscaling, total and per-tensor norms and non-finite counts, in one read
+    pass.
+
+    The norm is ``total ** (1 / norm_type)`` (for inf: ``total``). The check is made in fp32 (fp64 for fp64
+    gradients). Results are deterministic and do not depend on the number of threads or on the instruction
+    set.
+
+    Args:
+        grads (list of tensors, any shape, fp16|bf16|fp32|fp64, at least one): read only.
+        inv_scale (1 element, fp32): 1 / loss scale; None stands for 1.
+        norm_type: the p of the norm, 0 to inf.
+        fields: what ``packed.read(grads)`` returned just now, to spare reading them again.
+    Raises: ValueError naming the op, the index, what it got, what it wanted.
+    Cost: reads each gradient once; no host sync.
+    """
+    arguments.need_lists("grad_stats", grads=grads)
+    if not grads:
+        raise ValueError("[grad_stats] grads is empty; expected at least one tensor")
+    norm_type = arguments.number("grad_stats", "norm_type", norm_type)
+    if not norm_type >= 0.0:
+        raise ValueError(f"[grad_stats] norm_type is {norm_type}; expected a number from 0 to inf")
+    if fields is None:
+        fields = packed.read(grads)
+    if fields is not None:
+        return GradStats(*call("packed_grad_stats", packed.rows(fields), grads[0], inv_scale, norm_type))
+    return GradStats(*call("grad_stats", grads, inv_scale, norm_type))

@@ -1,0 +1,62 @@
+"""The op that grows the loss scale and backs it off."""
+
+from torch import Tensor
+
+from .. import arguments
+from .call import bump, call
+
+
+def update_scale_(
+    scale: Tensor,
+    growth_tracker: Tensor,
+    found_inf: Tensor,
+    *,
+    growth_factor: float,
+    backoff_factor: float,
+    growth_interval: int,
+    min_scale: float = 0.0,
+    max_scale: float = float("inf"),
+    hysteresis_tracker: Tensor | None = None,
+    hysteresis: int = 1,
+    refill_on_good_step: bool = False,
+) -> None:
+    """The loss scale of the next iteration, in place. With the defaults exactly ``torch._amp_update_scale_``.
+
+    After an overflow (``found_inf`` is not 0) the scale is multiplied by ``backoff_factor``, but never
+    brought below ``min_scale``; after ``growth_interval`` good iterations in a row it is multiplied by
+    ``growth_factor``, but never brought above ``max_scale`` nor to infinity. With ``hysteresis`` h, the
+    first h - 1 overflows are forgiven; the budget is refilled when the scale grows, or after any good
+    iteration with ``refill_on_good_step``.
+
+    Args:
+        scale (1 element, fp32): rewritten.
+        growth_tracker (1 element, int32): good iterations in a row; rewritten.
+        found_inf (1 element, fp32): read only.
+        hysteresis_tracker (1 element, int32): what is left of the budget, ``hysteresis`` at first; rewritten.
+    Raises: ValueError naming the argument, what it got, what it wanted.
+    Cost: one element; no host sync.  Source: arXiv:1710.03740, section 3.2.
+    """
+    op = "update_scale_"
+    factors = dict(
+        growth_factor=growth_factor, backoff_factor=backoff_factor, min_scale=min_scale, max_scale=max_scale
+    )
+    factors = {name: arguments.number(op, name, value) for name, value in factors.items()}
+    for name, value in dict(growth_interval=growth_interval, hysteresis=hysteresis).items():
+        if not isinstance(value, int) or (name == "hysteresis" and value < 1):
+            raise ValueError(f"[{op}] {name} is {value!r}; expected a whole number from 1")
+    if hysteresis > 1 and hysteresis_tracker is None:
+        raise ValueError(
+            f"[{op}] hysteresis is {hysteresis}; expected a hysteresis_tracker (int32, 1 element) with it"
+        )
+    call(
+        op,
+        scale,
+        growth_tracker,
+        hysteresis_tracker,
+        found_inf,
+        growth_interval=growth_interval,
+        hysteresis=hysteresis,
+        refill_on_good_step=arguments.flag(op, "refill_on_good_step", refill_on_good_step),
+        **factors,
+    )
+    bump([scale, growth_tracker], [] if hysteresis_tracker is None else [hysteresis_tracker])

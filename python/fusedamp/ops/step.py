@@ -1,0 +1,145 @@
+"""What all step ops share: their docstring, their checks, and the call itself."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar
+
+from torch import Tensor
+
+from .. import arguments
+from .call import bump, call
+
+Tensors = Sequence[Tensor]
+Wrapper = TypeVar("Wrapper", bound=Callable[..., None])
+FOLLOW = "and the 2 B that see whether the weight was written"  # of the cost of a step with masters
+OPTIONAL = ("masters", "max_exp_avg_sqs", "momentum_buffers")  # lists that may be empty
+
+
+class Shared(TypedDict, total=False):
+    """What every step op takes besides its own arguments."""
+
+    maximize: bool
+    inv_scale: Tensor | None
+    clip_coef: Tensor | None
+    found_inf: Tensor | None
+
+
+_STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing where ``found_inf`` is not 0.
+
+    Arithmetic in fp32 (fp64 for fp64 parameters). {formula}
+
+    Args:
+        params (list of tensors, any shape, fp16|bf16|fp32|fp64): rewritten; with masters, = round(master) to
+            nearest even.
+        grads (as ``params``, any of the dtypes; fp64 for fp64 params only): read only, still multiplied by
+            the loss scale.
+        {states} (as ``params``, fp32; fp64 for fp64 params): rewritten.
+        masters (as ``params``, fp32; one per parameter, all of them fp16 or bf16; or empty): rewritten.
+            Where a weight is not its master rounded, somebody wrote the weight, and the master follows it
+            before the step.
+        steps (list of 1-element fp32 tensors): how many steps each parameter has taken; incremented.
+        lr (float, or 1 element fp32|fp64, on the CPU or on the same device): learning rate.
+        inv_scale, clip_coef (1 element, fp32): the gradient enters as ``g * (inv_scale * clip_coef)``; None
+            stands for 1.
+        found_inf (1 element, fp32): not 0 means skip; None means no check.
+    Raises: ValueError naming the op, the index, what it got, what it wanted.
+    Cost: {cost}; no host sync.  Source: {source}.
+    """
+
+
+def documented(**parts: str) -> Callable[[Wrapper], Wrapper]:
+    """Gives a step op's wrapper its docstring."""
+
+    def decorate(function: Wrapper) -> Wrapper:
+        function.__doc__ = _STEP_DOC.format(**parts)
+        return function
+
+    return decorate
+
+
+def need_momentum_buffers(op: str, params: Tensors, momentum_buffers: Tensors, momentum: float) -> None:
+    """Raise unless there is a buffer for each parameter with momentum, and none without."""
+    arguments.need_lists(op, params=params, momentum_buffers=momentum_buffers)
+    if bool(momentum_buffers) != (arguments.number(op, "momentum", momentum) != 0.0 and len(params) > 0):
+        raise ValueError(
+            f"[{op}] momentum_buffers has {len(momentum_buffers)} tensors with momentum={momentum}; expected "
+            "one per param with momentum, none without"
+        )
+
+
+def run_step(
+    op: str,
+    params: Tensors,
+    grads: Tensors,
+    masters: Tensors,
+    states: Mapping[str, Tensors],
+    steps: Tensors,
+    lr: float | Tensor,
+    hyper: dict[str, Any],
+    shared: Shared,
+) -> None:
+    """A step op as a wrapper calls it. ``hyper``: by name, in the order of csrc/math's Hyper."""
+    unknown = shared.keys() - Shared.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"{op}() got unexpected keyword arguments {sorted(unknown)}")
+    step_lists(op, params, grads, masters, states, steps, step_scalars(op, params, lr, hyper, **shared))
+
+
+def step_lists(
+    op: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masters: Tensors,
+    states: Mapping[str, Sequence[Tensor]],
+    steps: Tensors,
+    scalars: dict[str, Any],
+) -> None:
+    """Any step op. ``states`` by the names that the caller knows; ``scalars`` from :func:`step_scalars`."""
+    arguments.need_lists(op, params=params, grads=grads, **states, masters=masters, steps=steps)
+    lengths = dict(grads=grads, **states, masters=masters, steps=steps)
+    for name, tensors in lengths.items():
+        if len(tensors) != len(params) and (tensors or name not in OPTIONAL):
+            raise ValueError(
+                f"[{op}] {name} has {len(tensors)} tensors; expected {len(params)}, one per param"
+                f"{', or none at all' if name == 'masters' else ''}"
+            )
+    if not params:
+        return
+    flat = [state for tensors in states.values() for state in tensors]
+    try:
+        call(op, params, grads, masters, flat, steps, **scalars)
+    except (TypeError, ValueError) as error:
+        # The op has one list of states; the caller knows them by name.
+        names = [f"{name}[{i}]" for name, tensors in states.items() for i in range(len(tensors))]
+        text = re.sub(r"\bstates\[(\d+)\]", lambda match: names[int(match[1])], str(error))
+        raise type(error)(text) from None
+    bump(params, masters, flat, steps)
+
+
+def step_scalars(
+    op: str,
+    params: Tensors,
+    lr: float | Tensor,
+    hyper: dict[str, Any],
+    maximize: bool = False,
+    inv_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> dict[str, Any]:
+    """The keyword arguments that every step op has. ``hyper``: by name, in the order of csrc/math's Hyper."""
+    arguments.need_lists(op, params=params)
+    lr_tensor = None
+    if isinstance(lr, Tensor) and params and isinstance(params[0], Tensor):
+        if lr.device == params[0].device or lr.device.type != "cpu" or lr.numel() != 1:
+            lr, lr_tensor = 0.0, lr
+        else:
+            lr = lr.item()  # reading a CPU tensor waits for nothing
+    return dict(
+        lr=arguments.number(op, "lr", lr),
+        hyper=[arguments.number(op, name, value) for name, value in hyper.items()],
+        maximize=arguments.flag(op, "maximize", maximize),
+        lr_tensor=lr_tensor,
+        inv_scale=inv_scale,
+        clip_coef=clip_coef,
+        found_inf=found_inf,
+    )

@@ -1,0 +1,65 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .base import FusedOptimizer, Group
+from .hyper import check_number
+
+
+class RMSprop(FusedOptimizer):
+    """``torch.optim.RMSprop`` with FP32 master weights, fused with unscaling, clipping and the overflow skip.
+
+    Args:
+        params, lr, alpha, eps, weight_decay, momentum, centered, maximize: as in torch. ``lr`` may be a
+            tensor of one element, which is read at each step, on the device. A ``centered`` variance that
+            roundings make negative counts as 0 (torch's step is NaN then).
+        capturable, foreach: accepted and saved, without effect: the step is always fused, and a CUDA graph
+            can capture it once a first step has created the state.
+        differentiable: must be False.
+        master_weights: as in :class:`fusedamp.optim.AdamW`.
+    State: ``step``, ``square_avg``, centered ``grad_avg``, with momentum ``momentum_buffer``, and ``master``.
+    Cost: 20 B/param read and written in BF16 with masters, 8 more for each further state; no host sync.
+    Source: Tieleman and Hinton 2012, Lecture 6.5; centered: Graves 2013, arXiv:1308.0850.
+    """
+
+    state_names = ("square_avg", "grad_avg", "momentum_buffer")
+    required_state = ("step", "square_avg")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        master_weights: str = "auto",
+    ) -> None:
+        defaults = dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered)
+        defaults |= dict(weight_decay=weight_decay, capturable=capturable, foreach=foreach)
+        defaults |= dict(maximize=maximize, differentiable=differentiable)
+        super().__init__(params, {**defaults, "master_weights": master_weights})
+
+    def _check_group(self, where: str, group: Group) -> None:
+        super()._check_group(where, group)
+        for name in ("alpha", "eps", "momentum"):
+            check_number(where, name, group[name])
+
+    def _active_states(self, group: Group) -> tuple[str, ...]:
+        centered = ("grad_avg",) if group["centered"] else ()
+        return ("square_avg", *centered, *(("momentum_buffer",) if group["momentum"] != 0 else ()))
+
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
+        hyper = {name: group[name] for name in ("alpha", "eps", "weight_decay", "momentum")}
+        return "rmsprop_centered_" if group["centered"] else "rmsprop_", hyper
