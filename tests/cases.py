@@ -17,16 +17,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer with its options, its ``torch.optim`` namesake and its reference."""
+    """An optimizer with its options, its ``torch.optim`` namesake (if it has one) and its reference."""
 
     name: str
     ours: type[torch.optim.Optimizer]
-    torch: type[torch.optim.Optimizer]
+    torch: type[torch.optim.Optimizer] | None
     reference: Callable
     states: tuple[str, ...]
     options: dict[str, Any]
     roundings: int  # per element and step, of the size of the update's terms (tolerances.py)
     terms: Callable[[Tensor, dict[str, Any], dict[str, Any]], Tensor]
+    kink: str = ""  # what the reference notes of each element: where it is 0 within roundings, all is open
 
     def __str__(self) -> str:
         return self.name
@@ -55,6 +56,30 @@ def _sgd(name: str, states: tuple[str, ...] = ("momentum_buffer",), **options: A
     return Case(name, optim.SGD, torch.optim.SGD, reference.sgd, states, options, 8, tolerances.sgd_terms)
 
 
+def _lion(name: str, **options: Any) -> Case:
+    options = {"lr": 1e-2, "weight_decay": 0.1, **options}
+    terms = tolerances.lion_terms
+    return Case(name, optim.Lion, None, reference.lion, ("exp_avg",), options, 4, terms, "direction")
+
+
+def _adagrad(name: str, **options: Any) -> Case:
+    options = {"lr": 1e-1, "weight_decay": 0.1, **options}
+    terms = tolerances.adagrad_terms
+    return Case(name, optim.Adagrad, torch.optim.Adagrad, reference.adagrad, ("sum",), options, 24, terms)
+
+
+def _rmsprop(name: str, *states: str, **options: Any) -> Case:
+    options = {"lr": 1e-3, "weight_decay": 0.1, **options}
+    names, terms = ("square_avg", *states), tolerances.rmsprop_terms
+    return Case(name, optim.RMSprop, torch.optim.RMSprop, reference.rmsprop, names, options, 16, terms)
+
+
+def _radam(name: str, **options: Any) -> Case:
+    options = {"lr": 1e-2, "weight_decay": 0.1, **options}
+    terms = tolerances.radam_terms
+    return Case(name, optim.RAdam, torch.optim.RAdam, reference.radam, MOMENTS, options, 16, terms)
+
+
 CASES = [
     _adamw("adamw"),
     _adamw("adamw-betas-eps", betas=(0.8, 0.95), eps=1e-2),
@@ -71,9 +96,23 @@ CASES = [
     _sgd("sgd-dampening", momentum=0.9, dampening=0.3),
     _sgd("sgd-nesterov", momentum=0.9, nesterov=True),
     _sgd("sgd-momentum-maximize", momentum=0.8, dampening=0.1, maximize=True),
+    _lion("lion"),
+    _lion("lion-betas-maximize", betas=(0.95, 0.98), maximize=True),
+    _adagrad("adagrad"),
+    _adagrad("adagrad-decay", lr_decay=0.1, initial_accumulator_value=0.3, eps=1e-2, maximize=True),
+    _rmsprop("rmsprop"),
+    _rmsprop("rmsprop-momentum", "momentum_buffer", momentum=0.9, alpha=0.9, eps=1e-2, maximize=True),
+    _rmsprop("rmsprop-centered", "grad_avg", centered=True),
+    _rmsprop(
+        "rmsprop-centered-momentum", "grad_avg", "momentum_buffer", centered=True, momentum=0.8, alpha=0.95
+    ),
+    _radam("radam"),
+    _radam("radam-decoupled", decoupled_weight_decay=True, betas=(0.8, 0.95), eps=1e-2, maximize=True),
 ]
 BY_NAME = {case.name: case for case in CASES}
-MAIN = [BY_NAME[name] for name in ("adamw", "adam-amsgrad", "sgd", "sgd-nesterov")]  # where all would be slow
+WITH_TORCH = [case for case in CASES if case.torch is not None]
+_MAIN = "adamw adam-amsgrad sgd sgd-nesterov lion adagrad rmsprop-centered-momentum radam"
+MAIN = [BY_NAME[name] for name in _MAIN.split()]  # where all would be slow
 
 # Odd sizes around vector widths, several chunks, 0-dim, and empty tensors in the middle and at the end.
 SHAPES = [(1,), (7,), (), (3, 5), (0,), (16, 16), (257,), (4, 0, 2), (33, 1, 31), (2, 0)]

@@ -34,6 +34,8 @@ BORDERS = (
 
 _ADAM = dict(lr=0.03, betas=(0.9, 0.99), eps=0.05, weight_decay=0.3)
 _SGD = dict(lr=0.03, momentum=0.9, dampening=0.25, weight_decay=0.3)
+_LION = dict(lr=0.03, betas=(0.9, 0.99), weight_decay=0.3)
+_RMSPROP = dict(lr=0.03, alpha=0.9, eps=0.05, weight_decay=0.3)
 VARIANTS: dict[str, tuple[str, dict]] = {
     "adamw": ("adamw_", _ADAM),
     "adamw-amsgrad": ("adamw_", _ADAM | dict(amsgrad=True)),
@@ -46,9 +48,29 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "sgd-momentum": ("sgd_", _SGD),
     "sgd-nesterov": ("sgd_", _SGD | dict(dampening=0.0, nesterov=True)),
     "sgd-nesterov-maximize": ("sgd_", _SGD | dict(dampening=0.0, nesterov=True, maximize=True)),
+    "lion": ("lion_", _LION),
+    "lion-maximize": ("lion_", _LION | dict(maximize=True)),
+    "adagrad": ("adagrad_", dict(lr=0.03, lr_decay=0.2, eps=0.05, weight_decay=0.3)),
+    "rmsprop": ("rmsprop_", _RMSPROP),
+    "rmsprop-momentum": ("rmsprop_", _RMSPROP | dict(momentum=0.9)),
+    "rmsprop-centered": ("rmsprop_centered_", _RMSPROP),
+    "rmsprop-centered-momentum": ("rmsprop_centered_", _RMSPROP | dict(momentum=0.9)),
+    "radam": ("radam_", _ADAM),
+    "radam-decoupled": ("radam_", _ADAM | dict(decoupled_weight_decay=True)),
 }
-STATE_NAMES = {"adamw_": ["exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"], "sgd_": ["momentum_buffers"]}
-STATE_NAMES["adam_"] = STATE_NAMES["adamw_"]
+_MOMENTS = ["exp_avgs", "exp_avg_sqs"]
+STATE_NAMES = {
+    "adamw_": [*_MOMENTS, "max_exp_avg_sqs"],
+    "adam_": [*_MOMENTS, "max_exp_avg_sqs"],
+    "sgd_": ["momentum_buffers"],
+    "lion_": ["exp_avgs"],
+    "adagrad_": ["sums"],
+    "rmsprop_": ["square_avgs", "momentum_buffers"],
+    "rmsprop_centered_": ["square_avgs", "grad_avgs", "momentum_buffers"],
+    "radam_": _MOMENTS,
+}
+NEEDS = {"max_exp_avg_sqs": "amsgrad", "momentum_buffers": "momentum"}  # lists that an option brings
+SQUARES = {"exp_avg_sqs", "max_exp_avg_sqs", "sums", "square_avgs"}  # never negative
 
 
 def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -145,13 +167,12 @@ def step_call(
         if masters:
             call.masters.append(master)
         call.grads.append(normal(shape, grad_dtype or dtype))
-        if op != "sgd_":
-            call.states[0].append(normal(shape, wide) * 0.3)
-            call.states[1].append(normal(shape, wide).square() + 0.1)
-            if call.options.get("amsgrad"):
-                call.states[2].append(normal(shape, wide).square() + 0.1)
-        elif call.options.get("momentum"):
-            call.states[0].append(normal(shape, wide))
+        for name, states in zip(STATE_NAMES[op], call.states, strict=True):
+            if name in NEEDS and not call.options.get(NEEDS[name]):
+                continue
+            state = normal(shape, wide)
+            # More than the square of any mean beside it, whose variance it may be.
+            states.append(state.square() + 2.0 if name in SQUARES else state.clamp(-4, 4) * 0.3)
         call.steps.append(scalar(float(taken[i % len(taken)])))
     return call
 

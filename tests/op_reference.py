@@ -6,7 +6,9 @@ are relative to the sum of magnitudes. SLACK covers the second order; float64 re
 roundings as the op, hence twice the bound.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,6 +100,134 @@ def sgd(
     return Bounded(p - lr * move, u * p.abs() + lr * (error + 2 * u * move.abs())), buffers
 
 
+def lion(
+    p: Tensor, g: Tensor, states: list[Tensor], t: int, u: float, *, lr: float, betas, weight_decay: float
+) -> tuple[Bounded, list[Bounded]]:
+    """Chen et al. 2023, Alg. 2. Where roundings may turn the sign, the element may move either way."""
+    beta1, beta2 = betas
+    m = states[0]
+    direction, size = beta1 * m + (1 - beta1) * g, beta1 * m.abs() + (1 - beta1) * g.abs()
+    unsure = direction.abs() <= 5 * u * size  # unscaling, two weights, a product, fma
+    move = direction.sign()
+    error = 3 * u * p.abs() + lr * (2.0 * unsure + 2 * u)
+    new_m, m_size = beta2 * m + (1 - beta2) * g, beta2 * m.abs() + (1 - beta2) * g.abs()
+    return Bounded(p * (1 - lr * weight_decay) - lr * move, error), [Bounded(new_m, 5 * u * m_size)]
+
+
+def quotient(g: Bounded, square: Bounded, eps: float, u: float) -> Bounded:
+    """g / (sqrt(square) + eps): half the relative error of the square; root, eps, sum; the quotient."""
+    denominator = square.value.sqrt() + eps
+    move = g.value / denominator
+    relative = square.error / square.value / 2 + 4 * u
+    return Bounded(move, g.error / denominator + move.abs() * relative)
+
+
+def adagrad(
+    p: Tensor,
+    g: Tensor,
+    states: list[Tensor],
+    t: int,
+    u: float,
+    *,
+    lr: float,
+    lr_decay: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[Bounded, list[Bounded]]:
+    """Duchi et al. 2011, Fig. 1; torch.optim.Adagrad's algorithm box."""
+    size = g.abs() + weight_decay * p.abs()
+    g = g + weight_decay * p
+    total = states[0] + g * g
+    new_sum = Bounded(total, 4 * u * size**2 + u * total)
+    move = quotient(Bounded(g, 2 * u * size), new_sum, eps, u)
+    lr = lr / (1 + (t - 1) * lr_decay)
+    error = u * p.abs() + lr * (move.error + 2 * u * move.value.abs())
+    return Bounded(p - lr * move.value, error), [new_sum]
+
+
+def rmsprop(
+    p: Tensor,
+    g: Tensor,
+    states: list[Tensor],
+    t: int,
+    u: float,
+    *,
+    centered: bool,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float = 0.0,
+) -> tuple[Bounded, list[Bounded]]:
+    """torch.optim.RMSprop's algorithm box; Graves 2013, eq. 38 to 41."""
+    size = g.abs() + weight_decay * p.abs()
+    g = g + weight_decay * p
+    v = alpha * states[0] + (1 - alpha) * g * g
+    square = Bounded(v, 8 * u * (alpha * states[0] + (1 - alpha) * size**2))
+    new_states = [square]
+    if centered:
+        mean = alpha * states[1] + (1 - alpha) * g
+        mean_error = 5 * u * (alpha * states[1].abs() + (1 - alpha) * size)
+        new_states.append(Bounded(mean, mean_error))
+        variance = v - mean * mean
+        square = Bounded(variance, square.error + 2 * mean.abs() * mean_error + u * variance)
+    move = quotient(Bounded(g, 2 * u * size), square, eps, u)
+    if momentum:
+        old = momentum * states[-1]
+        buffer = old + move.value
+        move = Bounded(buffer, move.error + 2 * u * old.abs() + u * move.value.abs())
+        new_states.append(move)
+    error = u * p.abs() + lr * (move.error + 2 * u * move.value.abs())
+    return Bounded(p - lr * move.value, error), new_states
+
+
+def radam(
+    p: Tensor,
+    g: Tensor,
+    states: list[Tensor],
+    t: int,
+    u: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool = False,
+) -> tuple[Bounded, list[Bounded]]:
+    """Liu et al. 2020, Alg. 2; eps beside the root of the uncorrected moment, as in torch."""
+    beta1, beta2 = betas
+    size, start = g.abs(), p
+    if decoupled_weight_decay:
+        p = p - lr * weight_decay * p
+    else:
+        g, size = g + weight_decay * p, size + weight_decay * p.abs()
+    m, v = beta1 * states[0] + (1 - beta1) * g, beta2 * states[1] + (1 - beta2) * g * g
+    new_m = Bounded(m, 5 * u * (beta1 * states[0].abs() + (1 - beta1) * size))
+    new_v = Bounded(v, 8 * u * (beta2 * states[1] + (1 - beta2) * size**2))
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+    move = new_m
+    if rho > 5:
+        r = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
+        lr *= r * (1 - beta2**t) ** 0.5
+        move = quotient(new_m, new_v, eps, u)
+    lr /= 1 - beta1**t
+    error = 3 * u * start.abs() + lr * (move.error + 2 * u * move.value.abs())
+    return Bounded(p - lr * move.value, error), [new_m, new_v]
+
+
+RULES: dict[str, Callable] = {
+    "adamw_": partial(adam, decoupled=True),
+    "adam_": partial(adam, decoupled=False),
+    "sgd_": sgd,
+    "lion_": lion,
+    "adagrad_": adagrad,
+    "rmsprop_": partial(rmsprop, centered=False),
+    "rmsprop_centered_": partial(rmsprop, centered=True),
+    "radam_": radam,
+}
+
+
 def step(call, index: int) -> tuple[Bounded, list[Bounded]]:
     """What the op must make of tensor `index` of a StepCall (not yet run), from its master where it has
     one."""
@@ -112,6 +242,4 @@ def step(call, index: int) -> tuple[Bounded, list[Bounded]]:
     u = 2.0**-53 if p.dtype == torch.float64 else 2.0**-24
     states = [one_list[index].double() for one_list in call.states if one_list]
     args = (p.double(), call.grads[index].double() * factor, states, int(call.steps[index]) + 1, u)
-    if call.op == "sgd_":
-        return sgd(*args, **options)
-    return adam(*args, decoupled=call.op == "adamw_", **options)
+    return RULES[call.op](*args, **options)

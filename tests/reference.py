@@ -68,3 +68,111 @@ def sgd(
         state["momentum_buffer"] = velocity
         d = d + momentum * velocity if nesterov else velocity
     return theta - lr * d
+
+
+def lion(
+    theta: Tensor,
+    g: Tensor,
+    state: dict,
+    *,
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> Tensor:
+    """Chen et al. 2023, Alg. 2. Notes the vector whose sign is taken as ``direction``."""
+    beta1, beta2 = betas
+    state["step"] = state.get("step", 0) + 1
+    if maximize:
+        g = -g
+    m = state.get("exp_avg", 0 * theta)
+    c = state["direction"] = beta1 * m + (1 - beta1) * g
+    state["exp_avg"] = beta2 * m + (1 - beta2) * g
+    return theta - lr * (c.sign() + weight_decay * theta)
+
+
+def adagrad(
+    theta: Tensor,
+    g: Tensor,
+    state: dict,
+    *,
+    lr: float = 1e-2,
+    lr_decay: float = 0.0,
+    weight_decay: float = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+    maximize: bool = False,
+) -> Tensor:
+    """Duchi et al. 2011, Fig. 1 with diagonal matrices; the rate decays as in torch."""
+    t = state["step"] = state.get("step", 0) + 1
+    g = (-g if maximize else g) + weight_decay * theta
+    s = state["sum"] = state.get("sum", 0 * theta + initial_accumulator_value) + g**2
+    return theta - lr / (1 + (t - 1) * lr_decay) * g / (s.sqrt() + eps)
+
+
+def rmsprop(
+    theta: Tensor,
+    g: Tensor,
+    state: dict,
+    *,
+    lr: float = 1e-2,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    centered: bool = False,
+    maximize: bool = False,
+) -> Tensor:
+    """Tieleman and Hinton 2012; centered: Graves 2013, eq. 38 to 41. The momentum is torch's: of quotients.
+
+    Notes the ``variance``, which is the mean square where nothing is centered.
+    """
+    state["step"] = state.get("step", 0) + 1
+    g = (-g if maximize else g) + weight_decay * theta
+    n = state["square_avg"] = alpha * state.get("square_avg", 0 * theta) + (1 - alpha) * g**2
+    if centered:
+        mean = state["grad_avg"] = alpha * state.get("grad_avg", 0 * theta) + (1 - alpha) * g
+        n = n - mean**2
+    state["variance"] = n
+    delta = g / (n.sqrt() + eps)
+    if momentum:
+        delta = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0 * theta) + delta
+    return theta - lr * delta
+
+
+def radam(
+    theta: Tensor,
+    g: Tensor,
+    state: dict,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+) -> Tensor:
+    """Liu et al. 2020, Alg. 2. As in torch, eps stands beside the root of v, and rho must exceed 5.
+
+    Notes what multiplies m_hat as ``rate``, and as ``condition`` how much larger its relative error is than
+    that of the powers of beta2, whose differences it is made of.
+    """
+    beta1, beta2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    if maximize:
+        g = -g
+    if decoupled_weight_decay:
+        theta = theta - lr * weight_decay * theta
+    else:
+        g = g + weight_decay * theta
+    m = state["exp_avg"] = beta1 * state.get("exp_avg", 0 * theta) + (1 - beta1) * g
+    v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0 * theta) + (1 - beta2) * g**2
+    m_hat = m / (1 - beta1**t)
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+    state["rate"] = torch.ones_like(theta)
+    if rho > 5:
+        r = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
+        state["condition"] = 2 * t * rho_inf / (1 - beta2**t) / (rho - 4)
+        state["rate"] = r * (1 - beta2**t) ** 0.5 / (v.sqrt() + eps)
+    return theta - lr * state["rate"] * m_hat

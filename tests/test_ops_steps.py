@@ -1,4 +1,4 @@
-"""adamw_, adam_ and sgd_ against float64 references: every flag, dtype and size; scalars, skips and step
+"""Every step op against float64 references: every flag, dtype and size; scalars, skips and step
 counts."""
 
 import op_reference
@@ -54,12 +54,16 @@ def test_gradients_of_any_dtype(variant, grad_dtype):
         check(step_call(variant, [(5,), (600,), (33, 3), (1,)], HALVES, grad_dtype=grad_dtype, masters=True))
 
 
-@pytest.mark.parametrize("variant", ["adamw", "adam-amsgrad", "sgd-momentum"])
+@pytest.mark.parametrize(
+    "variant", ["adamw", "adam-amsgrad", "sgd-momentum", "radam", "adagrad", "rmsprop-centered"]
+)
 def test_ten_thousand_steps_taken_and_extreme_hyperparameters(variant):
     """Bias corrections late in training, and options at their ends."""
     check(step_call(variant, [(100,)], torch.float32, taken=(10_000,)))
     check(step_call(variant, [(100,)], torch.float32, weight_decay=0.0, lr=0.0))
-    if variant != "sgd-momentum":
+    if variant.startswith("rmsprop"):
+        check(step_call(variant, [(100,)], torch.float32, alpha=0.5, eps=0.0))
+    elif "betas" in VARIANTS[variant][1]:
         check(step_call(variant, [(100,)], torch.float32, betas=(0.0, 0.0), eps=0.0))
         check(step_call(variant, [(100,)], torch.float32, betas=(0.5, 0.99999), eps=1.0, taken=(0, 9)))
 
@@ -72,7 +76,7 @@ def test_beta_powers_do_not_drift():
         check(call)
 
 
-@pytest.mark.parametrize("variant", ["adamw", "sgd-momentum"])
+@pytest.mark.parametrize("variant", ["adamw", "sgd-momentum", "lion", "adagrad", "rmsprop", "radam"])
 @pytest.mark.parametrize("kind", ["float32", "float64", "0-dim", "integer-like float"])
 def test_lr_tensor_equals_lr(variant, kind):
     """A tensor lr steps as the same float does, to the bit."""
@@ -160,7 +164,10 @@ def test_an_empty_or_tiny_last_tensor_loses_no_update(variant, last):
     check(step_call(variant, [(0,), (40_000,), (0,), (0,), (1,), last], DTYPES))
 
 
-@pytest.mark.parametrize("variant", ["adamw-amsgrad", "adam", "sgd-momentum"])
+@pytest.mark.parametrize(
+    "variant",
+    ["adamw-amsgrad", "adam", "sgd-momentum", "lion", "adagrad", "rmsprop-centered-momentum", "radam"],
+)
 def test_nan_gradients_reach_the_weights_when_unchecked(variant):
     """Without found_inf nothing hides a NaN: it shows in the states and in the weights, and only at its
     place."""

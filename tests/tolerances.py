@@ -30,3 +30,48 @@ def sgd_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -
     """The update before cancellation: the geometric series of the buffer, and Nesterov's look-ahead."""
     momentum = options.get("momentum", 0.0)
     return largest * (1 + momentum) / (1 - momentum)
+
+
+def lion_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """The update: a sign."""
+    return torch.ones_like(largest)
+
+
+def adagrad_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """The quotient before cancellation in the gradient."""
+    return largest / (state["sum"].sqrt() + options.get("eps", 1e-10))
+
+
+def rmsprop_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """As Adagrad's; the variance as exact as the square that it is the rest of. The buffer sums up what its
+    terms and its own two roundings a step are off; 16 in all without it.
+    """
+    variance = state["variance"]
+    quotient = largest / (variance.sqrt() + options.get("eps", 1e-8))
+    if options.get("centered"):
+        quotient = quotient * state["square_avg"] / variance
+    size = options.get("momentum", 0.0) * state.get("_size", 0.0) + quotient
+    state["_size"] = size
+    state["_off"] = options.get("momentum", 0.0) * state.get("_off", 0.0) + 14 * quotient + 2 * size
+    return state["_off"] / 16
+
+
+def radam_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """As Adam's, with the reference's own rate."""
+    return largest * state["rate"]
+
+
+def state_error(
+    name: str, largest: Tensor, weight_error: Tensor, state: dict[str, Any], options: dict[str, Any]
+) -> Tensor:
+    """How far a state may be off, in roundings: five a step of the size of its terms, and what the weight's
+    error, ``weight_error``, brings in by its decay.
+    """
+    steps, decay = state["step"], options["weight_decay"]
+    if name == "sum":  # which grows: each of its own roundings is of the size of all that came before
+        return 2 * largest * (5 * steps * largest + decay * weight_error) + steps * state["sum"]
+    if name == "momentum_buffer" and "_off" in state:  # of quotients
+        return state["_off"] * (1 + decay * weight_error / largest)
+    growth = 1 if "_off" in state else 1 / (1 - options.get("momentum", 0.0))
+    term = growth * (5 * steps * largest + decay * weight_error)
+    return 2 * largest * term if name.endswith("_sq") or name == "square_avg" else term

@@ -1,4 +1,5 @@
-// Adagrad: Duchi, Hazan & Singer 2011, JMLR 12, Fig. 1 (diagonal), with torch.optim.Adagrad's decay of the learning rate.
+// Adagrad: Duchi, Hazan & Singer 2011, JMLR 12, Fig. 1 (diagonal), with torch.optim.Adagrad's decay of the rate.
+// rate.
 #pragma once
 #include "vocab.h"
 
@@ -15,7 +16,7 @@ struct AdagradCoeffs {
 };
 
 struct Adagrad {
-  static constexpr int kStates = 1;
+  static constexpr int kStates = 1, kNonNegative = 0b1;
   using Hyper = AdagradHyper;
   template <class S>
   using Coeffs = AdagradCoeffs<S>;

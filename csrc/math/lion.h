@@ -16,7 +16,7 @@ struct LionCoeffs {
 };
 
 struct Lion {
-  static constexpr int kStates = 1;
+  static constexpr int kStates = 1, kNonNegative = 0;
   using Hyper = LionHyper;
   template <class S>
   using Coeffs = LionCoeffs<S>;

@@ -16,7 +16,7 @@ struct RAdamCoeffs {
 };
 
 struct RAdam {
-  static constexpr int kStates = 2;
+  static constexpr int kStates = 2, kNonNegative = 0b10;
   using Hyper = RAdamHyper;
   template <class S>
   using Coeffs = RAdamCoeffs<S>;
@@ -26,8 +26,8 @@ struct RAdam {
     const double longest = 2.0 / (1.0 - h.beta2) - 1.0;  // rho_inf; how many samples v averages in the end
     const double length = longest - 2.0 * static_cast<double>(t) * power2 / bias2;  // rho_t
     const bool adaptive = length > 5.0;
-    const double rectified = sqrt((length - 4.0) * (length - 2.0) * longest * bias2 /
-                                  ((longest - 4.0) * (longest - 2.0) * length));
+    const double rectified =
+        sqrt((length - 4.0) * (length - 2.0) * longest * bias2 / ((longest - 4.0) * (longest - 2.0) * length));
     const bool decoupled = h.decoupled != 0.0;
     return {lr / bias1 * (adaptive ? rectified : 1.0),
             decoupled ? lr * h.weight_decay : 0.0,

@@ -19,7 +19,7 @@ struct RmsPropCoeffs {
 // States: the mean square; where centered, the mean; with momentum, its buffer.
 template <bool kCentered, bool kMomentum>
 struct RmsPropRule {
-  static constexpr int kStates = 1 + (kCentered ? 1 : 0) + (kMomentum ? 1 : 0);
+  static constexpr int kStates = 1 + (kCentered ? 1 : 0) + (kMomentum ? 1 : 0), kNonNegative = 0b1;
   using Hyper = RmsPropHyper;
   template <class S>
   using Coeffs = RmsPropCoeffs<S>;

@@ -97,6 +97,23 @@ StepRow row_of(const StepTensor& t, void* (Twins::*side)() const) {
   return row;
 }
 
+void choose(bool, AdamHyper& h) { h = {0.9, 0.999, 1e-8, 0.01}; }
+void choose(bool flag, SgdHyper& h) { h = {0.9, 0.1, 0.01, double(flag)}; }
+void choose(bool, LionHyper& h) { h = {0.9, 0.99, 0.01}; }
+void choose(bool, AdagradHyper& h) { h = {0.01, 1e-10, 0.01}; }
+void choose(bool, RmsPropHyper& h) { h = {0.99, 1e-8, 0.01, 0.9}; }
+void choose(bool flag, RAdamHyper& h) { h = {0.9, 0.999, 1e-8, 0.01, double(flag)}; }
+
+void set_hyper(RuleId rule, bool flag, double* hyper) {
+#define FUSEDAMP_RULE(op, Rule)                 \
+  if (rule == k##Rule) {                        \
+    Rule::Hyper chosen;                         \
+    choose(flag, chosen);                       \
+    std::memcpy(hyper, &chosen, sizeof chosen); \
+  }
+#include "../../csrc/math/optimizers.def"
+}
+
 int states_of(RuleId rule) {
   const int counts[] = {
 #define FUSEDAMP_RULE(op, Rule) Rule::kStates,
@@ -114,9 +131,7 @@ void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, A
   const float founds[] = {0.0f, -0.0f, 1.0f, 2.0f, std::numeric_limits<float>::quiet_NaN()};
   const float found_inf = founds[below(random, 3) ? 0 : below(random, 5)];
   StepScalars scalars = {};
-  const bool sgd = rule >= kSgd;
-  const double adam_hyper[] = {0.9, 0.999, 1e-8, 0.01}, sgd_hyper[] = {0.9, 0.1, 0.01, double(below(random, 2))};
-  std::copy_n(sgd ? sgd_hyper : adam_hyper, 4, scalars.hyper);
+  set_hyper(rule, below(random, 2) == 1, scalars.hyper);
   scalars.lr = 1e-3;
   scalars.maximize = below(random, 2);
   const int64_t lr = below(random, 3);

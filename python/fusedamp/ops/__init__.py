@@ -15,7 +15,8 @@ from .adam import adam_, adamw_, radam_
 from .gradients import GradStats, grad_stats, unscale_
 from .loss_scale import update_scale_
 from .sgd import lion_, sgd_
-from .step import step_lists, step_scalars  # for fusedamp.optim
+from .step import step_lists as step_lists  # for fusedamp.optim
+from .step import step_scalars as step_scalars
 
 __all__ = [
     "GradStats",
@@ -28,8 +29,6 @@ __all__ = [
     "rmsprop_",
     "rmsprop_centered_",
     "sgd_",
-    "step_lists",
-    "step_scalars",
     "unscale_",
     "update_scale_",
 ]

@@ -9,7 +9,7 @@ from .step import FOLLOW, Shared, Tensors, documented, need_momentum_buffers, ru
 
 @documented(
     title="Adagrad",
-    formula="The learning rate at step t is ``lr / (1 + (t - 1) * lr_decay)``. Weight decay enters the gradient.",
+    formula="The rate of step t is ``lr / (1 + (t - 1) * lr_decay)``. Weight decay enters the gradient.",
     states="sums",
     cost=f"20 B/param with 16-bit weights and masters, {FOLLOW}",
     source="Duchi et al. 2011, JMLR 12, Fig. 1; torch.optim.Adagrad",
@@ -64,7 +64,7 @@ def rmsprop_(
 
 @documented(
     title="centered RMSprop",
-    formula="Divides by the root of ``square_avg - grad_avg^2``, taken as 0 where roundings make it negative. "
+    formula="Divides by the root of ``square_avg - grad_avg^2``, or of 0 where roundings make it negative. "
     "Weight decay enters the gradient.",
     states="square_avgs, grad_avgs, momentum_buffers (the last: empty without momentum)",
     cost=f"28 B/param with 16-bit weights and masters, {FOLLOW}; 8 more with momentum",

@@ -1,8 +1,8 @@
 """Steps along a momentum."""
 
-from torch import Tensor
-
 from typing import Unpack
+
+from torch import Tensor
 
 from .. import arguments
 from .step import FOLLOW, Shared, Tensors, documented, need_momentum_buffers, run_step

@@ -28,6 +28,7 @@ class Adagrad(FusedOptimizer):
     """
 
     state_names = ("sum",)
+    nonnegative_states = ("sum",)
     required_state = ("step", "sum")
 
     def __init__(
@@ -57,8 +58,10 @@ class Adagrad(FusedOptimizer):
 
     def _new_state(self, name: str, param: Tensor, entry: Entry) -> Tensor:
         start = self.defaults["initial_accumulator_value"]  # of the constructor, for every group, as in torch
-        return super()._new_state(name, param, entry).fill_(
-            complex(start, start) if param.is_complex() else start
+        return (
+            super()
+            ._new_state(name, param, entry)
+            .fill_(complex(start, start) if param.is_complex() else start)
         )
 
     def _densified(self, grad: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _fusedamp_fused = True  # fusedamp.GradScaler takes its fused route for us
     _amp: AmpInputs | None = None  # set by the scaler around one step
     state_names: tuple[str, ...] = ()  # all states that the algorithm may have, besides step and master
+    nonnegative_states: tuple[str, ...] = ()  # those of them that are sums of squares
     required_state: tuple[str, ...] = ()  # what a checkpoint must have for every parameter that it knows
     _slots: dict[int, Slot]  # by id of the parameter, which the slot keeps alive
     _unchecked: bool  # whether slots were made since memory was last checked for sharing

@@ -27,6 +27,7 @@ class RAdam(FusedOptimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq")
+    nonnegative_states = ("exp_avg_sq",)
     required_state = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(

@@ -28,6 +28,7 @@ class RMSprop(FusedOptimizer):
     """
 
     state_names = ("square_avg", "grad_avg", "momentum_buffer")
+    nonnegative_states = ("square_avg",)
     required_state = ("step", "square_avg")
 
     def __init__(
