@@ -34,6 +34,15 @@ BAD_OPTIONS = [
     (optim.SGD, {"dampening": float("inf"), "momentum": 0.9}, r"dampening is inf; expected"),
     (optim.SGD, {"nesterov": True}, r"nesterov is True with momentum 0 and dampening 0; expected"),
     (optim.SGD, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, r"nesterov is True with momentum 0.9"),
+    (optim.Lion, {"betas": (0.9, 1.0)}, r"betas\[1\] is 1.0; expected"),
+    (optim.Lion, {"weight_decay": "no"}, r"weight_decay is 'no' \(str\); expected a number"),
+    (optim.Adagrad, {"lr_decay": -1}, r"lr_decay is -1; expected"),
+    (optim.Adagrad, {"initial_accumulator_value": -0.1}, r"initial_accumulator_value is -0.1; expected"),
+    (optim.RMSprop, {"alpha": -0.1}, r"alpha is -0.1; expected"),
+    (optim.RMSprop, {"momentum": -0.1}, r"momentum is -0.1; expected"),
+    (optim.RMSprop, {"eps": None}, r"eps is None \(NoneType\); expected a number"),
+    (optim.RAdam, {"betas": (1.5, 0.9)}, r"betas\[0\] is 1.5; expected"),
+    (optim.RAdam, {"eps": -1}, r"eps is -1; expected"),
 ]
 
 

@@ -1,5 +1,4 @@
-// Adagrad: Duchi, Hazan & Singer 2011, JMLR 12, Fig. 1 (diagonal), with torch.optim.Adagrad's decay of the rate.
-// rate.
+// Adagrad: Duchi, Hazan & Singer 2011, JMLR 12, Fig. 1 (diagonal), with torch.optim's decay of the rate.
 #pragma once
 #include "vocab.h"
 

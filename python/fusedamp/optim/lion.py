@@ -39,7 +39,7 @@ class Lion(FusedOptimizer):
         maximize: bool = False,
         master_weights: str = "auto",
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
+        defaults: Group = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
         super().__init__(params, {**defaults, "master_weights": master_weights})
 
     def _check_group(self, where: str, group: Group) -> None:

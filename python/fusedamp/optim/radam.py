@@ -45,7 +45,7 @@ class RAdam(FusedOptimizer):
         differentiable: bool = False,
         master_weights: str = "auto",
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         defaults |= dict(foreach=foreach, capturable=capturable)
         defaults |= dict(decoupled_weight_decay=decoupled_weight_decay, differentiable=differentiable)
         super().__init__(params, {**defaults, "master_weights": master_weights})

@@ -47,7 +47,7 @@ class RMSprop(FusedOptimizer):
         *,
         master_weights: str = "auto",
     ) -> None:
-        defaults = dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered)
+        defaults: Group = dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered)
         defaults |= dict(weight_decay=weight_decay, capturable=capturable, foreach=foreach)
         defaults |= dict(maximize=maximize, differentiable=differentiable)
         super().__init__(params, {**defaults, "master_weights": master_weights})
