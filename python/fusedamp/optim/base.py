@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,8 +112,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The name of the step op, and its hyper-parameters by name, in the op's order."""
         raise NotImplementedError
 
-    def _new_state(self, name: str, param: Tensor, entry: Entry) -> Tensor:
-        return torch.zeros_like(param, dtype=STATE_DTYPES[param.dtype])
+    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+        """A tensor with the shape of the state ``name``, else like ``param``; None where there is no such
+        state.
+        """
+        return param
+
+    def _new_state(self, name: str, like: Tensor, entry: Entry) -> Tensor:
+        return torch.zeros_like(like, dtype=STATE_DTYPES[like.dtype])
+
+    def _launch(self, batch: Batch) -> None:
+        """Update the parameters of ``batch``; all that can be refused was refused before."""
+        batch.launch()
 
     def _densified(self, grad: Tensor) -> Tensor:
         raise RuntimeError(
@@ -154,7 +165,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         before, self._replay = self._stepped, None
         batches = self._prepare()  # all is checked before anything moves
         for batch in batches:
-            batch.launch()
+            self._launch(batch)
         # A table costs more than a step does without one; the second step in a row of the same kind makes it.
         self._stepped = [slot for batch in batches for slot in batch.slots]
         if len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
@@ -203,7 +214,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                         raise ValueError("is in the optimizer twice; expected it once. Remove the second.")
                     if slot is None or not slot.holds(self.state.get(param), mode):
                         self._unchecked |= slot is None or slot.reusable
-                        slot = known[id(param)] = Slot(param, self.state[param], mode, self._new_state)
+                        like = partial(self._like, param=param, group=group)
+                        slot = known[id(param)] = Slot(param, self.state[param], mode, like, self._new_state)
                     grad = slot.paired(grad)
                 except (ValueError, TypeError) as error:
                     raise type(error)(f"{self._where(g)} params[{i}] {error}") from error

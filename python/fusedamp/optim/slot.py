@@ -16,6 +16,8 @@ from .layout import STATE_DTYPES, fits, fitted, overlaps_itself, placed_like, st
 
 Entry = dict[str, Any]  # optimizer.state[param]
 Mode = tuple[tuple[str, ...], str, str]  # names of the states in use, master_weights, name of the op
+Like = Callable[[str], Tensor | None]  # a tensor like the parameter's state of that name; None: it has none
+NewState = Callable[[str, Tensor, Entry], Tensor]  # from a tensor like it
 
 
 class Slot:
@@ -26,13 +28,10 @@ class Slot:
     writes back.
     """
 
-    def __init__(
-        self, param: Tensor, entry: Entry, mode: Mode, new_state: Callable[[str, Tensor, Entry], Tensor]
-    ):
+    def __init__(self, param: Tensor, entry: Entry, mode: Mode, like: Like, new_state: NewState) -> None:
         source = local(param)
         _check(source)
-        _complete(param, entry, mode, new_state)
-        names, _, _ = mode
+        names = complete(param, entry, mode, like, new_state)
         wanted = torch.empty_like(source, device="meta").stride()
         self.param, self.source, self.entry, self.mode = param, source, entry, mode
         self.dense = source if source.stride() == wanted else torch.empty_like(source).copy_(source)
@@ -141,11 +140,14 @@ def _check(source: Tensor) -> None:
         )
 
 
-def _complete(
-    param: Tensor, entry: Entry, mode: Mode, new_state: Callable[[str, Tensor, Entry], Tensor]
-) -> None:
-    """Create what is missing in ``entry``, mend what doesn't fit, drop a master that is not wanted."""
-    names, master_weights, _ = mode
+def complete(param: Tensor, entry: Entry, mode: Mode, like: Like, new_state: NewState) -> tuple[str, ...]:
+    """Create what is missing in ``entry``, mend what doesn't fit, drop a master that is not wanted.
+
+    Returns the names of the states that the parameter has, which may be fewer than those of its group.
+    """
+    wanted, master_weights, _ = mode
+    likes = {name: template for name in wanted if (template := like(name)) is not None}
+    names = tuple(likes)
     wants_master = has_master(param, master_weights)
     if (
         param.is_cuda
@@ -166,15 +168,16 @@ def _complete(
         entry["step"] = as_step(step, param)
     for name in names:
         if entry.get(name) is None:
-            entry[name] = new_state(name, param, entry)
+            entry[name] = new_state(name, likes[name], entry)
     if not wants_master:
         entry.pop("master", None)
     elif entry.get("master") is None:
         entry["master"] = fitted(param, param)
-    for name in (*names, "master") if wants_master else names:
-        if not fits(entry[name], param):
-            check_shape(name, entry[name], param)
-            entry[name] = fitted(entry[name], param)
+    for name, template in (likes | {"master": param} if wants_master else likes).items():
+        if not fits(entry[name], template):
+            check_shape(name, entry[name], template)
+            entry[name] = fitted(entry[name], template)
+    return names
 
 
 def check_shape(name: str, value: Any, param: Tensor) -> None:
@@ -186,5 +189,5 @@ def check_shape(name: str, value: Any, param: Tensor) -> None:
     if value.shape != param.shape or value.is_complex() != param.is_complex():
         raise ValueError(
             f"has state {name!r} of shape {list(value.shape)}, {value.dtype}; expected {list(param.shape)} "
-            f"for {param.dtype}, like the parameter. Load a matching checkpoint, or clear optimizer.state."
+            f"for a {param.dtype} parameter. Load a matching checkpoint, or clear optimizer.state."
         )

@@ -48,14 +48,14 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
         return None  # torch raises a ValueError that says which
-    owners: dict[Any, tuple[Tensor, str]] = {}
+    owners: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
     converted_groups = []
     for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         # How masters are kept is the present optimizer's choice, not the checkpoint's.
         converted_groups.append({**saved, "master_weights": group["master_weights"]})
         optimizer._check_group(f"{where} group {g}:", {**optimizer.defaults, **converted_groups[-1]})
         for index, param in zip(saved["params"], group["params"], strict=True):
-            owners[index] = (param, group["master_weights"])
+            owners[index] = (param, {**optimizer.defaults, **converted_groups[-1]})
     state = {}
     for index, entry in state_dict["state"].items():
         if index in owners:
@@ -68,24 +68,26 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def _converted(
-    optimizer: FusedOptimizer, saved: dict[str, Any], param: Tensor, master_weights: str
+    optimizer: FusedOptimizer, saved: dict[str, Any], param: Tensor, group: dict[str, Any]
 ) -> dict[str, Any]:
     entry = {name: value for name, value in saved.items() if value is not None}
     optimizer._upgrade_state(entry)
-    missing = [name for name in optimizer.required_state if entry and name not in entry]
+    likes = {name: optimizer._like(name, param, group) for name in optimizer.state_names}
+    required = [name for name in optimizer.required_state if likes.get(name, param) is not None]
+    missing = [name for name in required if entry and name not in entry]
     if missing:
         raise ValueError(
-            f"has {sorted(entry)}, without {missing}; expected all of {list(optimizer.required_state)}. "
+            f"has {sorted(entry)}, without {missing}; expected all of {required}. "
             "Load the checkpoint of an optimizer of this kind."
         )
-    if not has_master(param, master_weights):
+    if not has_master(param, group["master_weights"]):
         entry.pop("master", None)
     for name, value in entry.items():
         if name == "step":
             entry[name] = as_step(value, param)
-        elif name == "master" or name in optimizer.state_names:
-            check_shape(name, value, param)
-            entry[name] = fitted(value, param)
+        elif (like := param if name == "master" else likes.get(name)) is not None:
+            check_shape(name, value, like)
+            entry[name] = fitted(value, like)
         elif isinstance(value, Tensor):
             entry[name] = value.detach().to(param.device, copy=True)
         else:
