@@ -1,4 +1,4 @@
-"""The command line: ``python -m fusedamp info`` and ``python -m fusedamp demo``."""
+"""The command line: ``python -m fusedamp info``, ``demo``, ``estimate``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 import fusedamp
+from fusedamp import command_estimate
 from fusedamp.capabilities import describe, system_info
 from fusedamp.demo.options import DemoError, add_arguments, options_from
 
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         info = system_info()
         print(json.dumps(info, indent=2) if args.json else describe(info))
         return 0
+    if args.command == "estimate":
+        return command_estimate.run(args)
     return _demo(args)
 
 
@@ -39,6 +42,13 @@ def _parser() -> argparse.ArgumentParser:
         "claim did not show.",
     )
     add_arguments(demo)
+    memory = commands.add_parser(
+        "estimate",
+        help="bytes of weights, gradients, masters and states, before anything is allocated",
+        description="Bytes per parameter and in all, by part: with the chosen options, in every other mode, "
+        "and with plain torch.",
+    )
+    command_estimate.add_arguments(memory)
     return parser
 
 

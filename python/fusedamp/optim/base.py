@@ -14,11 +14,12 @@ from torch.optim.optimizer import ParamsT
 
 from .. import ops
 from ..packed import read
+from ..sharding import local
 from . import state_io
 from .hyper import check_common
 from .layout import STATE_DTYPES
 from .replay import Replay
-from .slot import Entry, Mode, Slot, check_aliasing
+from .slot import Entry, Mode, Slot, check_aliasing, check_dtype, complete
 
 Group = dict[str, Any]
 
@@ -250,6 +251,25 @@ class FusedOptimizer(torch.optim.Optimizer):
         return ops.step_scalars(
             op, params, lr, hyper, group["maximize"], amp.inv_scale, amp.clip_coef, amp.found_inf
         )
+
+    @torch.no_grad()
+    def planned_state(self, param: Tensor, group: Group) -> Entry:
+        """The state that the first step makes for ``param`` with the options of ``group``, without memory.
+
+        Tensors on the meta device, of a DTensor this rank's part; allocates and changes nothing.
+        Raises: ValueError where the options or the parameter are unusable.
+        """
+        meta, entry = torch.empty_like(local(param), device="meta"), Entry()
+        where = f"[{type(self).__name__}]"
+        self._check_group(where, group)
+        try:
+            check_dtype(meta)
+        except ValueError as error:
+            raise ValueError(f"{where} a parameter {error}") from None
+        complete(
+            meta, entry, self._mode(group), partial(self._like, param=meta, group=group), self._new_state
+        )
+        return entry
 
     # Groups and checkpoints ---------------------------------------------------------------
 

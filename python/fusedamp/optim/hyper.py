@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-MASTER_WEIGHTS = ("auto", "fp32", "none")
+# How masters and states may be kept: option -> its values, the one that keeps most first.
+STORAGE = {"master_weights": ("fp32", "none")}
+MASTER_WEIGHTS = ("auto", *STORAGE["master_weights"])
 
 
 def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: float = math.inf) -> None:

@@ -124,11 +124,22 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _check(source: Tensor) -> None:
-    got = f"is {str(source.dtype).removeprefix('torch.')} of shape {list(source.shape)} on {source.device}"
+def _kind(source: Tensor) -> str:
+    return f"is {str(source.dtype).removeprefix('torch.')} of shape {list(source.shape)} on {source.device}"
+
+
+def check_dtype(source: Tensor) -> None:
+    """Raise where a parameter like ``source`` cannot be optimized at all."""
     if source.dtype not in STATE_DTYPES:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in STATE_DTYPES)
-        raise ValueError(f"{got}; expected one of {wanted}. Cast it, or leave it out of the optimizer.")
+        raise ValueError(
+            f"{_kind(source)}; expected one of {wanted}. Cast it, or leave it out of the optimizer."
+        )
+
+
+def _check(source: Tensor) -> None:
+    check_dtype(source)
+    got = _kind(source)
     if source.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{got}; expected cpu or cuda. Move the model there before the step.")
     if source.numel() and not source.data_ptr():
