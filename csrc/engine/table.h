@@ -10,7 +10,7 @@ constexpr int kMaxStates = 3, kMaxHyper = 8;
 struct StepRow {
   const void* grad;
   void* param;
-  float* master;             // null: `param` itself is stepped
+  void* master;              // float; null: `param` itself is stepped
   void* states[kMaxStates];  // float, or double where param is f64
   float* step;               // one element: how many steps this tensor has taken
   int64_t numel;

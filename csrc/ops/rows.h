@@ -1,20 +1,10 @@
 // From torch tensors to the engines' rows: every check of an op's tensors, with messages that name the op, the index,
 // what it got, what it wanted and the way out. Throws before anything is changed.
 #pragma once
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <string>
-#include <vector>
-
-#include "../engine/table.h"
 #include "../math/rules.h"
+#include "checks.h"
 
 namespace fusedamp {
-
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using OptionalTensor = std::optional<Tensor>;
 
 // The lists of a step op as it received them. states: all first states, then all second ones, and so on.
 struct StepLists {

@@ -88,7 +88,7 @@ StepRow row_of(const StepTensor& t, void* (Twins::*side)() const) {
   StepRow row = {};
   row.grad = (t.grad.*side)();
   row.param = (t.param.*side)();
-  row.master = t.master.empty() ? nullptr : static_cast<float*>((t.master[0].*side)());
+  row.master = t.master.empty() ? nullptr : (t.master[0].*side)();
   for (size_t s = 0; s < t.states.size(); ++s) row.states[s] = (t.states[s].*side)();
   row.step = static_cast<float*>((t.step.*side)());
   row.numel = t.param.numel();

@@ -3,7 +3,7 @@
 #include "kernels.h"
 
 #include "../lane.h"
-#include "convert.h"
+#include "storage.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {

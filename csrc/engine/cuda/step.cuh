@@ -42,7 +42,7 @@ __device__ __forceinline__ void step_chunk(const StepRow& row, Span span, const 
 
   const G* grads = in_global(static_cast<const G*>(row.grad) + span.first);
   P* params = in_global(static_cast<P*>(row.param) + span.first);
-  V* masters = kMaster ? in_global(reinterpret_cast<V*>(row.master) + span.first) : nullptr;
+  V* masters = kMaster ? in_global(static_cast<V*>(row.master) + span.first) : nullptr;
   V* states[kStates];
   const int boundary = elements_to_boundary<kVector>(params);
   bool together = elements_to_boundary<kVector>(grads) == boundary;
