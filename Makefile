@@ -7,6 +7,8 @@
 # They use the active virtual environment and its torch; where none is active, they make .venv and install torch there.
 # TORCH="torch==2.13.0" chooses the torch for a new environment; INSTALL=some.whl tests a built wheel.
 
+# Where nvcc is found, code for two architectures, which runs on every GPU from 8.0 on; all of them take minutes.
+export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0+PTX
 TORCH   ?= torch>=2.11
 INSTALL ?= -e .
 VENV    := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
