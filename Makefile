@@ -7,8 +7,6 @@
 # They use the active virtual environment and its torch; where none is active, they make .venv and install torch there.
 # TORCH="torch==2.13.0" chooses the torch for a new environment; INSTALL=some.whl tests a built wheel.
 
-# Where nvcc is found, code for two architectures, which runs on every GPU from 8.0 on; all of them take minutes.
-export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0+PTX
 TORCH   ?= torch>=2.11
 INSTALL ?= -e .
 VENV    := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
@@ -44,10 +42,12 @@ dev: $(VENV)/.fusedamp-dev $(VENV)/.fusedamp-test $(VENV)/.fusedamp-demo
 $(PYTHON):
 	python3 -m venv $(VENV)
 
-# Installs fusedamp with the named extra; again when something that is compiled has changed.
+# Installs fusedamp with the named extra; again when something that is compiled has changed. Where nvcc is found, with
+# code for two architectures and PTX, which run on every GPU from 8.0 on; code for all of them takes minutes.
+ARCHS = TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0+PTX}"
 $(VENV)/.fusedamp-%: $(SOURCES) | $(PYTHON)
 	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install '$(TORCH)'
-	$(PYTHON) -m pip install $(if $(filter %.whl,$(INSTALL)),'$(INSTALL)[$*]',-e '.[$*]')
+	$(ARCHS) $(PYTHON) -m pip install $(if $(filter %.whl,$(INSTALL)),'$(INSTALL)[$*]',-e '.[$*]')
 	@touch $@
 
 .PHONY: demo test bench evidence mutants check dev
