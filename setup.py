@@ -114,6 +114,11 @@ def gencode(archs: list[str]) -> list[str]:
 class Build(build_ext):
     """Compiles in parallel, recompiles only what changed, and puts a finished object in place in one move."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        # Editable installs would compile in a temporary folder, so everything again each time.
+        self.build_temp = str(ROOT / "build" / f"objects-{sysconfig.get_platform()}")
+
     def run(self):
         torch = find_torch()
         if torch is None:
