@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -15,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from fusedamp.demo.models import GPT, ConvNet, Linear, multiply
 from fusedamp.demo.options import DTYPES, DemoError, Options
-from fusedamp.demo.report import Outcome
+from fusedamp.demo.report import Outcome, table
 from fusedamp.demo.run import run_tasks
 from fusedamp.demo.tasks import digits_task, gpt_task
 from fusedamp.demo.train import REFERENCE, Run, Variant, finetune, lost_updates, pretrain, variants
+from rich.console import Console
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,18 @@ def train(task, options):
 
 def run_named(outcome, name):
     return next(run for run in outcome.runs if run.variant.name == name)
+
+
+def test_the_table_fits_a_terminal_of_80_columns(outcome):
+    """Guards against figures cut off: each loss is there in full, in every row."""
+    console = Console(width=80, record=True, quiet=False, file=io.StringIO())
+    console.print(table(outcome))
+    text = console.export_text()
+    assert "…" not in text
+    for run in outcome.runs:
+        row = next(line for line in text.splitlines() if line.lstrip().startswith(run.variant.name + "  "))
+        assert f" {run.held_out_loss:.4f} " in row
+        assert f" {run.train_loss:.4f} " in row
 
 
 def test_the_claim_shows_on_digits(outcome):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -64,17 +65,28 @@ class Outcome:
 
 def table(outcome: Outcome) -> Table:
     """One row per run."""
-    grid = Table(title=f"{outcome.task.name}: {outcome.task.story}", title_justify="left", title_style="bold")
+    grid = Table(
+        title=f"{outcome.task.name}: {outcome.task.story}",
+        title_justify="left",
+        title_style="bold",
+        caption="Losses held out and in training; steps skipped; time: of torch's optimizer phase in this "
+        "format, over that of the run's",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,  # fits 80 columns
+        pad_edge=False,
+    )
     grid.add_column("run", no_wrap=True)
     heads = (
-        "held-out\nloss",
+        "held\nout",
         "minus\nFP32",
-        "accuracy",
-        "train\nloss",
-        "steps\nskipped",
-        "bytes per\nparameter",
+        "accu-\nracy",
+        "train",
+        "skip-\nped",
+        "bytes/\nparam",
+        "time",
     )
-    for head in (*heads, "optimizer phase:\ntorch's time / its"):
+    for head in heads:
         grid.add_column(head, justify="right", no_wrap=True)
     for run in outcome.runs:
         rival = outcome.rival(run)
