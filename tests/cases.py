@@ -27,6 +27,7 @@ class Case:
     options: dict[str, Any]
     roundings: int  # per element and step, of the size of the update's terms (tolerances.py)
     terms: Callable[[Tensor, dict[str, Any], dict[str, Any]], Tensor]
+    bitwise: bool = True  # whether every device gives the same bits; sums over a whole tensor may not
     kink: str = ""  # what the reference notes of each element: where it is 0 within roundings, all is open
 
     def __str__(self) -> str:
@@ -80,6 +81,28 @@ def _radam(name: str, **options: Any) -> Case:
     return Case(name, optim.RAdam, torch.optim.RAdam, reference.radam, MOMENTS, options, 16, terms)
 
 
+def _adafactor(name: str, **options: Any) -> Case:
+    options = {"lr": 1e-2, "weight_decay": 0.1, "eps": (1e-6, 1e-3), **options}
+    names, terms = ("row_var", "col_var", "variance"), tolerances.adafactor_terms
+    return Case(
+        name,
+        optim.Adafactor,
+        None,
+        reference.adafactor,
+        names,
+        options,
+        tolerances.LONGEST_SUM + 40,
+        terms,
+        False,
+    )
+
+
+def _muon(name: str, **options: Any) -> Case:
+    options = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9, "ns_dtype": torch.float64, **options}
+    names, terms = ("momentum_buffer", *MOMENTS), tolerances.muon_terms
+    return Case(name, optim.Muon, None, reference.muon, names, options, 16, terms, False)
+
+
 CASES = [
     _adamw("adamw"),
     _adamw("adamw-betas-eps", betas=(0.8, 0.95), eps=1e-2),
@@ -108,11 +131,16 @@ CASES = [
     ),
     _radam("radam"),
     _radam("radam-decoupled", decoupled_weight_decay=True, betas=(0.8, 0.95), eps=1e-2, maximize=True),
+    _adafactor("adafactor"),
+    _adafactor("adafactor-maximize", beta2_decay=-0.5, d=2.0, maximize=True),
+    _muon("muon"),
+    _muon("muon-plain-maximize", nesterov=False, maximize=True, adjust_lr_fn="match_rms_adamw"),
 ]
 BY_NAME = {case.name: case for case in CASES}
 WITH_TORCH = [case for case in CASES if case.torch is not None]
 _MAIN = "adamw adam-amsgrad sgd sgd-nesterov lion adagrad rmsprop-centered-momentum radam"
 MAIN = [BY_NAME[name] for name in _MAIN.split()]  # where all would be slow
+COMPOSED = [BY_NAME[name] for name in ("adafactor", "muon")]  # of torch's operations, with no op of their own
 
 # Odd sizes around vector widths, several chunks, 0-dim, and empty tensors in the middle and at the end.
 SHAPES = [(1,), (7,), (), (3, 5), (0,), (16, 16), (257,), (4, 0, 2), (33, 1, 31), (2, 0)]

@@ -176,3 +176,82 @@ def radam(
         state["condition"] = 2 * t * rho_inf / (1 - beta2**t) / (rho - 4)
         state["rate"] = r * (1 - beta2**t) ** 0.5 / (v.sqrt() + eps)
     return theta - lr * state["rate"] * m_hat
+
+
+def adafactor(
+    theta: Tensor,
+    g: Tensor,
+    state: dict,
+    *,
+    lr: float = 1e-2,
+    beta2_decay: float = -0.8,
+    eps: tuple[float, float] = (1e-6, 1e-3),
+    d: float = 1.0,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> Tensor:
+    """Shazeer and Stern 2018, Alg. 4 (matrices) and 5 (vectors), with torch's reading of lr, eps1 and decay.
+
+    The last two dimensions are factored: the second moment is R C / mean(R), where R and C are decayed means
+    of the squared gradient over columns and rows.
+    """
+    t = state["step"] = state.get("step", 0) + 1
+    beta2 = 1 - t**beta2_decay
+    if maximize:
+        g = -g
+
+    def decayed(name: str, fresh: Tensor) -> Tensor:
+        state[name] = beta2 * state.get(name, 0 * fresh) + (1 - beta2) * fresh
+        return state[name]
+
+    def rms(x: Tensor) -> float:
+        return (x**2).mean().sqrt().item() if x.numel() else 0.0
+
+    if g.dim() < 2:
+        v = decayed("variance", g**2)
+    else:
+        rows, columns = (decayed(name, (g**2).sum(dim, keepdim=True) / max(g.shape[dim], 1))
+                         for name, dim in (("row_var", -1), ("col_var", -2)))  # fmt: skip
+        mean = rows.sum(-2, keepdim=True) / max(rows.shape[-2], 1)
+        v = rows @ columns / mean.clamp(min=eps[0])
+    u = g / v.sqrt().clamp(min=eps[0])
+    alpha = max(eps[1], rms(theta)) * min(lr, t**-0.5) / max(1.0, rms(u) / d)
+    state["rate"] = alpha / v.sqrt().clamp(min=eps[0])  # of an element of the gradient
+    return (1 - lr * weight_decay) * theta - alpha * u
+
+
+def muon(
+    theta: Tensor,
+    g: Tensor,
+    state: dict,
+    *,
+    lr: float = 1e-3,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    adjust_lr_fn: str | None = None,
+    maximize: bool = False,
+    ns_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Jordan et al. 2024, in exact arithmetic whatever ``ns_dtype``: the polynomial acts on singular values.
+
+    AdamW with betas 0.9 and 0.95 for what is no matrix.
+    """
+    if theta.dim() != 2:
+        options = dict(lr=lr, weight_decay=weight_decay, maximize=maximize, betas=(0.9, 0.95))
+        return adam(theta, g, state, decoupled_weight_decay=True, **options)
+    state["step"] = state.get("step", 0) + 1
+    g = -g if maximize else g
+    b = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0 * g) + (1 - momentum) * g
+    u = (1 - momentum) * g + momentum * b if nesterov else b
+    state["length"] = length = u.pow(2).sum().sqrt().item()  # the Frobenius norm
+    left, sigma, right = torch.linalg.svd(u / max(length, 1e-7), full_matrices=False)
+    for _ in range(5):
+        sigma = 3.4445 * sigma - 4.775 * sigma**3 + 2.0315 * sigma**5
+    rows, columns = theta.shape
+    if adjust_lr_fn == "match_rms_adamw":
+        ratio = 0.2 * max(rows, columns) ** 0.5
+    else:
+        ratio = max(1.0, rows / max(columns, 1)) ** 0.5
+    state["ratio"] = ratio
+    return (1 - lr * weight_decay) * theta - lr * ratio * left @ torch.diag(sigma) @ right

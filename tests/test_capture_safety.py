@@ -24,6 +24,10 @@ OPTIMIZERS = {
     "SGD": lambda p, **options: optim.SGD(p, **options),
     "SGD momentum": lambda p, **options: optim.SGD(p, momentum=0.9, **options),
 }
+COMPOSED = {  # of torch's operations: captured as they are, never repeated from addresses
+    "Adafactor": lambda p, **options: optim.Adafactor(p, weight_decay=0.1, **options),
+    "Muon": lambda p, **options: optim.Muon(p, **options),
+}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
@@ -125,7 +129,7 @@ def tails(scaler, optimizer, params):
     )
 
 
-@each_optimizer
+@pytest.mark.parametrize("make", (OPTIMIZERS | COMPOSED).values(), ids=OPTIMIZERS | COMPOSED)
 @pytest.mark.parametrize("master_weights", ["auto", "fp32", "none"])
 @pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
 def test_tail_on_fake_cuda(make, master_weights, capturing, fake_cuda):

@@ -114,14 +114,14 @@ def test_ways_to_say_what_is_trained():
 
 def test_an_optimizer_that_exists():
     """Guards instances: their groups' options count, per group, and are not changed; options replace them."""
-    params = make_params(torch.bfloat16, [(10,), (20,)])
+    params = make_params(torch.bfloat16, [(10,), (10,)])
     optimizer = optim.SGD([{"params": params[:1], "momentum": 0.9}, {"params": params[1:]}])
     before = optimizer.state_dict()
     found = estimate(params, optimizer)
-    assert parts(found.rows[0]) == (60, 60, 120, 40 + 8)
-    assert parts(estimate(params, optimizer, momentum=0.5).rows[0]) == (60, 60, 120, 120 + 8)
+    assert parts(found.rows[0]) == (40, 40, 80, 40 + 8)
+    assert parts(estimate(params, optimizer, momentum=0.5).rows[0]) == (40, 40, 80, 80 + 8)
     optimizer.param_groups[0]["master_weights"] = "none"
-    assert parts(estimate(params, optimizer).rows[0]) == (60, 60, 80, 40 + 8)
+    assert parts(estimate(params, optimizer).rows[0]) == (40, 40, 40, 40 + 8)
     assert estimate(params, optimizer).rows[0].name == "fusedamp: as in the groups"
     optimizer.param_groups[0]["master_weights"] = "auto"
     assert optimizer.state_dict() == before

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cases import MAIN, WITH_TORCH, bits, make_params, set_grads
+from cases import COMPOSED, MAIN, WITH_TORCH, bits, make_params, set_grads
 from fusedamp import optim
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -46,7 +46,7 @@ def test_classes_are_what_trainers_expect(ours, theirs):
     assert inspect.ismethod(optimizer.step)
 
 
-@pytest.mark.parametrize("case", MAIN, ids=str)
+@pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)
 def test_nothing_is_built_before_the_first_step(case):
     """Guards trainers that rewrite param_groups after construction (FSDP2, DeepSpeed), also between steps."""
     params, swapped, again = (make_params(torch.bfloat16, seed=s) for s in range(3))

@@ -5,7 +5,7 @@ import tempfile
 
 import pytest
 import torch
-from cases import BY_NAME, MAIN, make_params, set_grads
+from cases import BY_NAME, COMPOSED, MAIN, make_params, set_grads
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
@@ -189,7 +189,19 @@ def test_distributed_checkpoint(case, sharded, flatten, mesh, tmp_path):
             assert other.state[q][name].dtype == torch.float32
 
 
-@pytest.mark.parametrize("case", MAIN, ids=str)
+def test_shards_of_matrices_are_refused(mesh):
+    """Guards rules over whole tensors: a shard has other norms; Muon's AdamW part takes it all the same."""
+    for case in COMPOSED:
+        params = as_dtensors(make_params(torch.float32, [(6, 4)]), mesh, Shard(0))
+        params[0].grad = torch.ones_like(params[0])
+        with pytest.raises(ValueError, match=r"params\[0\] of shape \[6, 4\] is a DTensor; .* unsharded"):
+            case.ours(params, **case.options).step()
+    optimizer = case.ours(params, **case.options, use_muon=False)
+    optimizer.step()
+    assert optimizer.state[params[0]]["exp_avg"].placements == (Shard(0),)
+
+
+@pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)
 def test_zero_redundancy_optimizer(case):
     """Guards wrappers that take the class and its arguments and build the optimizer themselves."""
     from torch.distributed.optim import ZeroRedundancyOptimizer

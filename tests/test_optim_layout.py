@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BY_NAME, MAIN, bits, make_params, set_grads
+from cases import BY_NAME, COMPOSED, MAIN, bits, make_params, set_grads
 from test_optim_skip import amp, step
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -62,7 +62,7 @@ def test_every_pair_of_layouts(param_layout, grad_layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", MAIN, ids=str)
+@pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)
 def test_gaps_are_not_written(case, dtype):
     """Guards parameters that are not dense: the memory between their elements stays, also on a skipped
     step.
@@ -103,7 +103,7 @@ def test_misaligned_views_are_right_and_nothing_around_them_is_written(case, dty
         assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("case", MAIN, ids=str)
+@pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)
 def test_empty_and_0_dim_parameters(case):
     """Guards launches: an empty last tensor, only empty tensors, and 0-dim ones are stepped and counted."""
     for shapes in ([(0,)], [(3, 0), (0, 2)], [()], [(5,), ()], [(5,), (0,)], [(0,), (5,)]):

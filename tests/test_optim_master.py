@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import BY_NAME, MAIN, bits, make_params, set_grads
+from cases import BY_NAME, COMPOSED, MAIN, bits, make_params, set_grads
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -55,7 +55,7 @@ def make(case, dtype):
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", MAIN, ids=str)
+@pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)
 def test_master_follows_a_write(case, dtype, write):
     """Guards users' writes: the next step goes on from them; elements that were not written keep their
     master.

@@ -43,6 +43,17 @@ BAD_OPTIONS = [
     (optim.RMSprop, {"eps": None}, r"eps is None \(NoneType\); expected a number"),
     (optim.RAdam, {"betas": (1.5, 0.9)}, r"betas\[0\] is 1.5; expected"),
     (optim.RAdam, {"eps": -1}, r"eps is -1; expected"),
+    (optim.Adafactor, {"eps": (1e-3,)}, r"eps is \(0.001,\); expected two numbers"),
+    (optim.Adafactor, {"eps": (None, -1)}, r"eps\[1\] is -1; expected"),
+    (optim.Adafactor, {"d": 0.5}, r"d is 0.5; expected a finite number >= 1"),
+    (optim.Adafactor, {"beta2_decay": 0.1}, r"beta2_decay is 0.1; expected a number <= 0"),
+    (optim.Muon, {"momentum": 1.0}, r"momentum is 1.0; expected a number < 1"),
+    (optim.Muon, {"ns_steps": 100}, r"ns_steps is 100; expected a whole number from 0 to 99"),
+    (optim.Muon, {"ns_coefficients": (1, 2)}, r"ns_coefficients is \(1, 2\); expected 3 numbers"),
+    (optim.Muon, {"adamw_betas": (0.9, 1)}, r"adamw_betas\[1\] is 1; expected a number < 1"),
+    (optim.Muon, {"adjust_lr_fn": "best"}, r"adjust_lr_fn is 'best'; expected one of"),
+    (optim.Muon, {"ns_dtype": torch.int8}, r"ns_dtype is torch.int8; expected one of"),
+    (optim.Muon, {"use_muon": "no"}, r"use_muon is 'no'; expected one of"),
 ]
 
 

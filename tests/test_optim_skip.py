@@ -4,7 +4,7 @@ the step.
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, MAIN, bits, make_params, set_grads
+from cases import BY_NAME, CASES, COMPOSED, MAIN, bits, make_params, set_grads
 from fusedamp.optim.base import AmpInputs, DeviceInputs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -34,7 +34,7 @@ def everything(optimizer) -> list:
 
 
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, float("inf")])
-@pytest.mark.parametrize("case", MAIN, ids=str)
+@pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)
 def test_skipped_step_changes_nothing(case, found_inf):
     """Guards all-or-nothing over groups and dtypes, for every value of the flag that is not 0."""
     params = [p for dtype in DTYPES for p in make_params(dtype)]

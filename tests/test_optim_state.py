@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, MAIN, bits, make_params, set_grads
+from cases import BY_NAME, CASES, COMPOSED, MAIN, bits, make_params, set_grads
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -94,7 +94,7 @@ def test_old_step_counts_and_lists():
         assert optimizer.state[param]["step"] == 4
 
 
-@pytest.mark.parametrize("case", MAIN, ids=str)
+@pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)
 def test_loading_copies(case):
     """Guards against aliasing: training on after a load leaves the loaded dict as it was."""
     params = mixed()
@@ -108,7 +108,7 @@ def test_loading_copies(case):
     assert pickle.dumps(saved) == before
 
 
-@pytest.mark.parametrize("case", MAIN, ids=str)
+@pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)
 def test_loading_ones_own_state_before_any_step(case):
     """Guards what Accelerate does when it wraps an optimizer."""
     params = mixed()
@@ -251,7 +251,7 @@ def test_other_bad_checkpoints():
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
-@pytest.mark.parametrize("case", MAIN, ids=str)
+@pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)
 def test_copies_go_on_bitwise(case, way):
     """Guards deepcopy and pickle, before the first step and after it; the copy is independent."""
     for steps in (0, 2):

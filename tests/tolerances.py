@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LONGEST_SUM = 33 * 31  # elements of the largest tensor in the cases: as many roundings has a sum at most
+
 
 def unit(dtype: torch.dtype) -> float:
     """The largest relative error of one rounding."""
@@ -61,6 +63,39 @@ def radam_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any])
     return largest * state["rate"]
 
 
+def adafactor_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """The update, with the reference's own rate."""
+    return largest * state["rate"] / options["lr"]
+
+
+NS_SLOPE = 3.9  # the polynomial's derivative is no steeper where singular values lie, from 0 to 1.2
+NS_STEPS = 5
+
+
+def muon_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """Of a matrix: what each iteration adds to an error of one rounding of the gradients' size, and of the
+    iteration's own products; else AdamW's.
+    """
+    if largest.dim() != 2:
+        return adam_terms(largest, state, {"betas": (0.9, 0.95)})
+    if not largest.numel():
+        return largest
+    before = largest.square().sum().sqrt() / state["length"] * NS_SLOPE**NS_STEPS
+    # A product sums min(shape) terms; entries that lie in a matrix of norm 1.2 have a Frobenius norm below
+    # 1.2 sqrt(rank). 3 products an iteration; 16 roundings are counted by the case.
+    rank = min(largest.shape)
+    own = 3 * rank * 1.2 * math.sqrt(rank) * sum(NS_SLOPE**i for i in range(NS_STEPS)) / 16
+    return torch.full_like(largest, state["ratio"]) * (before + own)
+
+
+def shaped_like(bound: Tensor, state: Tensor) -> Tensor:
+    """The largest of ``bound`` over the dimensions along which a state is a mean."""
+    for dim, (size, kept) in enumerate(zip(bound.shape, state.shape, strict=True)):
+        if size != kept:
+            bound = bound.amax(dim, keepdim=True) if bound.numel() else bound.new_zeros(state.shape)
+    return bound
+
+
 def state_error(
     name: str, largest: Tensor, weight_error: Tensor, state: dict[str, Any], options: dict[str, Any]
 ) -> Tensor:
@@ -72,6 +107,8 @@ def state_error(
         return 2 * largest * (5 * steps * largest + decay * weight_error) + steps * state["sum"]
     if name == "momentum_buffer" and "_off" in state:  # of quotients
         return state["_off"] * (1 + decay * weight_error / largest)
+    if name in ("row_var", "col_var", "variance"):  # means of squares, of the gradient alone
+        return shaped_like(2 * largest * (5 * steps + LONGEST_SUM) * largest, state[name])
     growth = 1 if "_off" in state else 1 / (1 - options.get("momentum", 0.0))
     term = growth * (5 * steps * largest + decay * weight_error)
     return 2 * largest * term if name.endswith("_sq") or name == "square_avg" else term

@@ -1,10 +1,12 @@
 """Optimizers with FP32 master weights: drop-in for ``torch.optim``, fused with ``fusedamp.GradScaler``."""
 
+from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .lion import Lion
+from .muon import Muon
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Lion", "RAdam", "RMSprop"]
+__all__ = ["SGD", "Adafactor", "Adagrad", "Adam", "AdamW", "Lion", "Muon", "RAdam", "RMSprop"]

@@ -33,7 +33,7 @@ class Slot:
         _check(source)
         names = complete(param, entry, mode, like, new_state)
         wanted = torch.empty_like(source, device="meta").stride()
-        self.param, self.source, self.entry, self.mode = param, source, entry, mode
+        self.param, self.source, self.entry, self.mode, self.names = param, source, entry, mode, names
         self.dense = source if source.stride() == wanted else torch.empty_like(source).copy_(source)
         self.target = _real(self.dense)
         self.states = tuple(_real(local(entry[name])) for name in names)

@@ -1,0 +1,124 @@
+"""Adafactor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .base import Group
+from .composed import ComposedOptimizer, Values
+from .hyper import check_number
+
+
+class Adafactor(ComposedOptimizer):
+    """``torch.optim.Adafactor`` with FP32 master weights, unscaling, clipping and skipping on the device.
+
+    Args:
+        params, lr, beta2_decay, eps, d, weight_decay, maximize: as in torch; ``eps[0]`` None is the machine
+            epsilon of the arithmetic (FP32, also for 16-bit parameters, where torch takes theirs).
+            ``lr`` may be a tensor of one element, which is read at each step, on the device.
+        foreach: accepted and saved, without effect. A CUDA graph can capture the step once a first one has
+            created the state; torch's reads norms and step counts on the host.
+        master_weights: as in :class:`fusedamp.optim.AdamW`.
+    State: ``step``; of matrices and tensors with more dimensions ``row_var`` and ``col_var`` over the last
+        two, of others ``variance``; and ``master``.
+    Cost: about 25 passes over the parameter by torch's operations and two temporaries of its size in FP32;
+        no host sync. Norms may differ in their last bits between devices and numbers of threads.
+    Source: Shazeer and Stern 2018, arXiv:1804.04235, Alg. 4 and 5, with torch's ``lr`` and ``eps``.
+    """
+
+    state_names = ("row_var", "col_var", "variance")
+    required_state = ("step", "row_var", "col_var", "variance")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        master_weights: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta2_decay": beta2_decay,
+            "eps": eps,
+            "d": d,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "master_weights": master_weights,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, where: str, group: Group) -> None:
+        super()._check_group(where, group)
+        if len(group["eps"]) != 2:
+            raise ValueError(f"{where} eps is {group['eps']}; expected two numbers. Pass (eps1, eps2).")
+        eps1, eps2 = group["eps"]
+        if eps1 is not None:
+            check_number(where, "eps[0]", eps1)
+        check_number(where, "eps[1]", eps2)
+        check_number(where, "d", group["d"], low=1.0)
+        check_number(where, "beta2_decay", group["beta2_decay"], low=-math.inf, below=math.inf)
+        if group["beta2_decay"] > 0:
+            raise ValueError(
+                f"{where} beta2_decay is {group['beta2_decay']}; expected a number <= 0. Pass such as -0.8."
+            )
+
+    def _state_like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+        if (name == "variance") == (param.dim() > 1):
+            return None
+        shape = list(param.shape)
+        if name != "variance":
+            shape[-1 if name == "row_var" else -2] = 1
+        return param.new_empty(shape)
+
+    def _rule(
+        self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor
+    ) -> tuple[Tensor, Values]:
+        eps1, eps2 = group["eps"]
+        eps1 = torch.finfo(weight.dtype).eps if eps1 is None else float(eps1)
+        root = math.sqrt(max(weight.numel(), 1))
+        fresh = step.pow(float(group["beta2_decay"])).to(weight.dtype)  # 1 - beta2 of this step
+        largest = step.rsqrt()
+        relative = largest.clamp(max=lr) if not isinstance(lr, Tensor) else torch.minimum(lr, largest)
+        rms = torch.linalg.vector_norm(weight) / root
+        rate = rms.clamp(min=float(eps2)) * relative.to(weight.dtype)
+
+        means = _mean_squares(grad)
+        new = {name: torch.lerp(states[name], mean, fresh) for name, mean in means.items()}
+        if "variance" in new:
+            estimate = new["variance"]
+        else:
+            rows, columns = new["row_var"], new["col_var"]
+            estimate = rows * columns / _mean(rows, -2).clamp(min=eps1)
+        update = grad * estimate.clamp(min=eps1 * eps1).rsqrt()
+        length = torch.linalg.vector_norm(update) / (root * float(group["d"]))
+        rate = rate / length.clamp(min=1.0)
+        decay = lr * float(group["weight_decay"])
+        if isinstance(decay, Tensor):
+            decay = decay.to(weight.dtype)
+        return weight - decay * weight - rate * update, new
+
+
+def _mean_squares(grad: Tensor) -> Values:
+    """Means of squares along the last two dimensions, or the squares of a vector; sums of none are 0."""
+    if grad.dim() < 2:
+        return {"variance": grad.square()}
+    norm = torch.linalg.vector_norm  # its square needs no temporary as large as the gradient
+    return {
+        "row_var": norm(grad, dim=-1, keepdim=True).square() / max(grad.size(-1), 1),
+        "col_var": norm(grad, dim=-2, keepdim=True).square() / max(grad.size(-2), 1),
+    }
+
+
+def _mean(tensor: Tensor, dim: int) -> Tensor:
+    return tensor.sum(dim, keepdim=True) / max(tensor.size(dim), 1)

@@ -1,0 +1,95 @@
+"""Steps made of torch's own operations, for rules that need norms or products of whole matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sharding import is_dtensor
+from .base import Batch, FusedOptimizer, Group
+from .layout import STATE_DTYPES
+from .slot import Slot
+
+Values = dict[str, Tensor]
+
+
+class ComposedOptimizer(FusedOptimizer):
+    """A :class:`FusedOptimizer` whose step is a function of torch tensors instead of one op.
+
+    It keeps what the op promises: gradients are read still scaled and never written, FP32 masters follow
+    weights that somebody wrote, a skipped step changes no bit, step counts are per parameter, and the host
+    waits for nothing, so that a CUDA graph can capture it. New values are computed aside, in FP32 (FP64 for
+    FP64 parameters), and selected on the device.
+    """
+
+    def _rule(
+        self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor
+    ) -> tuple[Tensor, Values]:
+        """The new weight and states of one parameter; must write none of its arguments.
+
+        Args:
+            lr: a number, or an FP64 tensor on the parameter's device.
+            weight, grad, states: of one dtype, FP32 or FP64; the gradient is unscaled, clipped and negated.
+            step: FP64, 0-d: how many steps there are with this one.
+        """
+        raise NotImplementedError
+
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
+        return type(self).__name__, {}
+
+    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+        if param.is_complex() or is_dtensor(param):
+            kind = "a DTensor" if is_dtensor(param) else "complex"
+            raise ValueError(
+                f"of shape {list(param.shape)} is {kind}; {type(self).__name__} expected real, unsharded "
+                "parameters. Give it to another optimizer, such as AdamW."
+            )
+        return self._state_like(name, param, group)
+
+    def _state_like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+        """As :meth:`_like`, for parameters that this optimizer can take."""
+        return param
+
+    def _remember(self, batches: list[Batch]) -> None:
+        """Nothing: only calls of one op can be made again from addresses."""
+
+    def _launch(self, batch: Batch) -> None:
+        for slot, grad in zip(batch.slots, batch.grads, strict=True):
+            self._update(batch.group, batch.scalars, slot, grad)
+
+    def _update(self, group: Group, scalars: dict[str, Any], slot: Slot, grad: Tensor) -> None:
+        found_inf, lr = scalars["found_inf"], scalars["lr_tensor"]
+        lr = scalars["lr"] if lr is None else lr.double().reshape(())
+        weight = followed(slot)
+        states = dict(zip(slot.names, slot.states, strict=True))
+        step = slot.step + 1
+        grad = _unscaled(grad.to(weight.dtype), scalars)
+        new_weight, new_states = self._rule(group, lr, weight, grad, states, step.double())
+        written = [(slot.target, new_weight.to(slot.target.dtype)), (slot.step, step)]
+        written += [(states[name], value) for name, value in new_states.items()]
+        if slot.master is not None:
+            written.append((slot.master, new_weight))
+        for old, new in written:
+            old.copy_(new if found_inf is None else torch.where(found_inf.reshape(()) != 0, old, new))
+        if slot.target is not slot.param:
+            slot.finish()
+
+
+def followed(slot: Slot) -> Tensor:
+    """The value that the step starts from: the master, but the weight where it is not the master rounded."""
+    weight, master = slot.target, slot.master
+    if master is None:
+        return weight.to(STATE_DTYPES[weight.dtype])
+    written = weight.view(torch.int16) != master.to(weight.dtype).view(torch.int16)
+    return torch.where(written, weight.to(master.dtype), master)
+
+
+def _unscaled(grad: Tensor, scalars: dict[str, Any]) -> Tensor:
+    """``grad * (inv_scale * clip_coef)``, negated to maximize; never ``grad`` itself."""
+    factor = -1.0 if scalars["maximize"] else 1.0
+    for name in ("inv_scale", "clip_coef"):
+        if scalars[name] is not None:
+            factor = scalars[name].reshape(()) * factor
+    return grad * (factor.to(grad.dtype) if isinstance(factor, Tensor) else factor)

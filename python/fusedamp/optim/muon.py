@@ -1,0 +1,215 @@
+"""Muon, with AdamW for the parameters that are no matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .base import Batch, Group
+from .composed import ComposedOptimizer, Values
+from .hyper import check_number
+from .slot import Entry
+
+ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
+NS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MAX_NS_STEPS = 99
+
+
+class Muon(ComposedOptimizer):
+    """``torch.optim.Muon`` with FP32 master weights; AdamW updates what is no matrix, in the same call.
+
+    A matrix's momentum is made nearly orthogonal by Newton-Schulz iterations in 16 bits with FP32
+    accumulation; momentum, decay and update are in FP32 (FP64 for FP64 parameters).
+
+    Args:
+        params, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in
+            torch. ``lr`` may be a tensor of one element, which is read at each step, on the device.
+            With "match_rms_adamw" one learning rate suits both algorithms.
+        maximize: ascends.
+        use_muon: of a param group: True (matrices only), False (AdamW for all of it), or None: Muon for
+            parameters of two dimensions and AdamW for the others. Embeddings and output layers have two
+            dimensions, too: give them a group of their own with ``use_muon=False``, and its ``lr``.
+        adamw_betas, adamw_eps: AdamW's; its ``lr`` and ``weight_decay`` are the group's.
+        ns_dtype: of the Newton-Schulz iterations: bfloat16 as in torch, float16, float32 or float64.
+        master_weights: as in :class:`fusedamp.optim.AdamW`.
+    State: ``step`` and ``momentum_buffer``, or AdamW's ``exp_avg`` and ``exp_avg_sq``; and ``master``.
+    Cost: 3 products of matrices per iteration, by torch's matmul; AdamW's part is one fused op. No host sync.
+        A DTensor matrix is refused: its shards are no matrices by themselves.
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; "match_rms_adamw": Liu et al. 2025,
+        arXiv:2502.16982; AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101.
+    """
+
+    state_names = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    required_state = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        maximize: bool = False,
+        use_muon: bool | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        ns_dtype: torch.dtype = torch.bfloat16,
+        master_weights: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "maximize": maximize,
+            "use_muon": use_muon,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
+            "ns_dtype": ns_dtype,
+            "master_weights": master_weights,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, where: str, group: Group) -> None:
+        super()._check_group(where, group)
+        check_number(where, "momentum", group["momentum"], below=1.0)
+        check_number(where, "eps", group["eps"])
+        check_number(where, "adamw_eps", group["adamw_eps"])
+        for name, length in (("ns_coefficients", 3), ("adamw_betas", 2)):
+            if len(group[name]) != length:
+                raise ValueError(f"{where} {name} is {group[name]}; expected {length} numbers.")
+            low, below = (0.0, 1.0) if name == "adamw_betas" else (-math.inf, math.inf)
+            for i, value in enumerate(group[name]):
+                check_number(where, f"{name}[{i}]", value, low=low, below=below)
+        if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] <= MAX_NS_STEPS:
+            raise ValueError(
+                f"{where} ns_steps is {group['ns_steps']}; expected a whole number from 0 to {MAX_NS_STEPS}."
+            )
+        for name, known in (
+            ("adjust_lr_fn", ADJUST_LR_FNS),
+            ("ns_dtype", NS_DTYPES),
+            ("use_muon", (None, True, False)),
+        ):
+            if group[name] not in known:
+                raise ValueError(f"{where} {name} is {group[name]!r}; expected one of {known}.")
+
+    def _active_states(self, group: Group) -> tuple[str, ...]:
+        known = {None: self.state_names, True: self.state_names[:1], False: self.state_names[1:]}
+        return known[group["use_muon"]]
+
+    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+        matrix = _is_matrix(param, group)
+        if (name == "momentum_buffer") != matrix:
+            return None
+        if param.dim() != 2 and matrix:
+            raise ValueError(
+                f"has shape {list(param.shape)} in a group with use_muon=True; expected two dimensions. "
+                "Leave use_muon out, or put the parameter into a group with use_muon=False."
+            )
+        return super()._like(name, param, group) if matrix else param
+
+    def _upgrade_state(self, entry: Entry) -> None:
+        if "momentum_buffer" in entry:  # torch keeps no step count; a buffer exists from the first step on
+            entry.setdefault("step", 1.0)
+
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
+        beta1, beta2 = group["adamw_betas"]
+        hyper = dict(beta1=beta1, beta2=beta2, eps=group["adamw_eps"], weight_decay=group["weight_decay"])
+        return "adamw_", hyper
+
+    def _launch(self, batch: Batch) -> None:
+        pairs = list(zip(batch.slots, batch.grads, strict=True))
+        chosen = [_is_matrix(slot.param, batch.group) for slot in batch.slots]
+        for wanted, launch in ((False, Batch.launch), (True, super()._launch)):
+            some = [pair for pair, matrix in zip(pairs, chosen, strict=True) if matrix == wanted]
+            if some:
+                slots, grads = map(list, zip(*some, strict=True))
+                names = slots[0].names
+                launch(replace(batch, state_names=names, slots=slots, grads=grads))
+
+    def _rule(
+        self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor
+    ) -> tuple[Tensor, Values]:
+        momentum = float(group["momentum"])
+        buffer = torch.lerp(states["momentum_buffer"], grad, 1 - momentum)
+        update = torch.lerp(grad, buffer, momentum) if group["nesterov"] else buffer
+        direction = orthogonalized(
+            update, group["ns_coefficients"], group["ns_steps"], group["eps"], group["ns_dtype"]
+        )
+        decay, rate = lr * group["weight_decay"], lr * _lr_ratio(group["adjust_lr_fn"], *weight.shape)
+        if isinstance(lr, Tensor):
+            decay, rate = decay.to(weight.dtype), rate.to(weight.dtype)
+        return weight - decay * weight - rate * direction, {"momentum_buffer": buffer}
+
+
+def _is_matrix(param: Tensor, group: Group) -> bool:
+    return param.dim() == 2 if group["use_muon"] is None else group["use_muon"]
+
+
+def _lr_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    ratio = rows / max(columns, 1)
+    return math.sqrt(ratio if adjust_lr_fn == "spectral_unclamped" else max(1.0, ratio))
+
+
+def orthogonalized(
+    matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """``matrix`` with its singular values brought near 1 by an odd polynomial, applied ``steps`` times.
+
+    Args:
+        matrix (2-d, FP32 or FP64): read only. It is divided by its Frobenius norm, or ``eps`` if that is
+            larger, before it is rounded to ``dtype``, so that FP16 neither overflows nor underflows.
+        coefficients: of x, x^3 and x^5.
+        dtype: of the factors and results of the products; sums are FP32 (FP64 for FP64).
+    Returns: a matrix like ``matrix``.
+    """
+    a, b, c = coefficients
+    wide = matrix.size(0) <= matrix.size(1)
+    length = torch.linalg.vector_norm(matrix, dtype=torch.float64)  # FP32's squares end at 3.4e38
+    x = (matrix / length.clamp(min=eps)).to(dtype)
+    if not wide:
+        x = x.mT  # the smaller product of x with itself
+    with torch.autocast(x.device.type, enabled=False), _sums_in_fp32(x.device):
+        for _ in range(steps):
+            square = x @ x.mT
+            x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrix.dtype)
+
+
+@contextmanager
+def _sums_in_fp32(device: torch.device) -> Iterator[None]:
+    """Within it CUDA's 16-bit products are summed in FP32; torch lets cuBLAS round partial sums otherwise."""
+    if device.type != "cuda":  # CPU kernels sum in FP32
+        yield
+        return
+    matmul: Any = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    saved = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k", True)) for name in names]
+    accumulation = matmul.allow_fp16_accumulation
+    try:
+        for name, (_, split_k) in zip(names, saved, strict=True):
+            setattr(matmul, name, False if split_k else (False, split_k))
+        matmul.allow_fp16_accumulation = False
+        yield
+    finally:
+        for name, (reduced, split_k) in zip(names, saved, strict=True):
+            setattr(matmul, name, reduced if split_k else (reduced, split_k))
+        matmul.allow_fp16_accumulation = accumulation
