@@ -152,9 +152,10 @@ class Muon(ComposedOptimizer):
         direction = orthogonalized(
             update, group["ns_coefficients"], group["ns_steps"], group["eps"], group["ns_dtype"]
         )
-        decay, rate = lr * group["weight_decay"], lr * _lr_ratio(group["adjust_lr_fn"], *weight.shape)
-        if isinstance(lr, Tensor):
-            decay, rate = decay.to(weight.dtype), rate.to(weight.dtype)
+        factors = (float(group["weight_decay"]), _lr_ratio(group["adjust_lr_fn"], *weight.shape))
+        decay, rate = (
+            (lr * factor).to(weight.dtype) if isinstance(lr, Tensor) else lr * factor for factor in factors
+        )
         return weight - decay * weight - rate * direction, {"momentum_buffer": buffer}
 
 
