@@ -4,7 +4,8 @@
 ``eps`` is large in some.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class Case:
     roundings: int  # per element and step, of the size of the update's terms (tolerances.py)
     terms: Callable[[Tensor, dict[str, Any], dict[str, Any]], Tensor]
     bitwise: bool = True  # whether every device gives the same bits; sums over a whole tensor may not
+    scalars: tuple[str, ...] = ()  # states of one FP64 element per parameter
     kink: str = ""  # what the reference notes of each element: where it is 0 within roundings, all is open
 
     def __str__(self) -> str:
@@ -60,7 +62,7 @@ def _sgd(name: str, states: tuple[str, ...] = ("momentum_buffer",), **options: A
 def _lion(name: str, **options: Any) -> Case:
     options = {"lr": 1e-2, "weight_decay": 0.1, **options}
     terms = tolerances.lion_terms
-    return Case(name, optim.Lion, None, reference.lion, ("exp_avg",), options, 4, terms, "direction")
+    return Case(name, optim.Lion, None, reference.lion, ("exp_avg",), options, 4, terms, kink="direction")
 
 
 def _adagrad(name: str, **options: Any) -> Case:
@@ -103,6 +105,42 @@ def _muon(name: str, **options: Any) -> Case:
     return Case(name, optim.Muon, None, reference.muon, names, options, 16, terms, False)
 
 
+def _nadam(name: str, **options: Any) -> Case:
+    options = {"lr": 1e-2, "weight_decay": 0.1, **options}
+    states, terms = (*MOMENTS, "mu_product"), tolerances.nadam_terms
+    return Case(
+        name,
+        optim.NAdam,
+        torch.optim.NAdam,
+        reference.nadam,
+        states,
+        options,
+        20,
+        terms,
+        scalars=("mu_product",),
+    )
+
+
+def _lamb(name: str, **options: Any) -> Case:
+    options = {"lr": 1e-2, "weight_decay": 0.1, **options}
+    terms = tolerances.lamb_terms
+    return Case(name, optim.LAMB, None, reference.lamb, MOMENTS, options, 24, terms, bitwise=False)
+
+
+def _lars(name: str, **options: Any) -> Case:
+    options = {"lr": 1e-1, "weight_decay": 0.1, "trust_coefficient": 0.1, **options}
+    states, terms = ("momentum_buffer",), tolerances.lars_terms
+    return Case(name, optim.LARS, None, reference.lars, states, options, 16, terms, bitwise=False)
+
+
+def _novograd(name: str, **options: Any) -> Case:
+    options = {"lr": 1e-2, "weight_decay": 0.1, **options}
+    names, terms = MOMENTS, tolerances.novograd_terms
+    return Case(
+        name, optim.NovoGrad, None, reference.novograd, names, options, 16, terms, False, ("exp_avg_sq",)
+    )
+
+
 CASES = [
     _adamw("adamw"),
     _adamw("adamw-betas-eps", betas=(0.8, 0.95), eps=1e-2),
@@ -135,11 +173,20 @@ CASES = [
     _adafactor("adafactor-maximize", beta2_decay=-0.5, d=2.0, maximize=True),
     _muon("muon"),
     _muon("muon-plain-maximize", nesterov=False, maximize=True, adjust_lr_fn="match_rms_adamw"),
+    _nadam("nadam"),
+    _nadam("nadam-decoupled", decoupled_weight_decay=True, momentum_decay=0.1, eps=1e-2, maximize=True),
+    _lamb("lamb"),
+    _lamb("lamb-clip", trust_clip=0.5, bias_correction=False, betas=(0.8, 0.95), eps=1e-2, maximize=True),
+    _lars("lars"),
+    _lars("lars-nesterov", nesterov=True, momentum=0.8, eps=1e-2, maximize=True),
+    _novograd("novograd"),
+    _novograd("novograd-averaging", grad_averaging=True, betas=(0.9, 0.5), eps=1e-2, maximize=True),
 ]
 BY_NAME = {case.name: case for case in CASES}
 WITH_TORCH = [case for case in CASES if case.torch is not None]
-_MAIN = "adamw adam-amsgrad sgd sgd-nesterov lion adagrad rmsprop-centered-momentum radam"
-MAIN = [BY_NAME[name] for name in _MAIN.split()]  # where all would be slow
+LAYERWISE = [BY_NAME[name] for name in ("lamb", "lars", "novograd")]
+_MAIN = "adamw adam-amsgrad sgd sgd-nesterov lion adagrad rmsprop-centered-momentum radam nadam"
+MAIN = [*(BY_NAME[name] for name in _MAIN.split()), *LAYERWISE]  # where all would be slow
 COMPOSED = [BY_NAME[name] for name in ("adafactor", "muon")]  # of torch's operations, with no op of their own
 
 # Odd sizes around vector widths, several chunks, 0-dim, and empty tensors in the middle and at the end.
@@ -150,7 +197,10 @@ def make_params(
     dtype: torch.dtype, shapes: list[tuple[int, ...]] = SHAPES, seed: int = 0
 ) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype))
+        for shape in shapes
+    ]
 
 
 def set_grads(params: list[torch.nn.Parameter], seed: int, scale: float = 1.0) -> list[Tensor]:
@@ -159,9 +209,20 @@ def set_grads(params: list[torch.nn.Parameter], seed: int, scale: float = 1.0) -
     """
     generator = torch.Generator().manual_seed(1000 + seed)
     for i, param in enumerate(params):
-        grad = torch.randn(param.shape, generator=generator) * scale * 10.0 ** -(i % 4)
+        grad = torch.randn(param.shape, generator=generator, dtype=torch.float32) * scale * 10.0 ** -(i % 4)
         param.grad = grad.to(param.dtype)
     return [param.grad for param in params]
+
+
+@contextmanager
+def torch_scalars(dtype: torch.dtype) -> Iterator[None]:
+    """Within it torch.optim makes the states of one element, like NAdam's mu_product, in ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def bits(tensor: Tensor) -> list[int]:

@@ -35,6 +35,7 @@ BORDERS = (
 _ADAM = dict(lr=0.03, betas=(0.9, 0.99), eps=0.05, weight_decay=0.3)
 _SGD = dict(lr=0.03, momentum=0.9, dampening=0.25, weight_decay=0.3)
 _LION = dict(lr=0.03, betas=(0.9, 0.99), weight_decay=0.3)
+_LARS = dict(lr=0.3, momentum=0.9, weight_decay=0.3, trust_coefficient=0.1, eps=0.05)
 _RMSPROP = dict(lr=0.03, alpha=0.9, eps=0.05, weight_decay=0.3)
 VARIANTS: dict[str, tuple[str, dict]] = {
     "adamw": ("adamw_", _ADAM),
@@ -57,6 +58,14 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "rmsprop-centered-momentum": ("rmsprop_centered_", _RMSPROP | dict(momentum=0.9)),
     "radam": ("radam_", _ADAM),
     "radam-decoupled": ("radam_", _ADAM | dict(decoupled_weight_decay=True)),
+    "nadam": ("nadam_", _ADAM | dict(momentum_decay=0.1)),
+    "nadam-decoupled": ("nadam_", _ADAM | dict(decoupled_weight_decay=True)),
+    "lamb": ("lamb_", _ADAM),
+    "lamb-uncorrected": ("lamb_", _ADAM | dict(bias_correction=False, trust_clip=0.5)),
+    "lars": ("lars_", _LARS),
+    "lars-nesterov": ("lars_", _LARS | dict(nesterov=True, maximize=True)),
+    "novograd": ("novograd_", _ADAM),
+    "novograd-averaging": ("novograd_", _ADAM | dict(grad_averaging=True)),
 }
 _MOMENTS = ["exp_avgs", "exp_avg_sqs"]
 STATE_NAMES = {
@@ -68,8 +77,18 @@ STATE_NAMES = {
     "rmsprop_": ["square_avgs", "momentum_buffers"],
     "rmsprop_centered_": ["square_avgs", "grad_avgs", "momentum_buffers"],
     "radam_": _MOMENTS,
+    "nadam_": [*_MOMENTS, "mu_products"],
+    "lamb_": _MOMENTS,
+    "lars_": ["momentum_buffers"],
+    "novograd_": _MOMENTS,
 }
 NEEDS = {"max_exp_avg_sqs": "amsgrad", "momentum_buffers": "momentum"}  # lists that an option brings
+SCALARS = {("nadam_", "mu_products"), ("novograd_", "exp_avg_sqs")}  # one fp64 element per parameter
+LAYERWISE = (
+    "lamb_",
+    "lars_",
+    "novograd_",
+)  # ops that know norms, whose last bits depend on the order of memory
 SQUARES = {"exp_avg_sqs", "max_exp_avg_sqs", "sums", "square_avgs"}  # never negative
 
 
@@ -127,13 +146,27 @@ class StepCall:
     def tensors(self) -> list[Tensor]:
         return [t for tensors in self.lists().values() for t in tensors]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "StepCall":
-        """The same call with every params-like tensor replaced; steps are cloned."""
+    def exact_tensors(self) -> list[Tensor]:
+        """Those that get the same bits in every order of memory and on every device: of ops that know norms,
+        what is not FP64.
+        """
+        if self.op not in LAYERWISE:
+            return self.tensors()
+        return [t for t in self.tensors() if t.dtype != torch.float64]
+
+    def map(
+        self, change: Callable[[Tensor], Tensor], scalars: Callable[[Tensor], Tensor] = torch.clone
+    ) -> "StepCall":
+        """The same call with every params-like tensor replaced by ``change``, and every scalar and step by
+        ``scalars``.
+        """
         new = {name: [change(t) for t in getattr(self, name)] for name in ("params", "grads", "masters")}
-        states = [[change(t) for t in one] for one in self.states]
-        return replace(
-            self, **new, states=states, steps=[t.clone() for t in self.steps], options=dict(self.options)
-        )
+        states = [
+            list(map(scalars if (self.op, name) in SCALARS else change, one))
+            for name, one in zip(STATE_NAMES[self.op], self.states, strict=True)
+        ]
+        steps = list(map(scalars, self.steps))
+        return replace(self, **new, states=states, steps=steps, options=dict(self.options))
 
     def clone(self) -> "StepCall":
         return self.map(torch.clone)
@@ -169,6 +202,9 @@ def step_call(
         call.grads.append(normal(shape, grad_dtype or dtype))
         for name, states in zip(STATE_NAMES[op], call.states, strict=True):
             if name in NEEDS and not call.options.get(NEEDS[name]):
+                continue
+            if (op, name) in SCALARS:
+                states.append(torch.rand((), generator=random, dtype=torch.float64) * 0.9)
                 continue
             state = normal(shape, wide)
             # More than the square of any mean beside it, whose variance it may be.

@@ -181,6 +181,16 @@ def rmsprop(
     return Bounded(p - lr * move.value, error), new_states
 
 
+def moments(
+    g: Tensor, size: Tensor, states: list[Tensor], betas: tuple[float, float], u: float
+) -> tuple[Bounded, Bounded]:
+    """The first two moments, as in adam() above; ``size``: of the gradient's terms before they cancel."""
+    beta1, beta2 = betas
+    m, v = beta1 * states[0] + (1 - beta1) * g, beta2 * states[1] + (1 - beta2) * g * g
+    new_m = Bounded(m, 5 * u * (beta1 * states[0].abs() + (1 - beta1) * size))
+    return new_m, Bounded(v, 8 * u * (beta2 * states[1] + (1 - beta2) * size**2))
+
+
 def radam(
     p: Tensor,
     g: Tensor,
@@ -201,9 +211,7 @@ def radam(
         p = p - lr * weight_decay * p
     else:
         g, size = g + weight_decay * p, size + weight_decay * p.abs()
-    m, v = beta1 * states[0] + (1 - beta1) * g, beta2 * states[1] + (1 - beta2) * g * g
-    new_m = Bounded(m, 5 * u * (beta1 * states[0].abs() + (1 - beta1) * size))
-    new_v = Bounded(v, 8 * u * (beta2 * states[1] + (1 - beta2) * size**2))
+    new_m, new_v = moments(g, size, states, betas, u)
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
     move = new_m
@@ -216,6 +224,135 @@ def radam(
     return Bounded(p - lr * move.value, error), [new_m, new_v]
 
 
+def nadam(
+    p: Tensor,
+    g: Tensor,
+    states: list[Tensor],
+    t: int,
+    u: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    momentum_decay: float = 4e-3,
+    decoupled_weight_decay: bool = False,
+) -> tuple[Bounded, list[Bounded]]:
+    """torch.optim.NAdam's algorithm box. The products of momentums are made in fp64."""
+    beta1, beta2 = betas
+    size, start = g.abs(), p
+    if decoupled_weight_decay:
+        p = p - lr * weight_decay * p
+    else:
+        g, size = g + weight_decay * p, size + weight_decay * p.abs()
+    new_m, new_v = moments(g, size, states, betas, u)
+    mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (n * momentum_decay)) for n in (t, t + 1))
+    product = states[2] * mu
+    g_part, m_part = (1 - mu) / (1 - product), mu_next / (1 - product * mu_next)
+    numerator = g_part * g + m_part * new_m.value
+    error = 5 * u * g_part * size + m_part * (new_m.error + 3 * u * new_m.value.abs())
+    root = Bounded(new_v.value / (1 - beta2**t), new_v.error / (1 - beta2**t))
+    move = quotient(Bounded(numerator, error), root, eps, u)
+    error = 3 * u * start.abs() + lr * (move.error + 2 * u * move.value.abs())
+    # fp64: a power of t factors, and products.
+    return Bounded(p - lr * move.value, error), [new_m, new_v, Bounded(product, (t + 9) * 2.0**-53 * product)]
+
+
+def norm(values: Bounded) -> tuple[float, float]:
+    """The norm of a whole tensor, and its relative error."""
+    exact = values.value.norm().item()
+    return exact, values.error.norm().item() / exact if exact else 0.0
+
+
+def lamb(
+    p: Tensor,
+    g: Tensor,
+    states: list[Tensor],
+    t: int,
+    u: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    bias_correction: bool = True,
+    trust_clip: float = float("inf"),
+    adapt: bool = True,
+) -> tuple[Bounded, list[Bounded]]:
+    """You et al. 2020, Alg. 2, the trust ratio bounded by trust_clip."""
+    new_m, new_v = moments(g, g.abs(), states, betas, u)
+    bias1, bias2 = ((1 - beta**t if bias_correction else 1.0) for beta in betas)
+    corrected = Bounded(new_m.value / bias1, (new_m.error + 2 * u * new_m.value.abs()) / bias1)
+    move = quotient(corrected, Bounded(new_v.value / bias2, (new_v.error + u * new_v.value) / bias2), eps, u)
+    error = move.error + 2 * u * (move.value.abs() + weight_decay * p.abs())
+    move = Bounded(move.value + weight_decay * p, error)
+    (w_norm, _), (u_norm, relative) = norm(Bounded(p, 0 * p)), norm(move)
+    ratio = min(w_norm / u_norm, trust_clip) if adapt and w_norm and u_norm else 1.0
+    error = u * p.abs() + lr * ratio * (move.error + move.value.abs() * (relative + 3 * u))
+    return Bounded(p - lr * ratio * move.value, error), [new_m, new_v]
+
+
+def lars(
+    p: Tensor,
+    g: Tensor,
+    states: list[Tensor],
+    t: int,
+    u: float,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    trust_coefficient: float,
+    eps: float,
+    nesterov: bool = False,
+    adapt: bool = True,
+) -> tuple[Bounded, list[Bounded]]:
+    """You et al. 2017, Alg. 1; lr outside of the momentum."""
+    w_norm, g_norm = p.norm().item(), g.norm().item()
+    ratio = 1.0
+    if adapt and w_norm and g_norm:
+        ratio = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + eps)
+    size = ratio * (g.abs() + weight_decay * p.abs())
+    g = ratio * (
+        g + weight_decay * p
+    )  # unscaling, decay, its fma; the norm's unscaling, the ratio, a product
+    buffer = momentum * states[0] + g
+    error = 6 * u * size + 2 * u * (momentum * states[0]).abs() + u * buffer.abs()
+    move = Bounded(buffer, error)
+    if nesterov:
+        value = g + momentum * buffer
+        move = Bounded(value, 6 * u * size + momentum * (error + u * buffer.abs()) + u * value.abs())
+    error_p = u * p.abs() + lr * (move.error + 2 * u * move.value.abs())
+    return Bounded(p - lr * move.value, error_p), [Bounded(buffer, error)]
+
+
+def novograd(
+    p: Tensor,
+    g: Tensor,
+    states: list[Tensor],
+    t: int,
+    u: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    grad_averaging: bool = False,
+) -> tuple[Bounded, list[Bounded]]:
+    """Ginsburg et al. 2019, Alg. 1; grad_averaging as its published code has it."""
+    beta1, beta2 = betas
+    squares = (g * g).sum()
+    v = squares if t == 1 else beta2 * states[1] + (1 - beta2) * squares
+    denominator = v.sqrt() + eps
+    size = g.abs() / denominator + weight_decay * p.abs()
+    g = g / denominator + weight_decay * p
+    part = 1 - beta1 if grad_averaging else 1.0
+    m = beta1 * states[0] + part * g
+    error = 8 * u * part * size + 2 * u * beta1 * states[0].abs() + u * m.abs()
+    new_m, new_v = Bounded(m, error), Bounded(v, 3 * u * squares + 64 * 2.0**-53 * v)
+    return Bounded(p - lr * m, u * p.abs() + lr * (error + 2 * u * m.abs())), [new_m, new_v]
+
+
 RULES: dict[str, Callable] = {
     "adamw_": partial(adam, decoupled=True),
     "adam_": partial(adam, decoupled=False),
@@ -225,6 +362,10 @@ RULES: dict[str, Callable] = {
     "rmsprop_": partial(rmsprop, centered=False),
     "rmsprop_centered_": partial(rmsprop, centered=True),
     "radam_": radam,
+    "nadam_": nadam,
+    "lamb_": lamb,
+    "lars_": lars,
+    "novograd_": novograd,
 }
 
 

@@ -255,3 +255,119 @@ def muon(
         ratio = max(1.0, rows / max(columns, 1)) ** 0.5
     state["ratio"] = ratio
     return (1 - lr * weight_decay) * theta - lr * ratio * left @ torch.diag(sigma) @ right
+
+
+def nadam(
+    theta: Tensor,
+    g: Tensor,
+    state: dict,
+    *,
+    lr: float = 2e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum_decay: float = 4e-3,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+) -> Tensor:
+    """Dozat 2016, Alg. 2, with the schedule of momentum that the paper recommends. Notes how much of gradient
+    and momentum it takes, together, as ``parts``.
+    """
+    beta1, beta2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    if maximize:
+        g = -g
+    if decoupled_weight_decay:
+        theta = theta - lr * weight_decay * theta
+    else:
+        g = g + weight_decay * theta
+    mu_t = beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
+    mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * momentum_decay))
+    product = state["mu_product"] = state.get("mu_product", torch.ones((), dtype=theta.dtype)) * mu_t
+    m = state["exp_avg"] = beta1 * state.get("exp_avg", 0 * theta) + (1 - beta1) * g
+    v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0 * theta) + (1 - beta2) * g**2
+    g_part, m_part = (1 - mu_t) / (1 - product), mu_next / (1 - product * mu_next)
+    state["parts"] = g_part + m_part
+    return theta - lr * (g_part * g + m_part * m) / ((v / (1 - beta2**t)).sqrt() + eps)
+
+
+def lamb(
+    x: Tensor,
+    g: Tensor,
+    state: dict,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    bias_correction: bool = True,
+    trust_clip: float = float("inf"),
+    adapt: bool = True,
+    maximize: bool = False,
+) -> Tensor:
+    """You et al. 2020, Alg. 2, with phi(z) = z. Notes the direction as ``u``, its factor as ``ratio``."""
+    beta1, beta2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    g = -g if maximize else g
+    m = state["exp_avg"] = beta1 * state.get("exp_avg", 0 * x) + (1 - beta1) * g
+    v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0 * x) + (1 - beta2) * g**2
+    if bias_correction:
+        m, v = m / (1 - beta1**t), v / (1 - beta2**t)
+    state["denominator"] = v.sqrt() + eps
+    u = state["u"] = m / state["denominator"] + weight_decay * x
+    ratio = 1.0
+    if adapt and x.norm() > 0 and u.norm() > 0:
+        ratio = min(float(x.norm() / u.norm()), trust_clip)
+    state["ratio"] = ratio
+    return x - lr * ratio * u
+
+
+def lars(
+    w: Tensor,
+    g: Tensor,
+    state: dict,
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    trust_coefficient: float = 1e-3,
+    eps: float = 1e-8,
+    nesterov: bool = False,
+    adapt: bool = True,
+    maximize: bool = False,
+) -> Tensor:
+    """You et al. 2017, Alg. 1, gamma outside of the velocity. Notes the local rate as ``ratio``."""
+    state["step"] = state.get("step", 0) + 1
+    g = -g if maximize else g
+    ratio = 1.0
+    if adapt and w.norm() > 0 and g.norm() > 0:
+        ratio = float(trust_coefficient * w.norm() / (g.norm() + weight_decay * w.norm() + eps))
+    state["ratio"] = ratio
+    g = ratio * (g + weight_decay * w)
+    v = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0 * w) + g
+    return w - lr * (g + momentum * v if nesterov else v)
+
+
+def novograd(
+    w: Tensor,
+    g: Tensor,
+    state: dict,
+    *,
+    lr: float = 1e-2,
+    betas: tuple[float, float] = (0.95, 0.98),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    grad_averaging: bool = False,
+    maximize: bool = False,
+) -> Tensor:
+    """Ginsburg et al. 2019, Alg. 1. Notes the size of what enters the first moment as ``size``."""
+    beta1, beta2 = betas
+    t = state["step"] = state.get("step", 0) + 1
+    g = -g if maximize else g
+    squares = g.square().sum()
+    v = state["exp_avg_sq"] = squares if t == 1 else beta2 * state["exp_avg_sq"] + (1 - beta2) * squares
+    part = 1 - beta1 if grad_averaging else 1.0
+    state["size"] = part * (g.abs() / (v.sqrt() + eps) + weight_decay * w.abs())
+    g = g / (v.sqrt() + eps) + weight_decay * w
+    m = state["exp_avg"] = beta1 * state.get("exp_avg", 0 * w) + part * g
+    return w - lr * m

@@ -67,10 +67,11 @@ def test_rows_are_what_a_step_allocates(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", WITH_TORCH, ids=str)
 def test_rows_of_plain_torch_are_what_torch_allocates(case, dtype):
-    """Guards the comparison: torch's own optimizers, apart from step counts, which not all of them keep."""
+    """Guards the comparison: torch's own optimizers, apart from step counts, which not all of them keep, and
+    scalars, which it keeps in FP32.
+    """
     found = {row.name: row for row in estimate(SHAPES, case.ours, dtype=dtype, **case.options).rows}
     names = {torch.float32: "plain torch", torch.float64: "plain torch"}
-    steps = 4 * len(SHAPES)
     for width, name in (
         (dtype, names.get(dtype, "plain torch: 16-bit weights and states")),
         (torch.float32, "plain torch: FP32 weights under AMP"),
@@ -79,7 +80,10 @@ def test_rows_of_plain_torch_are_what_torch_allocates(case, dtype):
             params = make_params(width, SHAPES)
             optimizer = case.torch(params, **case.options, foreach=False)
             seen = allocated(optimizer, params)
-            kept = sum("step" in entry for entry in optimizer.state.values()) * 4
+            entries = optimizer.state.values()
+            scalar = 4 if width.itemsize == 2 else 8  # halved there as the other states are
+            steps = (4 + scalar * len(case.scalars)) * len(SHAPES)
+            kept = sum(4 * (name in entry) for entry in entries for name in ("step", *case.scalars))
             row = found[name]
             expected = (seen.weights, seen.gradients, 0, seen.states - kept + steps)
             assert parts(row) == expected, name

@@ -148,6 +148,30 @@ def test_sgd(name):
     op_refusals.check(call.run, tensors, "sgd_", SGD[name])
 
 
+SCALARS = {
+    "float32": bad_value(
+        put("mu_products", 1, Tensor.float), "mu_products[1] is float32 of shape []; expected one float64"
+    ),
+    "long": bad_value(
+        put("mu_products", 0, lambda t: t.repeat(2)), "mu_products[0] is float64 of shape [2]; expected one"
+    ),
+    "few": bad_value(pop("mu_products"), "mu_products has 1 tensors; expected 2, one per param"),
+    "same": bad_value(
+        put("mu_products", 0, lambda t: t), "mu_products[1] (shape []) shares memory with mu_products[0]"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_scalars(name):
+    call = step_call("nadam", [(4,), (4,)], torch.float32)
+    tensors = call.tensors()
+    SCALARS[name].change(call)
+    if name == "same":
+        call.states[2][1] = call.states[2][0]
+    op_refusals.check(call.run, tensors, "nadam_", SCALARS[name])
+
+
 MASTERS = {
     "float64": bad_value(put("masters", 1, Tensor.double), "masters[1] is float64; expected float32"),
     "some": bad_value(pop("masters"), "masters has 1 tensors; expected 2, one per param, or none at all"),

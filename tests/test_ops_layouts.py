@@ -32,8 +32,7 @@ def test_misaligned_steps_touch_only_their_elements(variant, offset):
             intact.append(guards)
             return view
 
-        shifted = aligned.map(move)
-        shifted.steps = [move(s) for s in shifted.steps]
+        shifted = aligned.map(move, move)
         aligned.run()
         shifted.run()
         assert all(same_bits(a, b) for a, b in zip(aligned.tensors(), shifted.tensors(), strict=True))
@@ -68,7 +67,10 @@ def test_orders_of_dimensions(variant, layout):
         before = [t.stride() for t in ordered.tensors()]
         plain.run()
         ordered.run()
-        assert all(same_bits(a, b) for a, b in zip(plain.tensors(), ordered.tensors(), strict=True))
+        pairs = zip(plain.exact_tensors(), ordered.exact_tensors(), strict=True)
+        assert all(same_bits(a, b) for a, b in pairs)
+        for a, b in zip(plain.tensors(), ordered.tensors(), strict=True):  # sums in another order
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
         assert [t.stride() for t in ordered.tensors()] == before
 
 

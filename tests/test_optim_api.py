@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cases import COMPOSED, MAIN, WITH_TORCH, bits, make_params, set_grads
+from cases import COMPOSED, MAIN, WITH_TORCH, bits, make_params, set_grads, torch_scalars
 from fusedamp import optim
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -141,7 +141,8 @@ def test_schedulers_and_tensor_learning_rates(case, as_tensor):
             )
             for s in range(6):
                 set_grads(params, s)
-                optimizer.step()
+                with torch_scalars(torch.float64):
+                    optimizer.step()
                 scheduler.step()
         assert (optimizer.param_groups[0]["lr"] is lr) == as_tensor
         ends.append(params)

@@ -1,7 +1,10 @@
 """One process, real process group: DTensor parameters, distributed checkpoints, ZeroRedundancyOptimizer."""
 
 import copy
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,8 +64,9 @@ def test_dtensors_step_as_plain_tensors(case, dtype, placement, mesh):
     for p, q in zip(params[:2], plain[:2], strict=True):
         assert torch.equal(p.full_tensor(), q)
         for name, value in optimizer.state[p].items():
-            if name == "step":
+            if name in ("step", *case.scalars):
                 assert not isinstance(value, DTensor)
+                assert torch.equal(value, expected.state[q][name])
             else:
                 assert value.placements == (placement,)
                 assert torch.equal(value.full_tensor(), expected.state[q][name])
@@ -186,7 +190,7 @@ def test_distributed_checkpoint(case, sharded, flatten, mesh, tmp_path):
         assert optimizer.state[p].keys() == other.state[q].keys()
         for name, value in optimizer.state[p].items():
             assert torch.equal(value, other.state[q][name]), name
-            assert other.state[q][name].dtype == torch.float32
+            assert other.state[q][name].dtype == (torch.float64 if name in case.scalars else torch.float32)
 
 
 def test_shards_of_matrices_are_refused(mesh):
@@ -216,3 +220,39 @@ def test_zero_redundancy_optimizer(case):
         expected.step()
     for p, q in zip(params, plain, strict=True):
         assert torch.equal(p, q)
+
+
+def two_ranks() -> None:
+    """Run as a script: rank 0 of two, without the other."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    mesh = init_device_mesh("cpu", (2,))
+    for name in ("lamb", "lars", "novograd"):
+        for placement in (Replicate(), Shard(0)):
+            local = torch.ones(3, 4, requires_grad=True)
+            param = torch.nn.Parameter(DTensor.from_local(local.detach(), mesh, [placement]))
+            param.grad = DTensor.from_local(torch.ones(3, 4), mesh, [placement])
+            before = param.to_local().clone()
+            try:
+                BY_NAME[name].ours([param], lr=0.5).step()
+                said = "stepped" if not torch.equal(param.to_local(), before) else "stood"
+            except ValueError as error:
+                said = str(error)
+                assert torch.equal(param.to_local(), before)
+            print(said)
+
+
+def test_shards_are_refused_where_a_step_needs_norms():
+    """Guards LAMB, LARS and NovoGrad: the norm of a shard is not the tensor's. Replicas are whole."""
+    code = "import test_optim_distributed as t; t.two_ranks()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[::2] == ["stepped"] * 3
+    for name, line in zip(("LAMB", "LARS", "NovoGrad"), lines[1::2], strict=True):
+        assert line.startswith(
+            f"[{name}] group 0: params[0] is a DTensor with placements (Shard(dim=0),); expected"
+        )

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from cases import WITH_TORCH, make_params
+from cases import WITH_TORCH, make_params, torch_scalars
 from test_optim_state import HALVES, through_a_file, train
 
 
@@ -31,8 +31,8 @@ def test_keys_are_torchs_plus_master(case):
     else:
         assert set(mine["state"][0]) == {"step", "master"}
     for name, value in mine["state"][5].items():
-        assert value.dtype == torch.float32
-        assert value.shape == (() if name == "step" else ours[5].shape)
+        assert value.dtype == (torch.float64 if name in case.scalars else torch.float32)
+        assert value.shape == (() if name in ("step", *case.scalars) else ours[5].shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -61,7 +61,8 @@ def test_exchange_with_torch(case, dtype, options):
         first, second = (
             kind(params, **case.options, **(options if kind is case.torch else {})) for kind in kinds
         )
-        train(first, params, range(3))
+        with torch_scalars(dtype):
+            train(first, params, range(3))
         second.load_state_dict(through_a_file(first.state_dict()))
         train(second, params, range(3, 6))
         ends.append(params)
@@ -83,8 +84,9 @@ def test_16_bit_checkpoints_of_torch_are_widened(case, dtype):
     ours.load_state_dict(saved)
     for i, p in enumerate(params):
         for name in case.states:
-            assert ours.state[p][name].dtype == torch.float32
-            assert torch.equal(ours.state[p][name], saved["state"][i][name].float())
+            wide = torch.float64 if name in case.scalars else torch.float32
+            assert ours.state[p][name].dtype == wide
+            assert torch.equal(ours.state[p][name], saved["state"][i][name].to(wide))
     train_on_halves(ours, params, 1)
     for p in params:
         assert torch.equal(ours.state[p]["master"].to(dtype), p)

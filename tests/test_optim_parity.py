@@ -5,7 +5,7 @@ import copy
 import pytest
 import tolerances
 import torch
-from cases import BY_NAME, CASES, COMPOSED, MAIN, WITH_TORCH, Case, make_params, set_grads
+from cases import BY_NAME, CASES, COMPOSED, MAIN, WITH_TORCH, Case, make_params, set_grads, torch_scalars
 from tolerances import unit
 
 STEPS = 20
@@ -77,7 +77,7 @@ def test_matches_the_reference(case, dtype):
         assert {*state} - {"step", "master"} == {*names}
         for name in names:
             error = (state[name].double() - reference.state[name]).abs()
-            assert state[name].dtype == math_dtype
+            assert state[name].dtype == (torch.float64 if name in case.scalars else math_dtype)
             assert (error <= reference.state_tolerance(name, math_dtype)).all(), (name, error.max())
 
 
@@ -123,7 +123,8 @@ def test_reference_matches_torch_in_fp64(case):
     for step in range(STEPS):
         for reference, grad in zip(references, set_grads(params, step), strict=True):
             reference.step(grad)
-    run(case, case.torch, params, foreach=False)
+    with torch_scalars(torch.float64):
+        run(case, case.torch, params, foreach=False)
     for param, reference in zip(params, references, strict=True):
         error = (param.detach() - reference.p).abs()
         assert (error <= 2 * reference.p_tolerance(torch.float64)).all(), error.max()
@@ -234,7 +235,9 @@ def test_second_moments_of_16_bit_parameters_do_not_stall(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", MAIN, ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in MAIN if case.name != "novograd"], ids=str
+)  # it divides by |g|
 def test_nan_is_not_hidden(case, dtype):
     """Guards steps without a scaler: a NaN gradient reaches its weight and states, and no other element."""
     param = torch.nn.Parameter(torch.ones(9, dtype=dtype))
@@ -243,5 +246,5 @@ def test_nan_is_not_hidden(case, dtype):
     optimizer = case.ours([param], **case.options)
     optimizer.step()
     for name, value in [("param", param), *optimizer.state[param].items()]:
-        if name != "step":
+        if name != "step" and name not in case.scalars:
             assert value.isnan().tolist() == [i == 4 for i in range(9)], name

@@ -54,6 +54,12 @@ BAD_OPTIONS = [
     (optim.Muon, {"adjust_lr_fn": "best"}, r"adjust_lr_fn is 'best'; expected one of"),
     (optim.Muon, {"ns_dtype": torch.int8}, r"ns_dtype is torch.int8; expected one of"),
     (optim.Muon, {"use_muon": "no"}, r"use_muon is 'no'; expected one of"),
+    (optim.NAdam, {"momentum_decay": -0.1}, r"momentum_decay is -0.1; expected"),
+    (optim.LAMB, {"trust_clip": -1.0}, r"trust_clip is -1.0; expected"),
+    (optim.LAMB, {"betas": (0.9, 2)}, r"betas\[1\] is 2; expected"),
+    (optim.LARS, {"trust_coefficient": -1}, r"trust_coefficient is -1; expected"),
+    (optim.LARS, {"momentum": float("nan")}, r"momentum is nan; expected"),
+    (optim.NovoGrad, {"eps": "small"}, r"eps is 'small' \(str\); expected a number"),
 ]
 
 

@@ -52,9 +52,13 @@ def rmsprop_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any
     quotient = largest / (variance.sqrt() + options.get("eps", 1e-8))
     if options.get("centered"):
         quotient = quotient * state["square_avg"] / variance
-    size = options.get("momentum", 0.0) * state.get("_size", 0.0) + quotient
-    state["_size"] = size
-    state["_off"] = options.get("momentum", 0.0) * state.get("_off", 0.0) + 14 * quotient + 2 * size
+    return _summed_up(quotient, options.get("momentum", 0.0), state)
+
+
+def _summed_up(term: Tensor, momentum: float, state: dict[str, Any]) -> Tensor:
+    """How far a sum of such terms, each 14 roundings off, is off itself, in units of 16 roundings."""
+    state["_size"] = momentum * state.get("_size", 0.0) + term
+    state["_off"] = momentum * state.get("_off", 0.0) + 14 * term + 2 * state["_size"]
     return state["_off"] / 16
 
 
@@ -96,6 +100,28 @@ def shaped_like(bound: Tensor, state: Tensor) -> Tensor:
     return bound
 
 
+def nadam_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """As Adam's, for both parts of the update."""
+    return adam_terms(largest, state, options) * state["parts"]
+
+
+def lamb_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """The direction before cancellation, and what its norm, of all such errors, brings into the ratio."""
+    terms = largest / state["denominator"] + largest
+    return state["ratio"] * (terms + state["u"].abs() * terms.norm() / state["u"].norm())
+
+
+def lars_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """What the buffer sums up; Nesterov's look-ahead takes it once more."""
+    momentum = options.get("momentum", 0.9)
+    return (1 + momentum) * _summed_up(state["ratio"] * largest, momentum, state)
+
+
+def novograd_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """What the first moment sums up."""
+    return _summed_up(state["size"], options.get("betas", (0.95, 0.98))[0], state)
+
+
 def state_error(
     name: str, largest: Tensor, weight_error: Tensor, state: dict[str, Any], options: dict[str, Any]
 ) -> Tensor:
@@ -105,7 +131,9 @@ def state_error(
     steps, decay = state["step"], options["weight_decay"]
     if name == "sum":  # which grows: each of its own roundings is of the size of all that came before
         return 2 * largest * (5 * steps * largest + decay * weight_error) + steps * state["sum"]
-    if name == "momentum_buffer" and "_off" in state:  # of quotients
+    if name == "mu_product" or (name == "exp_avg_sq" and "size" in state):  # of whole tensors, in FP64
+        return 8 * steps * state[name]
+    if name in ("momentum_buffer", "exp_avg") and "_off" in state:  # of quotients
         return state["_off"] * (1 + decay * weight_error / largest)
     if name in ("row_var", "col_var", "variance"):  # means of squares, of the gradient alone
         return shaped_like(2 * largest * (5 * steps + LONGEST_SUM) * largest, state[name])

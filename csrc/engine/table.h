@@ -11,7 +11,7 @@ struct StepRow {
   const void* grad;
   void* param;
   void* master;              // float; null: `param` itself is stepped
-  void* states[kMaxStates];  // float, or double where param is f64
+  void* states[kMaxStates];  // float, or double where param is f64; then the rule's scalars, each one double
   float* step;               // one element: how many steps this tensor has taken
   int64_t numel;
   DType grad_dtype, param_dtype;

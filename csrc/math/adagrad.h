@@ -1,6 +1,6 @@
 // Adagrad: Duchi, Hazan & Singer 2011, JMLR 12, Fig. 1 (diagonal), with torch.optim's decay of the rate.
 #pragma once
-#include "vocab.h"
+#include "layer.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
@@ -14,7 +14,7 @@ struct AdagradCoeffs {
   S lr, l2, eps;
 };
 
-struct Adagrad {
+struct Adagrad : Elementwise {
   static constexpr int kStates = 1, kNonNegative = 0b1;
   using Hyper = AdagradHyper;
   template <class S>

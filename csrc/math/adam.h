@@ -1,7 +1,7 @@
 // Adam: Kingma & Ba 2015, arXiv:1412.6980, Alg. 1.  AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2.
 // AMSGrad: Reddi et al. 2018, arXiv:1904.09237, as torch.optim has it: the running maximum is of the uncorrected v.
 #pragma once
-#include "vocab.h"
+#include "layer.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
@@ -18,7 +18,7 @@ struct AdamCoeffs {
 };
 
 template <bool kDecoupled, bool kAmsgrad>
-struct AdamRule {
+struct AdamRule : Elementwise {
   static constexpr int kStates = kAmsgrad ? 3 : 2;
   using Hyper = AdamHyper;
   template <class S>

@@ -1,6 +1,6 @@
 // Lion: Chen et al. 2023, arXiv:2302.06675, Alg. 2.
 #pragma once
-#include "vocab.h"
+#include "layer.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
@@ -15,7 +15,7 @@ struct LionCoeffs {
   S lr, shrink, beta1, w1, beta2, w2;
 };
 
-struct Lion {
+struct Lion : Elementwise {
   static constexpr int kStates = 1, kNonNegative = 0;
   using Hyper = LionHyper;
   template <class S>

@@ -1,6 +1,6 @@
 // RAdam: Liu et al. 2020, arXiv:1908.03265, Alg. 2, with torch.optim.RAdam's threshold of 5 samples.
 #pragma once
-#include "vocab.h"
+#include "layer.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
@@ -15,7 +15,7 @@ struct RAdamCoeffs {
   S lr, shrink, l2, beta1, w1, beta2, w2, eps, adaptive;
 };
 
-struct RAdam {
+struct RAdam : Elementwise {
   static constexpr int kStates = 2, kNonNegative = 0b10;
   using Hyper = RAdamHyper;
   template <class S>

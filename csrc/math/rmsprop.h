@@ -1,7 +1,7 @@
 // RMSprop: Tieleman & Hinton 2012, "Lecture 6.5", with torch.optim.RMSprop's momentum and eps outside of the root.
 // Centered: Graves 2013, arXiv:1308.0850, eq. 38 to 41: the root of the variance.
 #pragma once
-#include "vocab.h"
+#include "layer.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
@@ -18,7 +18,7 @@ struct RmsPropCoeffs {
 
 // States: the mean square; where centered, the mean; with momentum, its buffer.
 template <bool kCentered, bool kMomentum>
-struct RmsPropRule {
+struct RmsPropRule : Elementwise {
   static constexpr int kStates = 1 + (kCentered ? 1 : 0) + (kMomentum ? 1 : 0), kNonNegative = 0b1;
   using Hyper = RmsPropHyper;
   template <class S>

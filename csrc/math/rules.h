@@ -2,7 +2,11 @@
 #pragma once
 #include "adagrad.h"
 #include "adam.h"
+#include "lamb.h"
+#include "lars.h"
 #include "lion.h"
+#include "nadam.h"
+#include "novograd.h"
 #include "radam.h"
 #include "rmsprop.h"
 #include "sgd.h"

@@ -1,7 +1,7 @@
 // SGD with momentum, dampening and Nesterov's look-ahead as torch.optim.SGD defines them
 // (Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning").
 #pragma once
-#include "vocab.h"
+#include "layer.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
@@ -17,7 +17,7 @@ struct SgdCoeffs {
 };
 
 template <bool kMomentum>
-struct SgdRule {
+struct SgdRule : Elementwise {
   static constexpr int kStates = kMomentum ? 1 : 0;
   using Hyper = SgdHyper;
   template <class S>

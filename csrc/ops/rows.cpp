@@ -13,12 +13,25 @@ int64_t packed_count(const std::string& op, const Tensor& packed, int64_t column
 
 }  // namespace
 
+namespace {
+
+// How many of the op's lists of states hold scalars, one element for each parameter: the last ones.
+size_t scalar_lists(const std::string& op) {
+#define FUSEDAMP_RULE(rule_op, Rule) \
+  if (op == #rule_op "_") return Rule::kScalars;
+#include "../math/optimizers.def"
+  return 0;
+}
+
+}  // namespace
+
 std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
   const size_t n = lists.params.size();
   need_length(op, "grads", lists.grads.size(), n, "one per param");
   need_length(op, "steps", lists.steps.size(), n, "one per param");
   if (!lists.masters.empty()) need_length(op, "masters", lists.masters.size(), n, "one per param, or none at all");
 
+  const size_t all_lists = lists.states.size() / n, tensor_lists = all_lists - scalar_lists(op);
   std::vector<StepRow> rows(n);
   std::vector<Span> spans;
   spans.reserve(n * 7);
@@ -46,18 +59,22 @@ std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
       row.master = data_like(op, "masters", i, lists.masters[i], param);
     }
     const bool wide = row.param_dtype == DType::f64;
-    for (size_t j = 0; j < lists.states.size() / n; ++j) {
+    for (size_t j = 0; j < tensor_lists; ++j) {
       const Tensor& state = lists.states[j * n + i];
       need_dtype(op, at("states", j * n + i), state, wide ? ScalarType::Double : ScalarType::Float, name, param);
       row.states[j] = data_like(op, "states", j * n + i, state, param);
     }
+    for (size_t j = tensor_lists; j < all_lists; ++j)
+      row.states[j] = one_element<double>(op, at("states", j * n + i), lists.states[j * n + i], param,
+                                          ScalarType::Double, "float64");
     row.step = one_element<float>(op, at("steps", i), lists.steps[i], param, ScalarType::Float, "float32");
 
     add_span(spans, true, name, param, row.param, size_of(row.param_dtype));
     add_span(spans, false, at("grads", i), lists.grads[i], row.grad, size_of(row.grad_dtype));
     if (row.master) add_span(spans, true, at("masters", i), lists.masters[i], row.master, sizeof(float));
-    for (size_t j = 0; j < lists.states.size() / n; ++j)
-      add_span(spans, true, at("states", j * n + i), lists.states[j * n + i], row.states[j], wide ? 8 : 4);
+    for (size_t j = 0; j < all_lists; ++j)
+      add_span(spans, true, at("states", j * n + i), lists.states[j * n + i], row.states[j],
+               wide || j >= tensor_lists ? 8 : 4);
     add_span(spans, true, at("steps", i), lists.steps[i], row.step, sizeof(float));
   }
   need_own_memory(op, spans);
@@ -119,10 +136,11 @@ int32_t* int_scalar_at(const std::string& op, const char* name, const OptionalTe
 
 RuleId rule_for(const std::string& op, size_t params, size_t states) {
   std::string known;
-#define FUSEDAMP_RULE(rule_op, Rule)                                                 \
-  if (op == #rule_op "_") {                                                          \
-    if (states == params * Rule::kStates) return k##Rule;                            \
-    known += (known.empty() ? "" : " or ") + std::to_string(params * Rule::kStates); \
+#define FUSEDAMP_RULE(rule_op, Rule)                                         \
+  if (op == #rule_op "_") {                                                  \
+    constexpr size_t lists = Rule::kStates + Rule::kScalars;                 \
+    if (states == params * lists) return k##Rule;                            \
+    known += (known.empty() ? "" : " or ") + std::to_string(params * lists); \
   }
 #include "../math/optimizers.def"
   fail(op, "states has ", states, " tensors for ", params, " params; expected ", known);

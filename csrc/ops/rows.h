@@ -6,7 +6,8 @@
 
 namespace fusedamp {
 
-// The lists of a step op as it received them. states: all first states, then all second ones, and so on.
+// The lists of a step op as it received them. states: all first states, then all second ones, and so on; a rule's
+// scalars last, fp64 of one element.
 struct StepLists {
   const Tensors &params, &grads, &masters, &states, &steps;
 };

@@ -2,6 +2,7 @@
 // equal. A buffer ends exactly where its allocation ends (AddressSanitizer's red zone follows) and has canaries before
 // it.
 #pragma once
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -84,8 +85,9 @@ class Twins {
     for (int64_t i = 0; i < numel_; ++i) set(i, normal(random, sigma));
   }
 
-  // Equal to the bit, but NaN equals NaN: payloads differ between devices.
-  void expect_equal(const char* what, size_t tensor) const {
+  // Equal to the bit, but NaN equals NaN: payloads differ between devices. FP64 may be off by `doubles_off`, of its
+  // magnitude or of 1.
+  void expect_equal(const char* what, size_t tensor, double doubles_off = 0.0) const {
     for (int64_t b = 0; b < before_; ++b)
       if (memory_[0].get()[b] != 0x5a || memory_[1].get()[b] != 0x5a)
         return expect(false, "%s[%zu]: byte %ld before its first is overwritten", what, tensor, long(before_ - b));
@@ -96,6 +98,7 @@ class Twins {
       const auto at = static_cast<size_t>(i) * size;
       if (memcmp(static_cast<char*>(cpu()) + at, static_cast<char*>(cuda()) + at, size) == 0 || (a != a && b != b))
         continue;
+      if (dtype_ == DType::f64 && std::fabs(a - b) <= doubles_off * (1.0 + std::fabs(a))) continue;
       return expect(false, "%s[%zu][%ld of %ld]: CPU %.17g, CUDA %.17g", what, tensor, long(i), long(numel_), a, b);
     }
     expect(true, "");

@@ -18,13 +18,13 @@ def run(place: Place) -> None:
             dtypes = op_calls.HALVES if masters else op_calls.DTYPES
             cpu = op_calls.step_call(variant, [s for s in SIZES for _ in dtypes], dtypes, masters=masters)
             for misaligned in (False, True):
-                call, wanted = cpu.map(copies(device, misaligned)), cpu.clone()
-                call.steps = [step.clone().to(device) for step in cpu.steps]
+                moved = cpu.map(copies(device, misaligned), lambda scalar: scalar.clone().to(device))
+                call, wanted = moved, cpu.clone()
                 for skip in (0.0, 1.0):
                     call.options["found_inf"] = torch.tensor(skip, device=device)
                     call.run()
                 wanted.run()
-                found = differing(wanted.tensors(), call.tensors())
+                found = differing(wanted.exact_tensors(), call.exact_tensors())
                 place.check(
                     f"{variant} masters={masters} misaligned={misaligned}", not found, "; ".join(found[:2])
                 )

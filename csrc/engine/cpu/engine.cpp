@@ -48,16 +48,33 @@ double combine(Norm norm, double a, double b) {
   return a >= b || a != a ? a : b;
 }
 
+// kMaxNorms sums of squares for each row; empty where the rule measures nothing.
+std::vector<double> measure(RuleId rule, const std::vector<StepRow>& rows, const Plan& p, const StepScalars& scalars,
+                            const Parallel& parallel) {
+  const auto measure_chunk = kernels().measure[rule];
+  if (!measure_chunk) return {};
+  std::vector<double> found(kMaxNorms * p.chunks.size()), squares(kMaxNorms * rows.size());
+  parallel(p.unit_count(), [&](int64_t u) {
+    for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c)
+      measure_chunk(rows.data(), p.chunks[c], scalars, &found[kMaxNorms * c]);
+  });
+  for (size_t c = 0; c < p.chunks.size(); ++c)  // in the order of the chunks, whoever measured them
+    for (int j = 0; j < kMaxNorms; ++j) squares[kMaxNorms * p.chunks[c].row + j] += found[kMaxNorms * c + j];
+  return squares;
+}
+
 }  // namespace
 
 void step(RuleId rule, const std::vector<StepRow>& rows, const StepScalars& scalars, const Parallel& parallel) {
   if (scalars.found_inf && !(*scalars.found_inf == 0.0f)) return;
   const auto step_chunks = kernels().step[rule];
   const Plan p = plan(rows);
+  const std::vector<double> measured = measure(rule, rows, p, scalars, parallel);
+  const double* squares = measured.empty() ? nullptr : measured.data();
   parallel(p.unit_count(), [&](int64_t u) {
-    step_chunks(rows.data(), p.chunks.data() + p.units[u], p.units[u + 1] - p.units[u], scalars);
+    step_chunks(rows.data(), p.chunks.data() + p.units[u], p.units[u + 1] - p.units[u], scalars, squares);
   });
-  for (const StepRow& row : rows) *row.step += 1.0f;
+  kernels().advance[rule](rows.data(), static_cast<int64_t>(rows.size()), scalars, squares);
 }
 
 ListStats grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_type, double* per_tensor,

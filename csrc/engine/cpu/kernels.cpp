@@ -16,6 +16,8 @@ using cpu::StatsJob;
 #include "stats.inc"
 #include "step.inc"
 
+#include "measure.inc"  // uses both
+
 }  // namespace FUSEDAMP_TARGET
 
 #define FUSEDAMP_JOIN_(a, b) a##b
@@ -27,6 +29,14 @@ const cpu::Kernels cpu::FUSEDAMP_JOIN(kKernels_, FUSEDAMP_TARGET) = {
     FUSEDAMP_TEXT(FUSEDAMP_TARGET),
     {
 #define FUSEDAMP_RULE(op, Rule) FUSEDAMP_TARGET::step<FUSEDAMP_TARGET::Rule>,
+#include "../../math/optimizers.def"
+    },
+    {
+#define FUSEDAMP_RULE(op, Rule) FUSEDAMP_TARGET::measure_of<FUSEDAMP_TARGET::Rule>(),
+#include "../../math/optimizers.def"
+    },
+    {
+#define FUSEDAMP_RULE(op, Rule) FUSEDAMP_TARGET::advance_rows<FUSEDAMP_TARGET::Rule>,
 #include "../../math/optimizers.def"
     },
     FUSEDAMP_TARGET::stats,

@@ -11,8 +11,9 @@ Every step op also takes ``maximize`` (ascend instead of descend), ``inv_scale``
 """
 
 from .adagrad import adagrad_, rmsprop_, rmsprop_centered_
-from .adam import adam_, adamw_, radam_
+from .adam import adam_, adamw_, nadam_, radam_
 from .gradients import GradStats, grad_stats, unscale_
+from .layerwise import lamb_, lars_, novograd_
 from .loss_scale import update_scale_
 from .sgd import lion_, sgd_
 from .step import step_lists as step_lists  # for fusedamp.optim
@@ -24,7 +25,11 @@ __all__ = [
     "adam_",
     "adamw_",
     "grad_stats",
+    "lamb_",
+    "lars_",
     "lion_",
+    "nadam_",
+    "novograd_",
     "radam_",
     "rmsprop_",
     "rmsprop_centered_",

@@ -97,6 +97,38 @@ def radam_(
     run_step("radam_", params, grads, masters, states, steps, lr, hyper, shared)
 
 
+@documented(
+    title="NAdam",
+    formula="Momentum t is ``beta1 * (1 - 0.96^(t * momentum_decay) / 2)``. Weight decay enters the "
+    "gradient, or with ``decoupled_weight_decay`` shrinks the weights. mu_products (one fp64 element per "
+    "parameter, at first 1) are the products of all momentums so far; rewritten.",
+    source="Dozat 2016, Alg. 2; torch.optim.NAdam",
+    **_MOMENTS,
+)
+def nadam_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    mu_products: Tensors,
+    masters: Tensors,
+    steps: Tensors,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    momentum_decay: float = 4e-3,
+    decoupled_weight_decay: bool = False,
+    **shared: Unpack[Shared],
+) -> None:
+    states = dict(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, mu_products=mu_products)
+    decoupled = arguments.flag("nadam_", "decoupled_weight_decay", decoupled_weight_decay)
+    decay_base = 0.96 ** arguments.number("nadam_", "momentum_decay", momentum_decay)
+    hyper = _moments("nadam_", betas, eps, weight_decay) | dict(decoupled=decoupled, decay_base=decay_base)
+    run_step("nadam_", params, grads, masters, states, steps, lr, hyper, shared)
+
+
 def _moments(op: str, betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
     beta1, beta2 = arguments.pair(op, "betas", betas)
     return dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)

@@ -12,7 +12,7 @@ from .call import bump, call
 Tensors = Sequence[Tensor]
 Wrapper = TypeVar("Wrapper", bound=Callable[..., None])
 FOLLOW = "and the 2 B that see whether the weight was written"  # of the cost of a step with masters
-OPTIONAL = ("masters", "max_exp_avg_sqs", "momentum_buffers")  # lists that may be empty
+OPTIONAL = ("masters", "max_exp_avg_sqs", "momentum_buffers")  # lists that may be empty, if the op agrees
 
 
 class Shared(TypedDict, total=False):

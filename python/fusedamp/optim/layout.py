@@ -29,6 +29,11 @@ def is_dense(tensor: Tensor) -> bool:
     return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
+def scalar_like(param: Tensor) -> Tensor:
+    """What a state of one FP64 element for the whole of ``param`` is like."""
+    return torch.empty((), dtype=torch.float64, device=param.device)
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements may share an address, as after ``expand``."""
     reach = 0

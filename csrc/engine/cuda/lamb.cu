@@ -1,0 +1,3 @@
+#include "step.cuh"
+
+FUSEDAMP_CUDA_STEP(Lamb)

@@ -1,0 +1,86 @@
+// The pass before the step of rules that know norms of whole tensors: one launch measures sums of squares per chunk,
+// one adds them up per tensor in a fixed order, without atomics, and makes the step's coefficients of them.
+#pragma once
+#include "visit.cuh"
+
+namespace fusedamp::cuda {
+
+struct ChunkSquares {
+  double sums[kMaxNorms];
+};
+
+// In double, so that no square of a float overflows or vanishes.
+template <class Rule, class V>
+struct MeasureAction {
+  static constexpr bool kStores = false;
+  const CoeffsOf<Rule, V>& k;
+  V grad_scale;
+  ChunkSquares found;
+  __device__ __forceinline__ void operator()(V& weight, V g, V (&s)[kStateRoom<Rule>]) {
+    V x[Rule::kNorms];
+    Rule::measure(k, g * grad_scale, weight, s, x);
+#pragma unroll
+    for (int j = 0; j < Rule::kNorms; ++j) {
+      const double measured = x[j];
+      found.sums[j] = fma(measured, measured, found.sums[j]);
+    }
+  }
+};
+
+struct AddSquares {
+  __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
+};
+
+template <class Rule, class V>
+__global__ void __launch_bounds__(kBlock) measure_kernel(const Table<StepRow> table, const StepScalars scalars,
+                                                         const CoeffsOf<Rule, V>* coeffs, ChunkSquares* records) {
+  if (overflowed(scalars.found_inf)) return;
+  const V grad_scale = grad_scale_of(scalars);
+  int64_t r = -1;
+  for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
+    r = find_row(table, chunk, r);
+    const CoeffsOf<Rule, V> k = coeffs[r];
+    MeasureAction<Rule, V> act = {k, grad_scale, {}};
+    visit_any_chunk<Rule, V>(table.rows[r].row, span_of(table.rows[r], chunk), act);
+#pragma unroll
+    for (int j = 0; j < Rule::kNorms; ++j) {
+      const double sum = block_reduce(act.found.sums[j], AddSquares());
+      if (threadIdx.x == 0) records[chunk].sums[j] = sum;
+    }
+  }
+}
+
+// Blocks take tensors.
+template <class Rule, class V>
+__global__ void __launch_bounds__(kBlock) conclude_kernel(const Table<StepRow> table, const StepScalars scalars,
+                                                          const ChunkSquares* records, CoeffsOf<Rule, V>* coeffs) {
+  if (overflowed(scalars.found_inf)) return;
+  for (int64_t r = blockIdx.x; r < table.row_count; r += gridDim.x) {
+    const int64_t end = r + 1 < table.row_count ? table.rows[r + 1].first_chunk : table.chunk_count;
+    double squares[kMaxNorms] = {};
+#pragma unroll
+    for (int j = 0; j < Rule::kNorms; ++j) {
+      double sum = 0.0;
+      for (int64_t c = table.rows[r].first_chunk + threadIdx.x; c < end; c += blockDim.x) sum += records[c].sums[j];
+      squares[j] = block_reduce(sum, AddSquares());
+    }
+    if (threadIdx.x == 0) {
+      const StepRow& row = table.rows[r].row;
+      coeffs[r] = coeffs_for<Rule, V>(row, scalars, squares);
+      advance<Rule>(row, hyper_of<Rule>(scalars), layer_of<Rule>(row, squares));
+    }
+  }
+}
+
+// `coeffs` are those of tensors without norms, and afterwards the step's.
+template <class Rule, class V>
+void measure(const Device& device, const Table<StepRow>& table, const StepScalars& scalars, CoeffsOf<Rule, V>* coeffs) {
+  auto* records = static_cast<ChunkSquares*>(
+      device.scratch(std::max<int64_t>(table.chunk_count, 1) * static_cast<int64_t>(sizeof(ChunkSquares))));
+  launch("measure", &measure_kernel<Rule, V>, grid_for(device, table.chunk_count), kBlock, device.stream, table,
+         scalars, static_cast<const CoeffsOf<Rule, V>*>(coeffs), records);
+  launch("measure", &conclude_kernel<Rule, V>, grid_for(device, table.row_count), kBlock, device.stream, table, scalars,
+         static_cast<const ChunkSquares*>(records), coeffs);
+}
+
+}  // namespace fusedamp::cuda

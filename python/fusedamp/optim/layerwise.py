@@ -1,0 +1,181 @@
+"""Optimizers whose step knows norms of whole tensors: LAMB, LARS, NovoGrad.
+
+The norms are those of unscaled, clipped gradients and of the masters. A skipped step changes nothing, also no
+second moment. CPU and CUDA add up in different orders: results may differ between them in the last bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..sharding import sharded_dims
+from .base import FusedOptimizer, Group
+from .hyper import check_betas, check_number
+from .layout import scalar_like
+
+
+class Layerwise(FusedOptimizer):
+    """What they share: a parameter must be whole on its rank."""
+
+    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+        if any(mesh.size(dim) > 1 for mesh, dim in sharded_dims(param)):
+            placements = param.placements  # type: ignore[attr-defined]
+            raise ValueError(
+                f"is a DTensor with placements {placements}; expected the whole tensor on each rank: "
+                f"{type(self).__name__} needs its norm. Replicate it, or use an optimizer like AdamW."
+            )
+        return super()._like(name, param, group)
+
+
+class LAMB(Layerwise):
+    """LAMB: Adam whose step is scaled to the size of each tensor's weights, for large batches.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as in the paper; ``lr`` may be a tensor of one element, which is
+            read at each step, on the device. Each tensor moves by ``lr * |p| / |u|`` times its direction
+            ``u``, which holds Adam's and ``weight_decay * p``; by ``lr * u`` where one of the norms is 0.
+        bias_correction: whether Adam's moments are corrected, as in the paper.
+        trust_clip: an upper bound of ``|p| / |u|``.
+        adapt: False takes ``|p| / |u|`` as 1, which is usual for groups of biases and normalisation weights.
+        maximize: ascend instead of descend.
+        master_weights: as in :class:`fusedamp.optim.AdamW`.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq`` and ``master``.
+    Clipping of gradients is the scaler's (``GradScaler.clip_grad_norm_``), over all groups or none.
+    Cost: 46 B/param read and written in BF16 with masters, in two passes; no host sync.
+    Source: You et al. 2020, arXiv:1904.00962, Alg. 2.
+    """
+
+    state_names = ("exp_avg", "exp_avg_sq")
+    nonnegative_states = ("exp_avg_sq",)
+    required_state = ("step", "exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-2,
+        *,
+        bias_correction: bool = True,
+        trust_clip: float = math.inf,
+        adapt: bool = True,
+        maximize: bool = False,
+        master_weights: str = "auto",
+    ) -> None:
+        defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
+        defaults |= dict(bias_correction=bias_correction, trust_clip=trust_clip, adapt=adapt)
+        super().__init__(params, {**defaults, "master_weights": master_weights})
+
+    def _check_group(self, where: str, group: Group) -> None:
+        super()._check_group(where, group)
+        check_number(where, "eps", group["eps"])
+        if group["trust_clip"] != math.inf:
+            check_number(where, "trust_clip", group["trust_clip"])
+        check_betas(where, group["betas"])
+
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
+        beta1, beta2 = group["betas"]
+        names = ("eps", "weight_decay", "bias_correction", "trust_clip", "adapt")
+        return "lamb_", dict(beta1=beta1, beta2=beta2) | {name: group[name] for name in names}
+
+
+class LARS(Layerwise):
+    """LARS: SGD whose step is scaled to the size of each tensor's weights, for large batches.
+
+    Args:
+        params, lr, momentum, weight_decay, trust_coefficient, eps: each tensor's gradient, with
+            ``weight_decay * p`` added, is multiplied by ``trust_coefficient * |p| / (|g| + weight_decay * |p|
+            + eps)``, or by 1 where ``|p|`` or ``|g|`` is 0, and enters the momentum; ``lr`` multiplies the
+            momentum, as in ``torch.optim.SGD`` (the paper's is inside; the same while ``lr`` is constant).
+            ``lr`` may be a tensor of one element, which is read at each step, on the device.
+        nesterov: look ahead, as in ``torch.optim.SGD``.
+        adapt: False multiplies by 1, which is usual for groups of biases and of normalisation weights.
+        maximize: ascend instead of descend.
+        master_weights: as in :class:`fusedamp.optim.AdamW`.
+    State: ``step``, ``momentum_buffer`` and ``master``.
+    Cost: 30 B/param read and written in BF16 with masters, in two passes; no host sync.
+    Source: You, Gitman and Ginsburg 2017, arXiv:1708.03888, Alg. 1.
+    """
+
+    state_names = ("momentum_buffer",)
+    required_state = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        eps: float = 1e-8,
+        *,
+        nesterov: bool = False,
+        adapt: bool = True,
+        maximize: bool = False,
+        master_weights: str = "auto",
+    ) -> None:
+        defaults: Group = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
+        defaults |= dict(trust_coefficient=trust_coefficient, nesterov=nesterov, adapt=adapt)
+        super().__init__(params, {**defaults, "maximize": maximize, "master_weights": master_weights})
+
+    def _check_group(self, where: str, group: Group) -> None:
+        super()._check_group(where, group)
+        for name in ("momentum", "trust_coefficient", "eps"):
+            check_number(where, name, group[name])
+
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
+        names = ("momentum", "weight_decay", "trust_coefficient", "eps", "nesterov", "adapt")
+        return "lars_", {name: group[name] for name in names}
+
+
+class NovoGrad(Layerwise):
+    """NovoGrad: momentum of gradients that are divided by a running norm of their tensor.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as in the paper; ``lr`` may be a tensor of one element, which is
+            read at each step, on the device.
+        grad_averaging: whether a gradient enters the momentum times ``1 - beta1``.
+        maximize: ascend instead of descend.
+        master_weights: as in :class:`fusedamp.optim.AdamW`.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq`` (FP64, 0-d: of the whole tensor) and ``master``.
+    Cost: 30 B/param read and written in BF16 with masters, in two passes; no host sync.
+    Source: Ginsburg et al. 2019, arXiv:1905.11286, Alg. 1.
+    """
+
+    state_names = ("exp_avg", "exp_avg_sq")
+    required_state = ("step", "exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.95, 0.98),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        grad_averaging: bool = False,
+        maximize: bool = False,
+        master_weights: str = "auto",
+    ) -> None:
+        defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults |= dict(grad_averaging=grad_averaging, maximize=maximize, master_weights=master_weights)
+        super().__init__(params, defaults)
+
+    def _check_group(self, where: str, group: Group) -> None:
+        super()._check_group(where, group)
+        check_number(where, "eps", group["eps"])
+        check_betas(where, group["betas"])
+
+    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+        like = super()._like(name, param, group)
+        return scalar_like(param) if name == "exp_avg_sq" else like
+
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
+        beta1, beta2 = group["betas"]
+        names = ("eps", "weight_decay", "grad_averaging")
+        return "novograd_", dict(beta1=beta1, beta2=beta2) | {name: group[name] for name in names}
