@@ -107,18 +107,9 @@ def _muon(name: str, **options: Any) -> Case:
 
 def _nadam(name: str, **options: Any) -> Case:
     options = {"lr": 1e-2, "weight_decay": 0.1, **options}
-    states, terms = (*MOMENTS, "mu_product"), tolerances.nadam_terms
-    return Case(
-        name,
-        optim.NAdam,
-        torch.optim.NAdam,
-        reference.nadam,
-        states,
-        options,
-        20,
-        terms,
-        scalars=("mu_product",),
-    )
+    names, terms = (*MOMENTS, "mu_product"), tolerances.nadam_terms
+    ours, theirs, scalars = optim.NAdam, torch.optim.NAdam, ("mu_product",)
+    return Case(name, ours, theirs, reference.nadam, names, options, 20, terms, scalars=scalars)
 
 
 def _lamb(name: str, **options: Any) -> Case:
