@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 DEVICE = os.environ.get("FUSEDAMP_TEST_DEVICE", "cpu")
 HOST_ONLY = """
     test_attach_distributed test_benchmarks test_build test_capabilities test_capture_safety test_cli
-    test_cuda_registration test_default_device test_demo
+    test_cuda_registration test_default_device test_demo test_repro
     test_evidence test_house test_integrations test_kernels test_machine_code test_ops_targets
     test_optim_distributed test_runtime test_sharding
 """

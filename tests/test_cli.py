@@ -20,7 +20,7 @@ def test_module_entry_point():
     assert done.stdout.split() == ["fusedamp", fusedamp.__version__ + ",", "torch", torch.__version__]
 
 
-@pytest.mark.parametrize("command", [["--help"], ["info", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize("command", [["--help"], ["info", "--help"], ["demo", "--help"], ["repro", "--help"]])
 def test_help(command, capsys):
     """Every command explains itself."""
     with pytest.raises(SystemExit) as stop:

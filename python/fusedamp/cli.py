@@ -1,8 +1,9 @@
-"""The command line: ``python -m fusedamp info``, ``demo``, ``estimate``."""
+"""The command line: ``python -m fusedamp info``, ``demo``, ``repro``, ``estimate``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ import torch
 import fusedamp
 from fusedamp import command_estimate
 from fusedamp.capabilities import describe, system_info
-from fusedamp.demo.options import DemoError, add_arguments, options_from
+from fusedamp.demo import options as demo_options
+from fusedamp.demo.options import DemoError
+from fusedamp.repro import options as repro_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.command == "estimate":
         return command_estimate.run(args)
-    return _demo(args)
+    return _run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,7 +44,15 @@ def _parser() -> argparse.ArgumentParser:
         "with fusedamp, and without master weights. Prints a table and draws a picture. Exit code 1: the "
         "claim did not show.",
     )
-    add_arguments(demo)
+    demo_options.add_arguments(demo)
+    repro = commands.add_parser(
+        "repro",
+        help="show published effects of 16-bit training again, in minutes",
+        description="Train a character model over loss factors and without master weights, as Micikevicius "
+        "et al. 2018 did, and show which numbers stop in 16 bits. Prints tables and draws a picture. Exit "
+        "code 1: a claim did not show.",
+    )
+    repro_options.add_arguments(repro)
     memory = commands.add_parser(
         "estimate",
         help="bytes of weights, gradients, masters and states, before anything is allocated",
@@ -52,16 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
+    name = args.command
+    package = {"demo": demo_options, "repro": repro_options}[name]
     try:
-        options = options_from(args)
+        options = package.options_from(args)
     except DemoError as error:
-        print(f"fusedamp demo: {error}", file=sys.stderr)
+        print(f"fusedamp {name}: {error}", file=sys.stderr)
         return 2
-    from fusedamp.demo.run import run  # needs the extras, which options_from has looked for
-
+    run = importlib.import_module(f"fusedamp.{name}.run").run  # needs the extras, which were looked for
     try:
         return run(options)
     except DemoError as error:
-        print(f"fusedamp demo: {error}", file=sys.stderr)
+        print(f"fusedamp {name}: {error}", file=sys.stderr)
         return 1

@@ -71,15 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def options_from(args: argparse.Namespace) -> Options:
     """Check parsed arguments and turn them into `Options`; raises `DemoError` with one line."""
-    _need(
-        not (missing := [m for m in EXTRAS if importlib.util.find_spec(m) is None]),
-        f'the demo needs {", ".join(missing)}, not installed here: pip install "fusedamp[demo]"',
-    )
-    _need(args.steps is None or args.steps > 0, f"--steps is {args.steps}; it must be at least 1")
-    _need(args.threads is None or args.threads > 0, f"--threads is {args.threads}; it must be at least 1")
-    _need(0 <= args.seed < 2**31, f"--seed is {args.seed}; it must be between 0 and 2**31 - 1")
-    _need(math.isfinite(args.lr) and args.lr > 0, f"--lr is {args.lr}; it must be positive and finite")
-    _need(0 < args.init_scale <= 2.0**100, f"--init-scale is {args.init_scale}; it must be in (0, 2**100]")
+    need_extras(EXTRAS, "the demo needs")
+    need(args.steps is None or args.steps > 0, f"--steps is {args.steps}; it must be at least 1")
+    need(args.threads is None or args.threads > 0, f"--threads is {args.threads}; it must be at least 1")
+    need(0 <= args.seed < 2**31, f"--seed is {args.seed}; it must be between 0 and 2**31 - 1")
+    need(math.isfinite(args.lr) and args.lr > 0, f"--lr is {args.lr}; it must be positive and finite")
+    need(0 < args.init_scale <= 2.0**100, f"--init-scale is {args.init_scale}; it must be in (0, 2**100]")
     return Options(
         tasks=("gpt", "digits") if args.task == "all" else (args.task,),
         dtypes=tuple(DTYPES) if args.dtype == "all" else (args.dtype,),
@@ -89,13 +86,20 @@ def options_from(args: argparse.Namespace) -> Options:
         device=_device(args.device),
         learning_rate=args.lr,
         init_scale=args.init_scale,
-        picture=_picture(Path(args.out)),
+        picture=picture_path(Path(args.out), "demo.png"),
         threads=args.threads,
         quick=args.quick,
     )
 
 
-def _need(condition: bool, message: str) -> None:
+def need_extras(modules: tuple[str, ...], who: str) -> None:
+    """Raise `DemoError` where one of ``modules`` is missing."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    need(not missing, f'{who} {", ".join(missing)}, not installed here: pip install "fusedamp[demo]"')
+
+
+def need(condition: bool, message: str) -> None:
+    """Raise `DemoError` unless ``condition``."""
     if not condition:
         raise DemoError(message)
 
@@ -103,13 +107,11 @@ def _need(condition: bool, message: str) -> None:
 def _text_file(name: str | None, task: str) -> Path | None:
     if name is None:
         return None
-    _need(task != "digits", "--data is text for the GPT; --task digits reads none")
+    need(task != "digits", "--data is text for the GPT; --task digits reads none")
     path = Path(name)
-    _need(path.is_file(), f"--data {name}: no such file")
+    need(path.is_file(), f"--data {name}: no such file")
     size = path.stat().st_size
-    _need(
-        size >= MIN_TEXT_BYTES, f"--data {name} holds {size} bytes; the GPT needs at least {MIN_TEXT_BYTES}"
-    )
+    need(size >= MIN_TEXT_BYTES, f"--data {name} holds {size} bytes; the GPT needs at least {MIN_TEXT_BYTES}")
     return path
 
 
@@ -120,26 +122,27 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise DemoError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:N") from None
-    _need(device.type in ("cpu", "cuda"), f"--device {name}: the demo runs on cpu and cuda only")
+    need(device.type in ("cpu", "cuda"), f"--device {name}: the demo runs on cpu and cuda only")
     if device.type == "cuda":
-        _need(
+        need(
             torch.cuda.is_available(),
             f"--device {name}: torch {torch.__version__} sees no CUDA GPU here; use cpu",
         )
         count = torch.cuda.device_count()
-        _need((device.index or 0) < count, f"--device {name}: torch sees {count} GPU(s), numbered from 0")
+        need((device.index or 0) < count, f"--device {name}: torch sees {count} GPU(s), numbered from 0")
     return device
 
 
-def _picture(path: Path) -> Path:
+def picture_path(path: Path, name: str) -> Path:
+    """``path``, or ``name`` in the folder that it names, which is made."""
     if path.suffix.lower() == ".png":
-        _need(path.parent.is_dir(), f"--out {path}: no folder {path.parent}")
+        need(path.parent.is_dir(), f"--out {path}: no folder {path.parent}")
         return path
-    _need(
+    need(
         path.is_dir() or not path.suffix, f"--out {path}: the picture is a PNG; name a .png file or a folder"
     )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--out {path}: cannot make this folder ({error.strerror})") from None
-    return path / "demo.png"
+    return path / name

@@ -35,17 +35,17 @@ class Task:
 
 def gpt_task(data: Path | None) -> Task:
     """A GPT on bytes: pre-trained on Python code, fine-tuned on English prose (or the user's file)."""
-    code, prose = _standard_library_code(), data.read_bytes() if data else _language_reference()
+    code, prose = _standard_library_code(), data.read_bytes() if data else language_reference()
     source = data.name if data else "the Python language reference"
-    learn, keep = _split(_bytes(prose))
+    learn, keep = split(as_bytes(prose))
     starts = torch.linspace(0, len(keep) - CONTEXT - 1, 64).long()
-    code_bytes = _bytes(code)
+    code_bytes = as_bytes(code)
     return Task(
         name="gpt",
         story=f"GPT on bytes, pre-trained on the standard library's code, fine-tuned on {source}",
         make_model=lambda: GPT(context=CONTEXT),
-        pretrain=lambda seed, step: _windows(code_bytes, _draw(seed, step, len(code) - CONTEXT - 1, 16)),
-        finetune=lambda seed, step: _windows(learn, _draw(seed, step, len(learn) - CONTEXT - 1, 16)),
+        pretrain=lambda seed, step: _windows(code_bytes, draw(seed, step, len(code) - CONTEXT - 1, 16)),
+        finetune=lambda seed, step: _windows(learn, draw(seed, step, len(learn) - CONTEXT - 1, 16)),
         held_out=_windows(keep, starts),
         steps=120,
     )
@@ -61,7 +61,7 @@ def digits_task() -> Task:
     learn = len(images) * 3 // 4  # the set is ordered by writer: the held-out quarter is other people's hand
 
     def batch(pictures: Tensor, seed: int, step: int) -> Batch:
-        index = _draw(seed, step, learn, 64)
+        index = draw(seed, step, learn, 64)
         return pictures[index], labels[index]
 
     return Task(
@@ -75,7 +75,7 @@ def digits_task() -> Task:
     )
 
 
-def _draw(seed: int, step: int, below: int, count: int) -> Tensor:
+def draw(seed: int, step: int, below: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return torch.randint(below, (count,), generator=generator)
 
@@ -85,11 +85,11 @@ def _windows(text: Tensor, starts: Tensor) -> Batch:
     return spans[:, :-1], spans[:, 1:]
 
 
-def _bytes(text: bytes) -> Tensor:
+def as_bytes(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
-def _split(text: Tensor) -> tuple[Tensor, Tensor]:
+def split(text: Tensor) -> tuple[Tensor, Tensor]:
     cut = len(text) * 9 // 10
     return text[:cut], text[cut:]
 
@@ -105,7 +105,7 @@ def _standard_library_code() -> bytes:
     return code
 
 
-def _language_reference() -> bytes:
+def language_reference() -> bytes:
     """What ``help()`` prints on topics: Python's language reference as plain text."""
     try:
         from pydoc_data.topics import topics
