@@ -22,7 +22,7 @@ CONTEXT = 12
 HELD_OUT = 4096
 EVERY = 10  # steps between the points of a curve
 NEVER = 2**31 - 1  # steps until the scale grows
-SGD = {"lr": 0.5, "momentum": 0.9}
+SGD = {"lr": 0.2, "momentum": 0.9}
 ADAM = {"lr": 3e-5}
 Make = Callable[..., torch.optim.Optimizer]
 

@@ -19,7 +19,7 @@ class Options:
     seed: int = 0
     batch: int = 2048
     width: int = 256
-    factors: tuple[int, ...] = (0, -4, -8, -10, -12)
+    factors: tuple[int, ...] = (8, 0, -4, -8, -10, -12)
     stall_steps: int = 5000
     picture: Path = Path("repro.png")
     threads: int | None = None
