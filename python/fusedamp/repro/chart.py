@@ -20,7 +20,7 @@ TOP = 8.0  # of the loss that is shown: 256 equally likely bytes are 5.5
 def draw(sweeps: list[Sweep], path: Path, subtitle: str) -> None:
     """Write the picture to ``path``."""
     figure, axes = plt.subplots(
-        1, len(sweeps), figsize=(6.8 * len(sweeps), 4.8), squeeze=False, layout="constrained"
+        1, len(sweeps), figsize=(6.8 * len(sweeps), 6.0), squeeze=False, layout="constrained"
     )
     for sweep, one in zip(sweeps, axes[0], strict=True):
         _curves(one, sweep)
@@ -48,6 +48,6 @@ def _curves(axes: Axes, sweep: Sweep) -> None:
     lowest = min(loss for result in sweep.results for _, loss in result.curve if loss == loss)
     highest = max(loss for result in sweep.results for _, loss in result.curve if loss == loss)
     axes.set(title=sweep.title, xlabel="step", ylabel="training loss", ylim=(lowest - 0.1, min(highest, TOP)))
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)

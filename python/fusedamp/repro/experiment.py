@@ -15,6 +15,7 @@ from fusedamp import optim
 from fusedamp.demo.models import Embedding, Linear
 from fusedamp.demo.options import DTYPES
 from fusedamp.demo.tasks import as_bytes, draw, language_reference, split
+from fusedamp.optim.hyper import STORAGE
 
 from .options import Options
 
@@ -24,6 +25,8 @@ EVERY = 10  # steps between the points of a curve
 NEVER = 2**31 - 1  # steps until the scale grows
 SGD = {"lr": 0.2, "momentum": 0.9}
 ADAM = {"lr": 3e-5}
+ORDERS = 3  # of the batches, on which FP32 is trained
+FP16_SCALE = 10  # exponent of 2
 Make = Callable[..., torch.optim.Optimizer]
 
 
@@ -78,25 +81,24 @@ class Text:
 
 
 def setups(options: Options) -> tuple[list[Setup], list[Setup]]:
-    """The sweep of loss factors with SGD, and the formats of weights with Adam; FP32 on two orders of the
-    batches comes first in both.
+    """The sweep of loss factors with SGD, and the formats of weights with Adam; FP32 comes first in both, on
+    several orders of the batches.
     """
-    sweep = [
-        Setup("FP32", optim.SGD, SGD, "fp32"),
-        Setup("FP32, other batches", optim.SGD, SGD, "fp32", order=1),
-    ]
+    sweep, weights = _references(optim.SGD, SGD), _references(optim.AdamW, ADAM)
     sweep += [Setup(f"FP16, factor 2^{factor}", optim.SGD, SGD, factor=factor) for factor in options.factors]
-    weights = [
-        Setup("FP32", optim.AdamW, ADAM, "fp32"),
-        Setup("FP32, other batches", optim.AdamW, ADAM, "fp32", order=1),
-    ]
     for dtype in ("fp16", "bf16"):
-        for masters in optim.hyper.STORAGE["master_weights"]:
+        for masters in STORAGE["master_weights"]:
             name = f"{dtype.upper()}, {'no masters' if masters == 'none' else f'{masters} masters'}"
-            scale = 10 if dtype == "fp16" else None
+            scale = FP16_SCALE if dtype == "fp16" else None
             storage = {**ADAM, "master_weights": masters}
             weights.append(Setup(name, optim.AdamW, storage, dtype, scale))
     return sweep, weights
+
+
+def _references(make: Make, options: dict[str, Any]) -> list[Setup]:
+    first = Setup("FP32", make, options, "fp32")
+    others = range(1, ORDERS)
+    return [first, *(Setup(f"FP32, batches {k + 1}", make, options, "fp32", order=k) for k in others)]
 
 
 def train(setup: Setup, text: Text, options: Options, on_step: Callable[[], object]) -> Result:

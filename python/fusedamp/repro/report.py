@@ -13,15 +13,12 @@ TOO_SMALL = -8  # exponent of the loss factor from which FP16's gradients vanish
 
 
 class Sweep:
-    """Finished runs beside FP32 on two orders of the batches, which come first; their distance is the
-    yardstick, but no less than a hundredth of the loss.
-    """
+    """Finished runs, and FP32 on several orders of the batches; how far these end apart is the yardstick."""
 
     def __init__(self, title: str, results: list[Result]) -> None:
-        self.title, self.results = title, results
-        self.reference, other = results[:2]
-        distance = abs(self.reference.held_out - other.held_out)
-        self.yardstick = max(distance, self.reference.held_out / 100)
+        self.title, self.results, self.reference = title, results, results[0]
+        ends = [result.held_out for result in results if result.setup.dtype == "fp32"]
+        self.yardstick = max(ends) - min(ends)
 
     def gap(self, result: Result) -> float:
         return result.held_out - self.reference.held_out
@@ -37,8 +34,10 @@ class Sweep:
     def findings(self) -> list[Finding]:
         """Large loss factors and masters match; small factors and weights without masters fall behind."""
         found = []
-        for result in self.results[2:]:
+        for result in self.results:
             factor = result.setup.factor
+            if result.setup.dtype == "fp32":
+                continue
             if result.setup.options.get("master_weights") == "none":
                 found.append(self.finding(result, matches=False))
             elif factor is None or factor >= 0:

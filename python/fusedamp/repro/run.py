@@ -60,5 +60,5 @@ def _trained(some: list[Setup], text: Text, options: Options, progress: Progress
 _METHOD = (
     "The experiment of Micikevicius et al. 2018 (arXiv:1710.03740) on a character model and Python's "
     "language reference: 16-bit tensors, sums in FP32. A loss factor of 2^-k stands for gradients that are "
-    "2^k times smaller; the step divides by it again. FP32 on other batches is the yardstick."
+    "2^k times smaller; the step divides by it again. FP32 on other orders of the batches is the yardstick."
 )
