@@ -72,7 +72,7 @@ class Fusedamp:
 
 
 class Torch:
-    """P1, P2, P5, P6: FP32 weights. ``clip_grad_norm_`` gets ``foreach=True``, its faster setting for many."""
+    """P1, P2, P5, P6: FP32 weights. ``clip_grad_norm_`` gets ``foreach=True``, the faster one for many."""
 
     def __init__(
         self, optimizer: str, weights: list[Tensor], grads: list[Tensor], max_norm: float, implementation: str
