@@ -25,7 +25,7 @@ def run(options: Options) -> int:
         torch.set_num_threads(options.threads)
     console, started = Console(highlight=False), time.perf_counter()
     machine = (
-        f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads"
+        f"torch {torch.__version__}, Python {platform.python_version()}, threads {torch.get_num_threads()}"
     )
     console.print(machine, _METHOD, sep="\n", end="\n\n")
     text = Text()
