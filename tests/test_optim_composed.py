@@ -9,6 +9,7 @@ import torch
 from cases import BY_NAME, COMPOSED, bits, make_params, set_grads
 from fusedamp import optim
 from fusedamp.optim.muon import orthogonalized
+from test_optim_layout import with_gaps
 from test_optim_skip import amp, everything, step
 from tolerances import unit
 
@@ -273,6 +274,21 @@ def test_autocast_changes_nothing(case):
             train(optimizer, params, range(2))
         ends.append([bits(p) for p in params])
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", COMPOSED, ids=str)
+def test_parameters_with_gaps(case, dtype):
+    """Guards what is stepped on a dense copy: the result comes back to where the user looks."""
+    values = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    params = [torch.nn.Parameter(layout(values)) for layout in (with_gaps, torch.clone)]
+    for param in params:
+        optimizer = case.ours([param], **case.options)
+        for s in range(3):
+            param.grad = (values * (s - 1)).contiguous()
+            optimizer.step()
+    assert torch.equal(*params)
+    assert not torch.equal(params[0], values)
 
 
 def complex_parameter():
