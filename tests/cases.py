@@ -161,7 +161,7 @@ CASES = [
     _radam("radam"),
     _radam("radam-decoupled", decoupled_weight_decay=True, betas=(0.8, 0.95), eps=1e-2, maximize=True),
     _adafactor("adafactor"),
-    _adafactor("adafactor-maximize", beta2_decay=-0.5, d=2.0, maximize=True),
+    _adafactor("adafactor-maximize", lr=0.3, beta2_decay=-0.5, d=2.0, maximize=True),
     _muon("muon"),
     _muon("muon-plain-maximize", nesterov=False, maximize=True, adjust_lr_fn="match_rms_adamw"),
     _nadam("nadam"),

@@ -88,8 +88,7 @@ class Adafactor(ComposedOptimizer):
         eps1 = torch.finfo(weight.dtype).eps if eps1 is None else float(eps1)
         root = math.sqrt(max(weight.numel(), 1))
         fresh = step.pow(float(group["beta2_decay"])).to(weight.dtype)  # 1 - beta2 of this step
-        largest = step.rsqrt()
-        relative = largest.clamp(max=lr) if not isinstance(lr, Tensor) else torch.minimum(lr, largest)
+        relative = step.rsqrt().clamp(max=lr)
         rms = torch.linalg.vector_norm(weight) / root
         rate = rms.clamp(min=float(eps2)) * relative.to(weight.dtype)
 
