@@ -10,11 +10,14 @@ constexpr int kMaxStates = 3, kMaxHyper = 8;
 struct StepRow {
   const void* grad;
   void* param;
-  void* master;              // float; null: `param` itself is stepped
-  void* states[kMaxStates];  // float, or double where param is f64; then the rule's scalars, each one double
-  float* step;               // one element: how many steps this tensor has taken
-  int64_t numel;
+  void* master;               // null: `param` itself is stepped
+  void* states[kMaxStates];   // f64 where param is f64; then the rule's scalars, each one double
+  float* scales[kMaxStates];  // of 8-bit states: one for each block of kScaleBlock elements
+  float* step;                // one element: how many steps this tensor has taken
+  int64_t numel, seed;        // seed: of the tensor's random numbers
   DType grad_dtype, param_dtype;
+  DType master_dtype;  // f32, or i16: the remainder of a split master
+  DType state_dtype;   // f32, bf16 (rounded stochastically), f64, or i8: 8-bit codes, whose sign the rule knows
 };
 
 // One gradient of a read pass or of unscale_.
@@ -30,6 +33,7 @@ struct StepScalars {
   double hyper[kMaxHyper];
   double lr;
   bool maximize;
+  bool stochastic;  // how 16-bit weights without masters are rounded
   const void* lr_tensor;
   DType lr_dtype;
   const float *inv_scale, *clip_coef, *found_inf;

@@ -19,7 +19,7 @@ struct AdamCoeffs {
 
 template <bool kDecoupled, bool kAmsgrad>
 struct AdamRule : Elementwise {
-  static constexpr int kStates = kAmsgrad ? 3 : 2;
+  static constexpr int kStates = kAmsgrad ? 3 : 2, kNonNegative = 0b110;
   using Hyper = AdamHyper;
   template <class S>
   using Coeffs = AdamCoeffs<S>;

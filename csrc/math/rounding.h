@@ -1,6 +1,7 @@
-// FP16 and BF16 <-> FP32, to nearest with ties to even, safe for NaN, infinity and subnormals (IEEE 754-2019, 4.3.1).
-// Bit arithmetic, right on every machine; the engines use the hardware's instructions where they exist and give the
-// same bits.
+// FP16 and BF16 <-> FP32, to nearest with ties to even, safe for NaN, infinity and subnormals (IEEE 754-2019, 4.3.1),
+// or stochastically: up with a probability that makes the mean exact (Gupta et al. 2015, arXiv:1502.02551,
+// section 3.1). Bit arithmetic, right on every machine; the engines use the hardware's instructions where they exist
+// and give the same bits.
 #pragma once
 #include "vocab.h"
 
@@ -47,6 +48,27 @@ FUSEDAMP_FN uint16_t float_to_f16(float x) {
   } else {
     h = (a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13;
   }
+  return static_cast<uint16_t>(sign | h);
+}
+
+// Stochastic: `random` is 32 random bits, of which the upper ones decide. A finite value never becomes infinite by
+// chance.
+FUSEDAMP_FN uint16_t float_to_bf16(float x, uint32_t random) {
+  const uint32_t u = bits_of(x), up = u + (random >> 16), magnitude = u & 0x7fffffffu;
+  const bool is_nan = magnitude > 0x7f800000u;
+  const bool overflows = magnitude >= 0x7f800000u || (up & 0x7fffffffu) >= 0x7f800000u;
+  return static_cast<uint16_t>(is_nan ? 0x7fc0u : (overflows ? u : up) >> 16);
+}
+
+FUSEDAMP_FN uint16_t float_to_f16(float x, uint32_t random) {
+  const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  // Below 2^-14 in units of 2^-40, 16 bits finer than FP16's last place.
+  const bool small = a < 0x38800000u;
+  const int32_t fine = static_cast<int32_t>(float_of(small ? a : 0u) * 1099511627776.0f);
+  const uint32_t subnormal = (static_cast<uint32_t>(fine) + (random >> 16)) >> 16;
+  const uint32_t normal = (a + (random >> 19) - 0x38000000u) >> 13;
+  const uint32_t finite = small ? subnormal : normal < 0x7bffu ? normal : 0x7bffu;
+  const uint32_t h = a > 0x7f800000u ? 0x7e00u : a >= 0x47800000u ? 0x7c00u : finite;  // from 65536 on
   return static_cast<uint16_t>(sign | h);
 }
 

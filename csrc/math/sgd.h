@@ -18,7 +18,7 @@ struct SgdCoeffs {
 
 template <bool kMomentum>
 struct SgdRule : Elementwise {
-  static constexpr int kStates = kMomentum ? 1 : 0;
+  static constexpr int kStates = kMomentum ? 1 : 0, kNonNegative = 0;
   using Hyper = SgdHyper;
   template <class S>
   using Coeffs = SgdCoeffs<S>;

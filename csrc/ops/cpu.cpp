@@ -28,22 +28,23 @@ void parallel(int64_t units, const std::function<void(int64_t)>& run) {
 }
 
 template <const char* const& kName>
-void step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, double lr,
+void step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales, double lr,
           std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor, OptionalTensor inv_scale,
-          OptionalTensor clip_coef, OptionalTensor found_inf) {
+          OptionalTensor clip_coef, OptionalTensor found_inf, std::vector<int64_t> seeds, bool stochastic_rounding) {
   if (params.empty()) return;
   const std::string op = kName;
-  const StepLists lists = {params, grads, masters, states, steps};
+  const StepLists lists = {params, grads, masters, states, steps, scales, seeds};
   const RuleId rule = rule_for(op, params.size(), states.size());
   const StepScalars scalars =
-      step_scalars(op, params[0], lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf);
-  cpu::step(rule, step_rows(op, lists), scalars, parallel);
+      step_scalars(op, params[0], lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
+  cpu::step(rule, step_rows(op, rule, lists), scalars, parallel);
 }
 
 void packed_step_(Tensor rows, Tensor grads, Tensor like, std::string op, int64_t states, double lr,
                   std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor, OptionalTensor inv_scale,
-                  OptionalTensor clip_coef, OptionalTensor found_inf) {
-  const StepScalars scalars = step_scalars(op, like, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf);
+                  OptionalTensor clip_coef, OptionalTensor found_inf, bool stochastic_rounding) {
+  const StepScalars scalars =
+      step_scalars(op, like, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
   cpu::step(rule_for(op, 1, states), packed_step_rows(rows, grads), scalars, parallel);
 }
 

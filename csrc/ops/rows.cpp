@@ -1,5 +1,7 @@
 #include "rows.h"
 
+#include "../math/quantize.h"
+
 namespace fusedamp {
 namespace {
 
@@ -11,9 +13,54 @@ int64_t packed_count(const std::string& op, const Tensor& packed, int64_t column
   return packed.numel() / columns;
 }
 
-}  // namespace
+bool measures_norms(RuleId rule) {
+  static constexpr int kNorms[] = {
+#define FUSEDAMP_RULE(op, Rule) Rule::kNorms,
+#include "../math/optimizers.def"
+  };
+  return kNorms[rule] > 0;
+}
 
-namespace {
+bool never_negative(RuleId rule, size_t state) {
+  static constexpr int kMasks[] = {
+#define FUSEDAMP_RULE(op, Rule) Rule::kNonNegative,
+#include "../math/optimizers.def"
+  };
+  return kMasks[rule] >> state & 1;
+}
+
+DType master_dtype(const std::string& op, const Name& name, const Tensor& master, const Name& like,
+                   const Tensor& param) {
+  if (master.scalar_type() == ScalarType::Float) return DType::f32;
+  if (master.scalar_type() == ScalarType::Short) return DType::i16;
+  fail(op, name, " is ", dtype_name(master), "; expected float32, or int16 for a split master, because ", like, " is ",
+       dtype_name(param));
+}
+
+// All 8-bit states are i8 to the engines, which know their signs from the rule.
+DType state_dtype(const std::string& op, const Name& name, const Tensor& state, bool never_negative, const Name& like,
+                  const Tensor& param) {
+  const ScalarType got = state.scalar_type();
+  if (param.scalar_type() == ScalarType::Double) {
+    need_dtype(op, name, state, ScalarType::Double, like, param);
+    return DType::f64;
+  }
+  if (got == ScalarType::Float) return DType::f32;
+  if (got == ScalarType::BFloat16) return DType::bf16;
+  if (got == (never_negative ? ScalarType::Byte : ScalarType::Char)) return DType::i8;
+  fail(op, name, " is ", dtype_name(state), "; expected float32, bfloat16, or ", never_negative ? "uint8" : "int8",
+       " with scales, because ", like, " is ", dtype_name(param));
+}
+
+float* scales_at(const std::string& op, size_t k, const Tensor& scales, const Tensor& param) {
+  const Name name = at("scales", k);
+  need_device(op, name, scales, {"params"}, param);
+  const int64_t wanted = (param.numel() + kScaleBlock - 1) / kScaleBlock;
+  if (scales.scalar_type() != ScalarType::Float || scales.numel() != wanted || !scales.is_contiguous())
+    fail(op, name, " is ", dtype_name(scales), " of shape ", list_text(scales.sizes()),
+         "; expected contiguous float32 [", wanted, "], one for each ", kScaleBlock, " elements of the param");
+  return static_cast<float*>(data_of(op, name, scales));
+}
 
 // How many of the op's lists of states hold scalars, one element for each parameter: the last ones.
 size_t scalar_lists(const std::string& op) {
@@ -25,11 +72,15 @@ size_t scalar_lists(const std::string& op) {
 
 }  // namespace
 
-std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
+std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLists& lists) {
   const size_t n = lists.params.size();
   need_length(op, "grads", lists.grads.size(), n, "one per param");
   need_length(op, "steps", lists.steps.size(), n, "one per param");
   if (!lists.masters.empty()) need_length(op, "masters", lists.masters.size(), n, "one per param, or none at all");
+  if (!lists.scales.empty())
+    need_length(op, "scales", lists.scales.size(), lists.states.size(), "one per state, or none at all");
+  if (!lists.seeds.empty() && lists.seeds.size() != n)
+    fail(op, "seeds has ", lists.seeds.size(), " numbers; expected ", n, ", one per param, or none at all");
 
   const size_t all_lists = lists.states.size() / n, tensor_lists = all_lists - scalar_lists(op);
   std::vector<StepRow> rows(n);
@@ -43,6 +94,7 @@ std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
     row.param_dtype = dtype_of(op, name, param);
     row.param = data_of(op, name, param);
     row.numel = param.numel();
+    row.seed = lists.seeds.empty() ? static_cast<int64_t>(i) : lists.seeds[i];
 
     row.grad_dtype = dtype_of(op, at("grads", i), lists.grads[i]);
     row.grad = data_like(op, "grads", i, lists.grads[i], param);
@@ -50,31 +102,46 @@ std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists) {
       fail(op, at("grads", i), " is float64; expected at most float32, because ", name, " is ", dtype_name(param),
            ". Cast the gradient");
 
-    row.master = nullptr;
+    add_span(spans, true, name, param, row.param, size_of(row.param_dtype));
+    add_span(spans, false, at("grads", i), lists.grads[i], row.grad, size_of(row.grad_dtype));
+    row.master_dtype = DType::f32;
     if (!lists.masters.empty()) {
       if (!is_16bit(row.param_dtype))
         fail(op, name, " is ", dtype_name(param),
              " and has a master; expected float16 or bfloat16. Step it in a call of ", "its own, without masters");
-      need_dtype(op, at("masters", i), lists.masters[i], ScalarType::Float, name, param);
+      row.master_dtype = master_dtype(op, at("masters", i), lists.masters[i], name, param);
       row.master = data_like(op, "masters", i, lists.masters[i], param);
+      add_span(spans, true, at("masters", i), lists.masters[i], row.master, size_of(row.master_dtype));
     }
-    const bool wide = row.param_dtype == DType::f64;
+    row.state_dtype = row.param_dtype == DType::f64 ? DType::f64 : DType::f32;
     for (size_t j = 0; j < tensor_lists; ++j) {
-      const Tensor& state = lists.states[j * n + i];
-      need_dtype(op, at("states", j * n + i), state, wide ? ScalarType::Double : ScalarType::Float, name, param);
-      row.states[j] = data_like(op, "states", j * n + i, state, param);
+      const size_t k = j * n + i;
+      const Tensor& state = lists.states[k];
+      const DType found = state_dtype(op, at("states", k), state, never_negative(rule, j), name, param);
+      if (j > 0 && found != row.state_dtype)
+        fail(op, at("states", k), " is ", dtype_name(state), " beside ", at("states", i), ", which is ",
+             dtype_name(lists.states[i]), "; expected one storage format for all states of ", name);
+      row.state_dtype = found;
+      row.states[j] = data_like(op, "states", k, state, param);
+      add_span(spans, true, at("states", k), state, row.states[j], size_of(found));
+      if (found != DType::i8) continue;
+      if (lists.scales.empty())
+        fail(op, at("states", k), " is ", dtype_name(state), " without scales; expected one float32 for each ",
+             kScaleBlock, " of its elements. Pass scales");
+      row.scales[j] = scales_at(op, k, lists.scales[k], param);
+      add_span(spans, true, at("scales", k), lists.scales[k], row.scales[j], sizeof(float));
     }
     for (size_t j = tensor_lists; j < all_lists; ++j)
       row.states[j] = one_element<double>(op, at("states", j * n + i), lists.states[j * n + i], param,
                                           ScalarType::Double, "float64");
+    if (measures_norms(rule) &&
+        (row.master_dtype == DType::i16 || row.state_dtype == DType::bf16 || row.state_dtype == DType::i8))
+      fail(op, name,
+           " has a split master, or states in 16 or 8 bits; expected float32 ones, as this op measures norms ",
+           "of them");
     row.step = one_element<float>(op, at("steps", i), lists.steps[i], param, ScalarType::Float, "float32");
-
-    add_span(spans, true, name, param, row.param, size_of(row.param_dtype));
-    add_span(spans, false, at("grads", i), lists.grads[i], row.grad, size_of(row.grad_dtype));
-    if (row.master) add_span(spans, true, at("masters", i), lists.masters[i], row.master, sizeof(float));
-    for (size_t j = 0; j < all_lists; ++j)
-      add_span(spans, true, at("states", j * n + i), lists.states[j * n + i], row.states[j],
-               wide || j >= tensor_lists ? 8 : 4);
+    for (size_t j = tensor_lists; j < all_lists; ++j)
+      add_span(spans, true, at("states", j * n + i), lists.states[j * n + i], row.states[j], sizeof(double));
     add_span(spans, true, at("steps", i), lists.steps[i], row.step, sizeof(float));
   }
   need_own_memory(op, spans);
@@ -97,7 +164,7 @@ std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool
 }
 
 std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads) {
-  constexpr int64_t kColumns = 8;
+  constexpr int64_t kColumns = 12;
   const int64_t n = packed_count("packed_step_", rows, kColumns);
   if (packed_count("packed_step_", grads, 1) != n) fail("packed_step_", "grads and rows differ in length");
   const auto* from = static_cast<const int64_t*>(rows.data_ptr());
@@ -105,14 +172,20 @@ std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads) {
   std::vector<StepRow> unpacked(n);
   for (int64_t i = 0; i < n; ++i, from += kColumns) {
     void* const* at = reinterpret_cast<void* const*>(from);
+    const auto scales = [&](int j) { return static_cast<float*>(at[j]); };
+    const auto dtype = [&](int byte) { return static_cast<DType>(from[11] >> 8 * byte & 255); };
     unpacked[i] = {grad[i],
                    at[0],
                    at[1],
                    {at[2], at[3], at[4]},
-                   static_cast<float*>(at[5]),
-                   from[6],
-                   static_cast<DType>(from[7] >> 8),
-                   static_cast<DType>(from[7] & 255)};
+                   {scales(5), scales(6), scales(7)},
+                   static_cast<float*>(at[8]),
+                   from[9],
+                   from[10],
+                   dtype(1),
+                   dtype(0),
+                   dtype(2),
+                   dtype(3)};
   }
   return unpacked;
 }
@@ -148,7 +221,7 @@ RuleId rule_for(const std::string& op, size_t params, size_t states) {
 
 StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, const std::vector<double>& hyper,
                          bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
-                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf) {
+                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf, bool stochastic_rounding) {
   StepScalars s = {};
   size_t wanted = 0;
 #define FUSEDAMP_OP(rule_op, Hyper) \
@@ -158,6 +231,7 @@ StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, c
   for (size_t i = 0; i < wanted; ++i) s.hyper[i] = hyper[i];
   s.lr = lr;
   s.maximize = maximize;
+  s.stochastic = stochastic_rounding;
   if (lr_tensor) {
     need_device(op, {"lr"}, *lr_tensor, at("params", 0), like);
     s.lr_dtype = dtype_of(op, {"lr"}, *lr_tensor);

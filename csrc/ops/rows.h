@@ -7,17 +7,19 @@
 namespace fusedamp {
 
 // The lists of a step op as it received them. states: all first states, then all second ones, and so on; a rule's
-// scalars last, fp64 of one element.
+// scalars last, fp64 of one element. scales, of 8-bit states, likewise.
 struct StepLists {
-  const Tensors &params, &grads, &masters, &states, &steps;
+  const Tensors &params, &grads, &masters, &states, &steps, &scales;
+  const std::vector<int64_t>& seeds;
 };
 
-std::vector<StepRow> step_rows(const std::string& op, const StepLists& lists);
+std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLists& lists);
 std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool written = false);
 
 // Rows that Python packed into int64 tensors on the CPU, of tensors that it has checked and keeps alive.
-// Step rows, [n, 8]: param, master (or 0), three states (or 0), step, numel, param dtype + 256 * gradient dtype; grads,
-// [n]. Gradient rows, [n, 3]: gradient, numel, dtype.
+// Step rows, [n, 12]: param, master (or 0), three states (or 0), their scales (or 0), step, numel, seed, and the dtypes
+// of param, gradient, master and states, 8 bits each from the lowest; grads, [n]. Gradient rows, [n, 3]: gradient,
+// numel, dtype.
 std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads);
 std::vector<GradRow> packed_grad_rows(const Tensor& rows);
 
@@ -30,6 +32,6 @@ RuleId rule_for(const std::string& op, size_t params, size_t states);
 
 StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, const std::vector<double>& hyper,
                          bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
-                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf);
+                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf, bool stochastic_rounding);
 
 }  // namespace fusedamp

@@ -6,12 +6,14 @@ namespace fusedamp {
 // The scalars that every step takes.
 #define FUSEDAMP_STEP_SCALARS                                                                      \
   "float lr, float[] hyper, bool maximize=False, Tensor? lr_tensor=None, Tensor? inv_scale=None, " \
-  "Tensor? clip_coef=None, Tensor? found_inf=None) -> ()"
+  "Tensor? clip_coef=None, Tensor? found_inf=None, "
 
-// params, grads, masters (empty, or one per param), states (all first ones, then all second ones ...), steps.
+// params, grads, masters (empty, or one per param: float32, or the int16 remainders of split masters), states (all
+// first ones, then all second ones ...: float32, bfloat16, or int8, uint8 where they are never negative), steps, scales
+// (of 8-bit states, in their order). seeds: of each param's random numbers, by default its index.
 #define FUSEDAMP_STEP_SCHEMA(op)                                                                               \
   #op "_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, Tensor(d!)[] steps, " \
-      "*, " FUSEDAMP_STEP_SCALARS
+      "Tensor(e!)[] scales, *, " FUSEDAMP_STEP_SCALARS "int[] seeds=[], bool stochastic_rounding=False) -> ()"
 
 constexpr const char* kUnscaleSchema = "unscale_(Tensor(a!)[] grads, Tensor inv_scale, Tensor(b!) found_inf) -> ()";
 
@@ -22,7 +24,8 @@ constexpr const char* kGradStatsSchema =
 // The same two passes over addresses that the caller has packed (rows.h says how): handing over a tensor costs about
 // 0.5 us of host time, an address a tenth of that. For fusedamp's own Python only. `like` is any tensor on the device.
 constexpr const char* kPackedStepSchema =
-    "packed_step_(Tensor rows, Tensor grads, Tensor like, str op, int states, *, " FUSEDAMP_STEP_SCALARS;
+    "packed_step_(Tensor rows, Tensor grads, Tensor like, str op, int states, *, " FUSEDAMP_STEP_SCALARS
+    "bool stochastic_rounding=False) -> ()";
 constexpr const char* kPackedGradStatsSchema =
     "packed_grad_stats(Tensor rows, Tensor like, Tensor? inv_scale=None, float norm_type=2.0) -> "
     "(Tensor, Tensor, Tensor, Tensor)";

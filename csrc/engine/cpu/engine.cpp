@@ -7,7 +7,8 @@
 namespace fusedamp::cpu {
 namespace {
 
-constexpr int64_t kChunk = 32 * 1024;  // elements; a 16-bit gradient chunk and its states fit the L2 cache
+// Elements; a 16-bit gradient chunk and its states fit the L2 cache, and 2^32 elements are whole chunks.
+constexpr int64_t kChunk = 32 * 1024;
 
 // units[u] .. units[u + 1] are the chunks that one thread takes at once: about kChunk elements.
 struct Plan {

@@ -1,11 +1,15 @@
 // How a step reads and writes weights and states, a block at a time: in place where they are stored in the type of the
 // arithmetic, else through the L1 cache. `at` is the block's first element, a multiple of kBlock; n its length.
 #pragma once
+#include "../../math/quantize.h"
+#include "../../math/split.h"
 #include "../table.h"
 #include "convert.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
+
+static_assert(kBlock % kScaleBlock == 0, "a block has whole scale blocks");
 
 // Where a 16-bit weight is not its master rounded, somebody wrote the weight: the master follows it.
 FUSEDAMP_FN void follow(DType dtype, const uint16_t* param, float* master, int64_t n) {
@@ -16,6 +20,77 @@ FUSEDAMP_FN void follow(DType dtype, const uint16_t* param, float* master, int64
     if (rounded[i] != param[i]) master[i] = dtype == DType::f16 ? f16_to_float(param[i]) : bf16_to_float(param[i]);
 }
 
+FUSEDAMP_FN void join(DType dtype, const uint16_t* param, const int16_t* remainder, float* master, int64_t n) {
+  if (dtype == DType::bf16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) master[i] = bf16_joined(param[i], remainder[i]);
+    return;
+  }
+  alignas(64) float wide[kBlock];
+  widen_f16(param, wide, n);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) master[i] = f16_joined(wide[i], remainder[i]);
+  follow(dtype, param, master, n);
+}
+
+FUSEDAMP_FN void split(DType dtype, const float* master, uint16_t* param, int16_t* remainder, int64_t n) {
+  if (dtype == DType::bf16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      param[i] = float_to_bf16_away(master[i]);
+      remainder[i] = bf16_remainder(master[i]);
+    }
+    return;
+  }
+  alignas(64) float wide[kBlock];
+  narrow_f16(master, param, n);
+  widen_f16(param, wide, n);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) remainder[i] = f16_remainder(master[i], wide[i]);
+}
+
+// As narrow(), stochastically; `first` is the index of from[0].
+FUSEDAMP_FN void narrow(DType dtype, const float* from, uint16_t* to, int64_t n, RandomKey key, int64_t first) {
+  const auto index = static_cast<uint32_t>(first);
+  if (dtype == DType::bf16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = float_to_bf16(from[i], random_bits(key, index + static_cast<uint32_t>(i)));
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = float_to_f16(from[i], random_bits(key, index + static_cast<uint32_t>(i)));
+  }
+}
+
+template <bool kNonNegative, class C>
+FUSEDAMP_FN void dequantize(const C* codes, const float* scales, float* to, int64_t n) {
+  for (int64_t b = 0; b < n; b += kScaleBlock) {
+    const float scale = *scales++;
+    const int64_t end = b + kScaleBlock < n ? b + kScaleBlock : n;
+#pragma omp simd
+    for (int64_t i = b; i < end; ++i) to[i] = Codes<kNonNegative>::value(codes[i], scale);
+  }
+}
+
+template <bool kNonNegative, class C>
+FUSEDAMP_FN void quantize(const float* from, C* codes, float* scales, int64_t n, RandomKey key, int64_t first) {
+  for (int64_t b = 0; b < n; b += kScaleBlock) {
+    const int64_t end = b + kScaleBlock < n ? b + kScaleBlock : n;
+    uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = b; i < end; ++i) {
+      const uint32_t magnitude = bits_of(from[i]) & 0x7fffffffu;  // as integers, NaN > infinity > finite
+      largest = largest > magnitude ? largest : magnitude;
+    }
+    const float scale = *scales++ = Codes<kNonNegative>::scale(largest);
+    const float inverse = Codes<kNonNegative>::inverse(scale);
+    const auto index = static_cast<uint32_t>(first);
+#pragma omp simd
+    for (int64_t i = b; i < end; ++i)
+      codes[i] = static_cast<C>(
+          Codes<kNonNegative>::code(from[i], inverse, random_bits(key, index + static_cast<uint32_t>(i))));
+  }
+}
+
 // What is stepped: the master where there is one, else the weight.
 FUSEDAMP_FN double* load_weight(const StepRow& row, int64_t at, int64_t, double*) {
   return static_cast<double*>(row.param) + at;
@@ -23,24 +98,77 @@ FUSEDAMP_FN double* load_weight(const StepRow& row, int64_t at, int64_t, double*
 FUSEDAMP_FN float* load_weight(const StepRow& row, int64_t at, int64_t n, float* staging) {
   if (!is_16bit(row.param_dtype)) return static_cast<float*>(row.param) + at;
   const uint16_t* param = static_cast<const uint16_t*>(row.param) + at;
-  if (!row.master) {
-    widen(row.param_dtype, param, staging, n);
-    return staging;
+  if (row.master && row.master_dtype == DType::f32) {
+    float* master = static_cast<float*>(row.master) + at;
+    follow(row.param_dtype, param, master, n);
+    return master;
   }
-  float* master = static_cast<float*>(row.master) + at;
-  follow(row.param_dtype, param, master, n);
-  return master;
+  if (row.master) {
+    join(row.param_dtype, param, static_cast<const int16_t*>(row.master) + at, staging, n);
+  } else {
+    widen(row.param_dtype, param, staging, n);
+  }
+  return staging;
 }
 
 // After the step. `weight` is what load_weight returned.
-FUSEDAMP_FN void store_weight(const StepRow&, int64_t, int64_t, const double*) {}
-FUSEDAMP_FN void store_weight(const StepRow& row, int64_t at, int64_t n, const float* weight) {
-  if (is_16bit(row.param_dtype)) narrow(row.param_dtype, weight, static_cast<uint16_t*>(row.param) + at, n);
+FUSEDAMP_FN void store_weight(const StepRow&, int64_t, int64_t, const double*, bool, uint64_t) {}
+FUSEDAMP_FN void store_weight(const StepRow& row, int64_t at, int64_t n, const float* weight, bool stochastic,
+                              uint64_t stream) {
+  if (!is_16bit(row.param_dtype)) return;
+  uint16_t* param = static_cast<uint16_t*>(row.param) + at;
+  if (row.master && row.master_dtype == DType::i16) {
+    split(row.param_dtype, weight, param, static_cast<int16_t*>(row.master) + at, n);
+  } else if (row.master || !stochastic) {
+    narrow(row.param_dtype, weight, param, n);
+  } else {
+    narrow(row.param_dtype, weight, param, n, random_key(stream, kWeightList, at), at);
+  }
 }
 
-template <class V>
-FUSEDAMP_FN V* load_state(const StepRow& row, int j, int64_t at, int64_t, V*) {
-  return static_cast<V*>(row.states[j]) + at;
+template <bool kNonNegative>
+FUSEDAMP_FN double* load_state(const StepRow& row, int j, int64_t at, int64_t, double*) {
+  return static_cast<double*>(row.states[j]) + at;
+}
+template <bool kNonNegative>
+FUSEDAMP_FN float* load_state(const StepRow& row, int j, int64_t at, int64_t n, float* staging) {
+  if (row.state_dtype == DType::f32) return static_cast<float*>(row.states[j]) + at;
+  if (row.state_dtype == DType::bf16) {
+    widen_bf16(static_cast<const uint16_t*>(row.states[j]) + at, staging, n);
+  } else {
+    using Code = CodeOf<kNonNegative>;
+    dequantize<kNonNegative>(static_cast<const Code*>(row.states[j]) + at, row.scales[j] + at / kScaleBlock, staging,
+                             n);
+  }
+  return staging;
+}
+
+// After the step. `state` is what load_state returned.
+template <bool kNonNegative>
+FUSEDAMP_FN void store_state(const StepRow&, int, int64_t, int64_t, const double*, uint64_t) {}
+template <bool kNonNegative>
+FUSEDAMP_FN void store_state(const StepRow& row, int j, int64_t at, int64_t n, const float* state, uint64_t stream) {
+  if (row.state_dtype == DType::f32) return;
+  const RandomKey key = random_key(stream, j, at);
+  if (row.state_dtype == DType::bf16) {
+    narrow(DType::bf16, state, static_cast<uint16_t*>(row.states[j]) + at, n, key, at);
+  } else {
+    using Code = CodeOf<kNonNegative>;
+    quantize<kNonNegative>(state, static_cast<Code*>(row.states[j]) + at, row.scales[j] + at / kScaleBlock, n, key, at);
+  }
+}
+
+// Calls visit(j, constant) for each state, with a constant that says whether it is never negative.
+template <bool kYes>
+struct NonNegative {
+  static constexpr bool value = kYes;
+};
+template <class Rule, class Visit>
+FUSEDAMP_FN void for_each_state(Visit visit) {
+  constexpr int kMask = Rule::kNonNegative;
+  if constexpr (Rule::kStates > 0) visit(0, NonNegative<(kMask & 1) != 0>());
+  if constexpr (Rule::kStates > 1) visit(1, NonNegative<(kMask & 2) != 0>());
+  if constexpr (Rule::kStates > 2) visit(2, NonNegative<(kMask & 4) != 0>());
 }
 
 }  // namespace FUSEDAMP_TARGET

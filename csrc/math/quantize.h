@@ -1,0 +1,78 @@
+// States in 8 bits: codes relative to a power of two for each block of kScaleBlock neighbours (block-wise scales:
+// Dettmers et al. 2022, arXiv:2110.02861).
+//
+// Codes are tapered: 32 (non-negative states) or 16 (signed ones) per octave for the 4 octaves below the block's
+// largest magnitude, half as many for the next 4, and so on; the last few codes are evenly spaced down to 0. (Evenly
+// spaced codes throughout would round a small gradient's momentum up to a step of its large neighbour's, and divide it
+// by its own small second moment.) Codes are even between neighbouring powers of two, so the step from a value to its
+// code is a shift of its bits, the probability of rounding up is linear in the value, and the mean of stochastic
+// rounding is exact. Code 0 is excluded for states that are never negative: a second moment that rounds to 0 beside a
+// first moment that does not is a division by eps.
+//
+// The scale is FP32. 0: all values of the block are below 2^-126. NaN: one was not finite, and all of them become NaN,
+// which the step after this one shows.
+#pragma once
+#include "random.h"
+#include "rounding.h"
+
+namespace fusedamp {
+inline namespace FUSEDAMP_TARGET {
+
+constexpr int64_t kScaleBlock = 128;
+
+template <bool kNonNegative>
+struct CodeType {
+  using type = int8_t;
+};
+template <>
+struct CodeType<true> {
+  using type = uint8_t;
+};
+template <bool kNonNegative>
+using CodeOf = typename CodeType<kNonNegative>::type;
+
+template <bool kNonNegative>
+struct Codes {
+  // Values are divided by the scale, to 0 <= x < 2. Code y stands for the x where float(y) has the bits of x, shifted
+  // by kShift, plus kBias; below kLinear for y / kSteep.
+  static constexpr int kShift = 2;  // 2^kShift octaves share a density of codes
+  static constexpr int kLowest = kNonNegative ? 1 : 0, kHighest = kNonNegative ? 255 : 127;
+  static constexpr float kLinear = 4.0f;
+  static constexpr uint32_t kBelowTwo = 0x3fffffffu;                          // the bits of the largest float below 2
+  static constexpr uint32_t kEnd = kNonNegative ? 0x43800000u : 0x43000000u;  // the bits of 256 or 128: the code of 2
+  static constexpr uint32_t kBias = kEnd - (0x40000000u >> kShift);
+  static constexpr float kSteep = kNonNegative ? 0x1p25f : 0x1p21f;      // 4 / the x of code 4
+  static constexpr uint32_t kRoom = kNonNegative ? 1u << 18 : 1u << 19;  // a step of the code below 2, as bits
+
+  // `largest`: the bits of the block's largest magnitude.
+  FUSEDAMP_FN static float scale(uint32_t largest) {
+    const uint32_t power = (largest + kRoom) & 0x7f800000u;  // room to round up
+    return float_of(largest >= 0x7f800000u ? 0x7fc00000u : power < 0x7e800000u ? power : 0x7e800000u);
+  }
+  // What values are multiplied by: 1 / scale, or 0.
+  FUSEDAMP_FN static float inverse(float scale) {
+    const uint32_t power = bits_of(scale);
+    return float_of(power == 0u || power > 0x7f800000u ? 0u : 0x7f000000u - power);
+  }
+
+  FUSEDAMP_FN static int32_t code(float value, float inverse, uint32_t random) {
+    const uint32_t u = bits_of(value * inverse), sign = u & 0x80000000u, magnitude = u & 0x7fffffffu;
+    const uint32_t below_two = magnitude < kBelowTwo ? magnitude : kBelowTwo;
+    const float tapered = float_of((below_two >> kShift) + kBias), even = float_of(below_two) * kSteep;
+    const float dither = static_cast<float>(static_cast<int32_t>(random >> 8)) * 0x1p-24f;
+    int32_t code = static_cast<int32_t>((tapered < even ? tapered : even) + dither);
+    code = code < kLowest ? kLowest : code < kHighest ? code : kHighest;
+    return !kNonNegative && sign ? -code : code;
+  }
+  FUSEDAMP_FN static float value(int32_t code, float scale) {
+    const float y = static_cast<float>(code);
+    const uint32_t sign = bits_of(y) & 0x80000000u, magnitude = bits_of(y) & 0x7fffffffu;
+    const float tapered = float_of(((magnitude - kBias) << kShift) & 0x7fffffffu);
+    const float even = float_of(magnitude) * (1.0f / kSteep);
+    const float x = float_of(magnitude) < kLinear ? even : tapered;
+    return float_of(bits_of(x) | sign) * scale;
+  }
+};
+
+}  // namespace FUSEDAMP_TARGET
+}  // namespace fusedamp

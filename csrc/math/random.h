@@ -1,0 +1,45 @@
+// Random bits that are a function of (seed, step, list, element) alone: a run replays and resumes to the bit, on any
+// device, in any order. Keys: the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+// number generators"). Elements: a 32-bit multiply-xorshift finalizer with the constants that C. Wellons found by
+// search (2018, "Prospecting for hash functions", public domain), keyed before and inside, so that two steps don't
+// permute each other's numbers.
+#pragma once
+#include "vocab.h"
+
+namespace fusedamp {
+inline namespace FUSEDAMP_TARGET {
+
+FUSEDAMP_FN uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// What a tensor's random numbers of one step depend on.
+FUSEDAMP_FN uint64_t random_stream(int64_t seed, int64_t step) {
+  return mix(mix(static_cast<uint64_t>(seed) + 0x9e3779b97f4a7c15u) + static_cast<uint64_t>(step));
+}
+
+struct RandomKey {
+  uint32_t outer, inner;
+};
+
+constexpr int kWeightList = 15;  // states are lists 0, 1, 2 ...
+
+// Of one list of the tensor, for the elements whose index has the same upper 32 bits as `index`.
+FUSEDAMP_FN RandomKey random_key(uint64_t stream, int list, int64_t index) {
+  const uint64_t lists = 16, which = (static_cast<uint64_t>(index) >> 32) * lists + static_cast<uint64_t>(list);
+  const uint64_t key = mix(stream ^ ((which + 1) * 0x9e3779b97f4a7c15u));
+  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+}
+
+// 32 random bits for the element whose index has these lower 32 bits.
+FUSEDAMP_FN uint32_t random_bits(RandomKey key, uint32_t index) {
+  uint32_t x = index ^ key.outer;
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = ((x ^ (x >> 15)) + key.inner) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+}  // namespace FUSEDAMP_TARGET
+}  // namespace fusedamp
