@@ -63,7 +63,7 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("plain", ("g++",), ("-O2",), (256, 16384, 4000), GXX),  # the geometry of a GPU
-        Kind("address", ("g++",), ADDRESS, (96, 1000, 160), GXX),  # odd numbers, many chunks and packets
+        Kind("address", ("g++",), ADDRESS, (96, 1024, 160), GXX),  # odd numbers, many chunks and packets
         Kind(
             "thread",
             ("clang++-19", "clang++-20", "clang++-18", "clang++-17"),

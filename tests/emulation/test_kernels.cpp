@@ -1,10 +1,8 @@
 // Every kernel of the CUDA object against the CPU engine, or against sums typed out here, over random lists of tensors.
 // usage: test_kernels [rounds] [elements of the largest tensor]
-#include <limits>
-
 #include "../../csrc/engine/cpu/engine.h"
 #include "../../csrc/engine/cuda/step.cuh"
-#include "world.h"
+#include "step_tensors.h"
 
 const fusedamp::cpu::Kernels& fusedamp::cpu::kernels() { return kKernels_baseline; }
 
@@ -13,26 +11,9 @@ namespace {
 using namespace fusedamp;
 using namespace world;
 
-constexpr double kInf = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
-const char* const kDTypeNames[] = {"fp16", "bf16", "fp32", "fp64"};
-
 void one_thread(int64_t units, const std::function<void(int64_t)>& run) {
   for (int64_t u = 0; u < units; ++u) run(u);
 }
-
-enum class Alignment { kAll, kShared, kRandom };  // 16 bytes; the same element offset in every list; any
-
-// Element offsets of the lists of one tensor.
-struct Offsets {
-  Alignment alignment;
-  int64_t shared;
-  Random& random;
-  Offsets(Alignment a, Random& r) : alignment(a), shared(below(r, 8)), random(r) {}
-  int64_t next() const {
-    if (alignment == Alignment::kAll) return 0;
-    return alignment == Alignment::kShared || below(random, 3) ? shared : below(random, 8);
-  }
-};
 
 std::vector<int64_t> random_sizes(Random& random, int64_t largest) {
   std::vector<int64_t> sizes = {0, 1, 3, 7, cuda::kChunk, cuda::kChunk + 1, 2 * cuda::kChunk - 1, 0};
@@ -46,56 +27,6 @@ std::vector<int64_t> random_sizes(Random& random, int64_t largest) {
 }
 
 // ---- steps
-
-struct StepTensor {
-  Twins grad, param, step;
-  std::vector<Twins> master, states;
-};
-
-StepTensor step_tensor(Random& random, int64_t numel, int state_count, Alignment alignment) {
-  const auto param_dtype = static_cast<DType>(below(random, 4));
-  const auto grad_dtype = static_cast<DType>(below(random, param_dtype == DType::f64 ? 4 : 3));
-  const DType state_dtype = param_dtype == DType::f64 ? DType::f64 : DType::f32;
-  const Offsets offsets(alignment, random);
-  StepTensor t = {
-      {grad_dtype, numel, offsets.next()}, {param_dtype, numel, offsets.next()}, {DType::f32, 1, 0}, {}, {}};
-  t.grad.fill(random, 50.0);
-  t.param.fill(random, 1.0);
-  t.step.set(0, below(random, 3) ? 4.0 : double(below(random, 2000)));
-  if (is_16bit(param_dtype) && below(random, 2)) {
-    t.master.emplace_back(DType::f32, numel, offsets.next());
-    for (int64_t i = 0; i < numel; ++i) {
-      const float master = static_cast<float>(normal(random, 1.0));
-      t.master[0].set(i, master);
-      if (below(random, 50)) t.param.set(i, master);  // else somebody wrote the weight
-    }
-  }
-  for (int s = 0; s < state_count; ++s) {
-    t.states.emplace_back(state_dtype, numel, offsets.next());
-    for (int64_t i = 0; i < numel; ++i)
-      t.states[s].set(i, s == 0 ? normal(random, 0.1) : std::fabs(normal(random, 0.01)));
-  }
-  if (numel > 0 && below(random, 4) == 0) {
-    const double specials[] = {kInf, -kInf, kNaN, 0.0, -0.0, 1e-38, 65504.0};
-    for (const double x : specials) t.grad.set(below(random, numel), x);
-    t.param.set(below(random, numel), kNaN);
-    t.param.set(numel - 1, kInf);
-  }
-  return t;
-}
-
-StepRow row_of(const StepTensor& t, void* (Twins::*side)() const) {
-  StepRow row = {};
-  row.grad = (t.grad.*side)();
-  row.param = (t.param.*side)();
-  row.master = t.master.empty() ? nullptr : (t.master[0].*side)();
-  for (size_t s = 0; s < t.states.size(); ++s) row.states[s] = (t.states[s].*side)();
-  row.step = static_cast<float*>((t.step.*side)());
-  row.numel = t.param.numel();
-  row.grad_dtype = t.grad.dtype();
-  row.param_dtype = t.param.dtype();
-  return row;
-}
 
 void choose(bool, AdamHyper& h) { h = {0.9, 0.999, 1e-8, 0.01}; }
 void choose(bool flag, SgdHyper& h) { h = {0.9, 0.1, 0.01, double(flag)}; }
@@ -119,12 +50,12 @@ void set_hyper(RuleId rule, bool flag, double* hyper) {
 }
 
 struct Shape {
-  int states, scalars, norms;
+  int scalars, norms;
 };
 
 Shape shape_of(RuleId rule) {
   const Shape shapes[] = {
-#define FUSEDAMP_RULE(op, Rule) {Rule::kStates, Rule::kScalars, Rule::kNorms},
+#define FUSEDAMP_RULE(op, Rule) {Rule::kScalars, Rule::kNorms},
 #include "../../csrc/math/optimizers.def"
   };
   return shapes[rule];
@@ -134,7 +65,7 @@ void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, A
   std::vector<StepTensor> tensors;
   const Shape shape = shape_of(rule);
   for (const int64_t numel : sizes) {
-    tensors.push_back(step_tensor(random, numel, shape.states, alignment));
+    tensors.push_back(step_tensor(random, numel, states_of(rule), alignment));
     for (int s = 0; s < shape.scalars; ++s) {
       tensors.back().states.emplace_back(DType::f64, 1, 0);
       tensors.back().states.back().set(0, double(below(random, 1000)) / 1001.0);
@@ -149,6 +80,7 @@ void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, A
   set_hyper(rule, below(random, 2) == 1, scalars.hyper);
   scalars.lr = 1e-3;
   scalars.maximize = below(random, 2);
+  scalars.stochastic = below(random, 2);
   const int64_t lr = below(random, 3);
   scalars.lr_tensor = lr == 0 ? nullptr : lr == 1 ? static_cast<const void*>(&single_lr) : &double_lr;
   scalars.lr_dtype = lr == 1 ? DType::f32 : DType::f64;
@@ -167,7 +99,8 @@ void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, A
     const StepTensor& t = tensors[i];
     now_testing = std::string("step, rule ") + std::to_string(rule) + ", " + kDTypeNames[int(t.grad.dtype())] +
                   " gradient, " + kDTypeNames[int(t.param.dtype())] + " param" +
-                  (t.master.empty() ? "" : " with master");
+                  (t.master.empty() ? "" : std::string(" with ") + kDTypeNames[int(t.master[0].dtype())] + " master") +
+                  ", states " + kDTypeNames[int(t.state_dtype)] + (scalars.stochastic ? ", stochastic" : "");
     t.grad.expect_equal("grads", i);
     t.step.expect_equal("steps", i);
     // Norms are added up in another order. Rounded to FP32, what they make is the same all the same.
@@ -175,6 +108,7 @@ void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, A
     t.param.expect_equal("params", i, doubles_off);
     for (const Twins& master : t.master) master.expect_equal("masters", i);
     for (const Twins& state : t.states) state.expect_equal("states", i, doubles_off);
+    for (const Twins& scale : t.scales) scale.expect_equal("scales", i);
   }
 }
 
@@ -186,20 +120,33 @@ void test_beyond_32_bits(Random& random) {
   Twins grad(DType::f16, count, 0), param(DType::f32, count, 0), buffer(DType::f32, count, 0);
   for (Twins* t : {&grad, &param, &buffer}) t->fill(random, 1.0);
   float steps[2] = {5.0f, 5.0f};
-  StepRow row = {grad.cpu(), param.cpu(), nullptr, {buffer.cpu()}, &steps[0], count, DType::f16, DType::f32};
-  StepScalars scalars = {{0.9, 0.0, 0.01, 0.0}, 0.1, false, nullptr, DType::f32, nullptr, nullptr, nullptr};
+  StepRow row = {};
+  row.grad = grad.cpu();
+  row.param = param.cpu();
+  row.states[0] = buffer.cpu();
+  row.step = &steps[0];
+  row.numel = count;
+  row.grad_dtype = DType::f16;
+  row.param_dtype = row.master_dtype = row.state_dtype = DType::f32;
+  StepScalars scalars = {};
+  const double hyper[] = {0.9, 0.0, 0.01, 0.0};
+  std::copy_n(hyper, 4, scalars.hyper);
+  scalars.lr = 0.1;
   cpu::step(kSgdMomentum, {row}, scalars, one_thread);
 
   auto long_before = [&](const Twins& t) {
     return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.cuda()) -
                                    static_cast<uintptr_t>(first * size_of(t.dtype())));
   };
-  row = {long_before(grad), long_before(param), nullptr,    {long_before(buffer)},
-         &steps[1],         first + count,      DType::f16, DType::f32};
+  row.grad = long_before(grad);
+  row.param = long_before(param);
+  row.states[0] = long_before(buffer);
+  row.step = &steps[1];
+  row.numel = first + count;
   const cuda::Placed<StepRow> placed = {row, -chunk};
   const SgdCoeffs<double> exact = SgdMomentum::coeffs({0.9, 0.0, 0.01, 0.0}, 0.1, 6);
   const SgdCoeffs<float> coeffs = round_coeffs<SgdCoeffs, float>(exact);
-  cuda::launch("step", &cuda::step_kernel<SgdMomentum, float>, 1, cuda::kBlock, nullptr,
+  cuda::launch("step", &cuda::step_kernel<SgdMomentum, cuda::Kind::kSingle>, 1, cuda::kBlock, nullptr,
                cuda::Table<StepRow>{&placed, 1, 1}, scalars, &coeffs);
   for (const Twins* t : {&grad, &param, &buffer}) t->expect_equal("tensor", 0);
 }

@@ -53,7 +53,10 @@ inline void put(void* list, DType dtype, int64_t i, double x) {
     case DType::f16: static_cast<uint16_t*>(list)[i] = fusedamp::float_to_f16(single); break;
     case DType::bf16: static_cast<uint16_t*>(list)[i] = fusedamp::float_to_bf16(single); break;
     case DType::f32: static_cast<float*>(list)[i] = single; break;
-    case DType::f64: static_cast<double*>(list)[i] = x;
+    case DType::f64: static_cast<double*>(list)[i] = x; break;
+    case DType::i8: static_cast<int8_t*>(list)[i] = static_cast<int8_t>(x); break;
+    case DType::u8: static_cast<uint8_t*>(list)[i] = static_cast<uint8_t>(x); break;
+    case DType::i16: static_cast<int16_t*>(list)[i] = static_cast<int16_t>(x);
   }
 }
 inline double get(const void* list, DType dtype, int64_t i) {
@@ -61,7 +64,10 @@ inline double get(const void* list, DType dtype, int64_t i) {
     case DType::f16: return fusedamp::f16_to_float(static_cast<const uint16_t*>(list)[i]);
     case DType::bf16: return fusedamp::bf16_to_float(static_cast<const uint16_t*>(list)[i]);
     case DType::f32: return static_cast<const float*>(list)[i];
-    default: return static_cast<const double*>(list)[i];
+    case DType::f64: return static_cast<const double*>(list)[i];
+    case DType::i8: return static_cast<const int8_t*>(list)[i];
+    case DType::u8: return static_cast<const uint8_t*>(list)[i];
+    default: return static_cast<const int16_t*>(list)[i];
   }
 }
 

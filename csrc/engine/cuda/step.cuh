@@ -1,6 +1,8 @@
 // The step over a list of tensors, for any update rule: one launch counts steps and derives the coefficients, one
-// updates every float-computed tensor, whatever its types are; float64 tensors take a pair of their own.
+// updates every float-computed tensor, whatever its types are; compressed tensors and float64 tensors take pairs of
+// their own.
 #pragma once
+#include "compressed.cuh"
 #include "measure.cuh"
 
 namespace fusedamp::cuda {
@@ -20,7 +22,12 @@ struct StepAction {
 template <class Rule, class V>
 constexpr int kResidentBlocks = sizeof(V) == 8 || Rule::kStates > 2 ? 2 : 3;
 
-template <class Rule, class V>
+// Which of a call's tensors a launch takes: those computed in float and stored as they are, or compressed; float64.
+enum class Kind { kSingle, kCompressed, kDouble };
+template <Kind kKind>
+using ValueOf = std::conditional_t<kKind == Kind::kDouble, double, float>;
+
+template <class Rule, Kind kKind, class V = ValueOf<kKind>>
 __global__ void __launch_bounds__(kBlock, kResidentBlocks<Rule, V>)
     step_kernel(const Table<StepRow> table, const StepScalars scalars, const CoeffsOf<Rule, V>* coeffs) {
   if (overflowed(scalars.found_inf)) return;
@@ -28,32 +35,42 @@ __global__ void __launch_bounds__(kBlock, kResidentBlocks<Rule, V>)
   int64_t r = -1;
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
     r = find_row(table, chunk, r);
+    const StepRow& row = table.rows[r].row;
+    const Span span = span_of(table.rows[r], chunk);
     const CoeffsOf<Rule, V> k = coeffs[r];
-    StepAction<Rule, V> act = {k, grad_scale};
-    visit_any_chunk<Rule, V>(table.rows[r].row, span_of(table.rows[r], chunk), act);
+    if constexpr (kKind == Kind::kCompressed) {
+      const auto t = static_cast<int64_t>(*row.step);  // of this step: it was counted before
+      step_compressed_chunk<Rule>(row, span, k, grad_scale, scalars.stochastic, random_stream(row.seed, t));
+    } else {
+      StepAction<Rule, V> act = {k, grad_scale};
+      visit_any_chunk<Rule, V>(row, span, act);
+    }
   }
 }
 
-template <class Rule, class V>
+template <class Rule, Kind kKind>
 void step_as(const Device& device, const std::vector<StepRow>& rows, const StepScalars& scalars) {
   if (rows.empty()) return;
   const Table<StepRow> table = place(device, rows);
+  using V = ValueOf<kKind>;
   using Coeffs = CoeffsOf<Rule, V>;
   Coeffs* coeffs = static_cast<Coeffs*>(device.scratch(table.row_count * static_cast<int64_t>(sizeof(Coeffs))));
   const int64_t blocks = (table.row_count + kBlock - 1) / kBlock;
   launch("prepare", &prepare_kernel<Rule, V>, blocks, kBlock, device.stream, table, scalars, coeffs);
   if constexpr (Rule::kNorms > 0) measure<Rule, V>(device, table, scalars, coeffs);
   if (table.chunk_count == 0) return;  // every tensor is empty: a step was taken all the same
-  launch("step", &step_kernel<Rule, V>, grid_for(device, table.chunk_count), kBlock, device.stream, table, scalars,
+  launch("step", &step_kernel<Rule, kKind>, grid_for(device, table.chunk_count), kBlock, device.stream, table, scalars,
          static_cast<const Coeffs*>(coeffs));
 }
 
 template <class Rule>
 void step_with(const Device& device, const std::vector<StepRow>& rows, const StepScalars& scalars) {
-  std::vector<StepRow> singles, doubles;
-  for (const StepRow& row : rows) (row.param_dtype == DType::f64 ? doubles : singles).push_back(row);
-  step_as<Rule, float>(device, singles, scalars);
-  step_as<Rule, double>(device, doubles, scalars);
+  std::vector<StepRow> singles, compressed, doubles;
+  for (const StepRow& row : rows)
+    (row.param_dtype == DType::f64 ? doubles : is_compressed(row, scalars) ? compressed : singles).push_back(row);
+  step_as<Rule, Kind::kSingle>(device, singles, scalars);
+  step_as<Rule, Kind::kCompressed>(device, compressed, scalars);
+  step_as<Rule, Kind::kDouble>(device, doubles, scalars);
 }
 
 }  // namespace fusedamp::cuda

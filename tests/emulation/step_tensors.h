@@ -1,0 +1,133 @@
+// Random tensors of a step in every format that their storage may have.
+#pragma once
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../../csrc/math/quantize.h"
+#include "../../csrc/math/rules.h"
+#include "world.h"
+
+namespace world {
+
+using namespace fusedamp;
+
+constexpr double kInf = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
+inline const char* const kDTypeNames[] = {"fp16", "bf16", "fp32", "fp64", "int8", "uint8", "int16"};
+
+enum class Alignment { kAll, kShared, kRandom };  // 16 bytes; the same element offset in every list; any
+
+// Element offsets of the lists of one tensor.
+struct Offsets {
+  Alignment alignment;
+  int64_t shared;
+  Random& random;
+  Offsets(Alignment a, Random& r) : alignment(a), shared(below(r, 8)), random(r) {}
+  int64_t next() const {
+    if (alignment == Alignment::kAll) return 0;
+    return alignment == Alignment::kShared || below(random, 3) ? shared : below(random, 8);
+  }
+};
+
+struct StepTensor {
+  Twins grad, param, step;
+  int64_t seed;
+  DType state_dtype;
+  std::vector<Twins> master, states, scales;
+};
+
+struct RuleStates {
+  int count, never_negative;
+  bool measured;  // norms are of FP32 lists
+};
+inline RuleStates states_of(RuleId rule) {
+  const RuleStates rules[] = {
+#define FUSEDAMP_RULE(op, Rule) {Rule::kStates, Rule::kNonNegative, (Rule::kNorms > 0)},
+#include "../../csrc/math/optimizers.def"
+  };
+  return rules[rule];
+}
+
+// Codes and scales as a step may have left them, and some as none does: a scale of 0 or NaN with any code.
+inline void add_codes(StepTensor& t, Random& random, int64_t numel, bool never_negative, int64_t offset) {
+  t.states.emplace_back(never_negative ? DType::u8 : DType::i8, numel, offset);
+  for (int64_t i = 0; i < numel; ++i)
+    t.states.back().set(i, double(never_negative ? 1 + below(random, 255) : below(random, 255) - 127));
+  const int64_t blocks = (numel + kScaleBlock - 1) / kScaleBlock;
+  t.scales.emplace_back(DType::f32, blocks, 0);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t kind = below(random, 60);
+    t.scales.back().set(b, kind == 0 ? 0.0 : kind == 1 ? kNaN : std::ldexp(1.0, -static_cast<int>(below(random, 30))));
+  }
+}
+
+inline StepTensor step_tensor(Random& random, int64_t numel, RuleStates rule, Alignment alignment) {
+  const auto param_dtype = static_cast<DType>(below(random, 4));
+  const auto grad_dtype = static_cast<DType>(below(random, param_dtype == DType::f64 ? 4 : 3));
+  const DType compressed[] = {DType::f32, DType::bf16, DType::i8};
+  const DType state_dtype = param_dtype == DType::f64 ? DType::f64
+                            : rule.count              ? compressed[rule.measured ? 0 : below(random, 3)]
+                                                      : DType::f32;
+  const Offsets offsets(alignment, random);
+  StepTensor t = {{grad_dtype, numel, offsets.next()},
+                  {param_dtype, numel, offsets.next()},
+                  {DType::f32, 1, 0},
+                  static_cast<int64_t>(random()),
+                  state_dtype,
+                  {},
+                  {},
+                  {}};
+  t.grad.fill(random, 50.0);
+  t.param.fill(random, 1.0);
+  t.step.set(0, below(random, 3) ? 4.0 : double(below(random, 2000)));
+  if (is_16bit(param_dtype) && below(random, 2)) {
+    t.master.emplace_back(DType::f32, numel, offsets.next());
+    for (int64_t i = 0; i < numel; ++i) {
+      const float master = static_cast<float>(normal(random, 1.0));
+      t.master[0].set(i, master);
+      if (below(random, 50)) t.param.set(i, master);  // else somebody wrote the weight
+    }
+  } else if (is_16bit(param_dtype) && !rule.measured && below(random, 2)) {
+    t.master.emplace_back(DType::i16, numel, offsets.next());
+    for (int64_t i = 0; i < numel; ++i) {
+      t.master[0].set(i, double(below(random, 65536) - 32768));
+      if (below(random, 50) == 0) t.param.set(i, below(random, 2) ? 0.0 : kInf);  // written
+    }
+  }
+  for (int s = 0; s < rule.count; ++s) {
+    const bool never_negative = rule.never_negative >> s & 1;
+    if (state_dtype == DType::i8) {
+      add_codes(t, random, numel, never_negative, offsets.next());
+      continue;
+    }
+    t.states.emplace_back(state_dtype, numel, offsets.next());
+    for (int64_t i = 0; i < numel; ++i)
+      t.states[s].set(i, never_negative ? std::fabs(normal(random, 0.01)) : normal(random, 0.1));
+  }
+  if (numel > 0 && below(random, 4) == 0) {
+    const double specials[] = {kInf, -kInf, kNaN, 0.0, -0.0, 1e-38, 65504.0};
+    for (const double x : specials) t.grad.set(below(random, numel), x);
+    t.param.set(below(random, numel), kNaN);
+    t.param.set(numel - 1, kInf);
+  }
+  return t;
+}
+
+inline StepRow row_of(const StepTensor& t, void* (Twins::*side)() const) {
+  StepRow row = {};
+  row.grad = (t.grad.*side)();
+  row.param = (t.param.*side)();
+  row.master = t.master.empty() ? nullptr : (t.master[0].*side)();
+  row.master_dtype = t.master.empty() ? DType::f32 : t.master[0].dtype();
+  for (size_t s = 0; s < t.states.size(); ++s) row.states[s] = (t.states[s].*side)();
+  for (size_t s = 0; s < t.scales.size(); ++s) row.scales[s] = static_cast<float*>((t.scales[s].*side)());
+  row.state_dtype = t.state_dtype;
+  row.seed = t.seed;
+  row.step = static_cast<float*>((t.step.*side)());
+  row.numel = t.param.numel();
+  row.grad_dtype = t.grad.dtype();
+  row.param_dtype = t.param.dtype();
+  return row;
+}
+
+}  // namespace world
