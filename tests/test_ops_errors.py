@@ -64,10 +64,11 @@ ADAM = {
     ),
     "float16 state": bad_value(
         put("exp_avg_sqs", 0, Tensor.half),
-        "exp_avg_sqs[0] is float16; expected float32, because params[0] is float32",
+        "exp_avg_sqs[0] is float16; expected float32, bfloat16, or uint8 with scales, because params[0] is",
     ),
     "float64 state": bad_value(
-        put("exp_avgs", 0, Tensor.double), "exp_avgs[0] is float64; expected float32, because params[0]"
+        put("exp_avgs", 0, Tensor.double),
+        "exp_avgs[0] is float64; expected float32, bfloat16, or int8 with scales, because params[0]",
     ),
     "integer step": bad_value(
         put("steps", 1, Tensor.int), "steps[1] is Int of shape []; expected one float32 element"
@@ -134,7 +135,7 @@ SGD = {
         option(momentum=0.0), "momentum_buffers has 1 tensors with momentum=0.0; expected", "none without"
     ),
     "buffer dtype": bad_value(
-        put("momentum_buffers", 0, Tensor.bfloat16), "momentum_buffers[0] is bfloat16; expected float32"
+        put("momentum_buffers", 0, Tensor.half), "momentum_buffers[0] is float16; expected float32"
     ),
     "momentum": bad_type(option(momentum="big"), "momentum is 'big'; expected a number"),
 }

@@ -190,4 +190,4 @@ def test_schemas_say_what_is_written():
     for op in STATE_NAMES:
         arguments = getattr(torch.ops.fusedamp, op).default._schema.arguments
         written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-        assert written == {"params", "masters", "states", "steps"}
+        assert written == {"params", "masters", "states", "steps", "scales"}

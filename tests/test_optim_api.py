@@ -22,15 +22,16 @@ def one(dtype=torch.float32, **options):
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_constructors_are_torchs(ours, theirs):
-    """Guards the two-line diff: same arguments, order, kinds and defaults, then keyword-only
-    master_weights.
+    """Guards the two-line diff: same arguments, order, kinds and defaults, then keyword-only options of
+    storage.
     """
     expected = [(p.name, p.kind, p.default) for p in inspect.signature(theirs).parameters.values()]
     got = [(p.name, p.kind, p.default) for p in inspect.signature(ours).parameters.values()]
-    extra = ("master_weights", inspect.Parameter.KEYWORD_ONLY, "auto")
+    storage = {"master_weights": "auto", "state_dtype": torch.float32, "stochastic_rounding": False}
+    extra = {(name, inspect.Parameter.KEYWORD_ONLY, default) for name, default in storage.items()}
     keyword_only = [p for p in expected if p[1] is inspect.Parameter.KEYWORD_ONLY]
     assert got[: len(expected) - len(keyword_only)] == expected[: len(expected) - len(keyword_only)]
-    assert set(got) == {*expected, extra}
+    assert set(got) == {*expected} | extra
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)

@@ -28,7 +28,7 @@ BAD_OPTIONS = [
     (
         optim.Adam,
         {"master_weights": "fp16"},
-        r"master_weights is 'fp16'; expected one of \('auto', 'fp32', 'none'\)",
+        r"master_weights is 'fp16'; expected one of \('auto', 'fp32', 'split', 'none'\)",
     ),
     (optim.SGD, {"momentum": -0.5}, r"momentum is -0.5; expected"),
     (optim.SGD, {"dampening": float("inf"), "momentum": 0.9}, r"dampening is inf; expected"),

@@ -77,8 +77,8 @@ std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLis
   need_length(op, "grads", lists.grads.size(), n, "one per param");
   need_length(op, "steps", lists.steps.size(), n, "one per param");
   if (!lists.masters.empty()) need_length(op, "masters", lists.masters.size(), n, "one per param, or none at all");
-  if (!lists.scales.empty())
-    need_length(op, "scales", lists.scales.size(), lists.states.size(), "one per state, or none at all");
+  if (lists.scales.size() % n != 0 || lists.scales.size() > lists.states.size())
+    fail(op, "scales has ", lists.scales.size(), " tensors; expected one per 8-bit state, or none at all");
   if (!lists.seeds.empty() && lists.seeds.size() != n)
     fail(op, "seeds has ", lists.seeds.size(), " numbers; expected ", n, ", one per param, or none at all");
 
@@ -125,7 +125,7 @@ std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLis
       row.states[j] = data_like(op, "states", k, state, param);
       add_span(spans, true, at("states", k), state, row.states[j], size_of(found));
       if (found != DType::i8) continue;
-      if (lists.scales.empty())
+      if (k >= lists.scales.size())
         fail(op, at("states", k), " is ", dtype_name(state), " without scales; expected one float32 for each ",
              kScaleBlock, " of its elements. Pass scales");
       row.scales[j] = scales_at(op, k, lists.scales[k], param);
@@ -185,7 +185,7 @@ std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads) {
                    dtype(1),
                    dtype(0),
                    dtype(2),
-                   dtype(3)};
+                   is_8bit(dtype(3)) ? DType::i8 : dtype(3)};
   }
   return unpacked;
 }

@@ -18,8 +18,11 @@ struct Plain {
 };
 constexpr Py_ssize_t kBytes = sizeof(Plain);  // of one tensor
 
-int64_t dtype_code(const DLDataType& dtype) {
+// csrc/engine/dtype.h; integers only where they store something.
+int64_t dtype_code(const DLDataType& dtype, bool stored) {
   if (dtype.lanes != 1) return -1;
+  if (stored && dtype.code == kDLInt) return dtype.bits == 8 ? 4 : dtype.bits == 16 ? 6 : -1;
+  if (stored && dtype.code == kDLUInt) return dtype.bits == 8 ? 5 : -1;
   if (dtype.code == kDLBfloat) return dtype.bits == 16 ? 1 : -1;
   if (dtype.code != kDLFloat) return -1;
   return dtype.bits == 16 ? 0 : dtype.bits == 32 ? 2 : dtype.bits == 64 ? 3 : -1;
@@ -50,7 +53,7 @@ bool is_negated(PyObject* tensor) {
 // Calls visit(i, fields) for every tensor until it answers false, or one is not plain, or on another device than the
 // first. False then.
 template <class Visit>
-bool for_each_plain(const py::list& tensors, Visit visit) {
+bool for_each_plain(const py::list& tensors, bool stored, Visit visit) {
   DLDevice device = {};
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
     PyObject* item = PyList_GET_ITEM(tensors.ptr(), i);
@@ -64,7 +67,7 @@ bool for_each_plain(const py::list& tensors, Visit visit) {
     if (t.device.device_type != device.device_type || t.device.device_id != device.device_id) return false;
     if (device.device_type != kDLCPU && device.device_type != kDLCUDA) return false;
     const Plain fields = {static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) + t.byte_offset),
-                          contiguous_numel(t), dtype_code(t.dtype)};
+                          contiguous_numel(t), dtype_code(t.dtype, stored)};
     if (fields.numel < 0 || fields.dtype < 0 || (fields.numel > 0 && !t.data)) return false;
     if (!visit(i, fields)) return false;
   }
@@ -82,13 +85,13 @@ bool bind_tensors(py::type tensor, py::type parameter, py::capsule exchange) {
   return describe != nullptr;
 }
 
-py::object read_fields(py::list tensors) {
+py::object read_fields(py::list tensors, bool stored) {
   const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
   if (n == 0 || !describe) return py::none();
   py::bytearray fields(nullptr, 0);
   if (PyByteArray_Resize(fields.ptr(), n * kBytes) != 0) throw py::error_already_set();
   auto* words = reinterpret_cast<int64_t*>(PyByteArray_AS_STRING(fields.ptr()));
-  const bool all = for_each_plain(tensors, [&](Py_ssize_t i, const Plain& tensor) {
+  const bool all = for_each_plain(tensors, stored, [&](Py_ssize_t i, const Plain& tensor) {
     words[i] = tensor.address;
     words[n + i] = tensor.numel;
     words[2 * n + i] = tensor.dtype;
@@ -101,7 +104,7 @@ bool same_fields(py::list tensors, py::bytearray fields) {
   const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
   if (PyByteArray_GET_SIZE(fields.ptr()) != n * kBytes) return false;
   const auto* words = reinterpret_cast<const int64_t*>(PyByteArray_AS_STRING(fields.ptr()));
-  return for_each_plain(tensors, [&](Py_ssize_t i, const Plain& tensor) {
+  return for_each_plain(tensors, true, [&](Py_ssize_t i, const Plain& tensor) {
     return words[i] == tensor.address && words[n + i] == tensor.numel && words[2 * n + i] == tensor.dtype;
   });
 }

@@ -30,9 +30,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "bind_tensors", &fusedamp::bind_tensors, "tensor"_a, "parameter"_a, "exchange"_a,
       "Tell read_fields torch's types, and the capsule of DLPack's exchange interface; False for an unknown version.");
-  m.def("read_fields", &fusedamp::read_fields, "tensors"_a,
+  m.def("read_fields", &fusedamp::read_fields, "tensors"_a, "stored"_a = false,
         "A bytearray of int64 [3, n], the addresses, numels and dtype codes of n plain contiguous tensors with memory\n"
-        "on one device; None where there are none, or one is anything else.");
+        "on one device, with `stored` also of small integers; None where there are none, or one is anything else.");
   m.def("same_fields", &fusedamp::same_fields, "tensors"_a, "fields"_a,
         "Whether read_fields would give these fields again.");
   m.def("same_values", &fusedamp::same_values, "dicts"_a, "values"_a,

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from .optim.base import FusedOptimizer, Group
 from .optim.hyper import STORAGE
 from .optim.layout import STATE_DTYPES
-from .optim.slot import has_master
+from .optim.storage import has_master
 from .planned import Weight, owned, plan
 
 _PLAIN = {option: values[0] for option, values in STORAGE.items()}

@@ -26,12 +26,12 @@ _exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _CAN_READ = _exchange is not None and _C.bind_tensors(Tensor, Parameter, _exchange)
 
 
-def read(tensors: Sequence[Any]) -> Fields | None:
+def read(tensors: Sequence[Any], stored: bool = False) -> Fields | None:
     """The fields of ``tensors``, or None where one of them is not a plain contiguous floating-point tensor
-    with memory, or there are none."""
+    with memory (or with ``stored`` one of 8- or 16-bit integers), or there are none."""
     if not _CAN_READ or torch.compiler.is_compiling():
         return None
-    return _C.read_fields(tensors if type(tensors) is list else list(tensors))
+    return _C.read_fields(tensors if type(tensors) is list else list(tensors), stored)
 
 
 def rows(fields: Fields) -> Tensor:
@@ -51,6 +51,7 @@ class StepTable:
         op: the step op.
         params, masters, states, steps: as the op's, which has accepted them with gradients like ``grads``.
         grads: fields of contiguous gradients of contiguous parameters.
+        scales, seeds: as the op's; no seeds stand for 0.
     Raises: ValueError where one of the tensors is not plain.
     """
 
@@ -62,15 +63,17 @@ class StepTable:
         states: list[Tensor],
         steps: list[Tensor],
         grads: Fields,
+        scales: Sequence[Tensor] = (),
+        seeds: Sequence[int] = (),
     ) -> None:
         self.op, self.states_per_param = op, len(states) // len(params)
-        self.params, self._all = params, [*params, *masters, *states, *steps]
-        fields = read(self._all)
+        self.params, self._all = params, [*params, *steps, *masters, *states, *scales]
+        fields = read(self._all, stored=True)
         if fields is None:
             raise ValueError(f"[{op}] not all tensors are plain; expected contiguous ones on one device")
         self._fields = fields
         self._grad_kinds = grads[len(params) * _WORD :]
-        self._rows = self._packed_rows(rows(grads), bool(masters))
+        self._rows = self._packed_rows(rows(grads), bool(masters), seeds)
 
     def accepts(self, grads: Fields) -> bool:
         """Whether a step with ``grads`` differs from the first in nothing but their addresses and values."""
@@ -85,11 +88,16 @@ class StepTable:
         )
         torch.autograd.graph.increment_version(self.params)  # nobody differentiates through our states
 
-    def _packed_rows(self, grads: Tensor, has_masters: bool) -> Tensor:
+    def _packed_rows(self, grads: Tensor, has_masters: bool, seeds: Sequence[int]) -> Tensor:
         addresses, _, codes = rows(self._fields).view(3, -1, len(self.params))
         nothing = torch.zeros_like(addresses[0])
-        params, masters = addresses[0], addresses[1] if has_masters else nothing
-        states = [*addresses[1 + has_masters : -1]]
-        states += [nothing] * (3 - len(states))
-        kinds = codes[0] | grads[2] << 8
-        return torch.stack([params, masters, *states, addresses[-1], grads[1], kinds], 1)
+        first = 2 + has_masters
+        middle, states = first + self.states_per_param, [nothing] * 3
+        scales = states.copy()
+        states[: self.states_per_param] = addresses[first:middle]
+        scales[: len(addresses) - middle] = addresses[middle:]
+        # Without a master, or without states, the type says nothing and is read by nobody.
+        master_code, state_code = codes[2 if has_masters else 0], codes[first if self.states_per_param else 1]
+        kinds = codes[0] | grads[2] << 8 | master_code << 16 | state_code << 24
+        masters, seed = addresses[2] if has_masters else nothing, torch.tensor(seeds) if seeds else nothing
+        return torch.stack([addresses[0], masters, *states, *scales, addresses[1], grads[1], seed, kinds], 1)

@@ -22,6 +22,9 @@ class Shared(TypedDict, total=False):
     inv_scale: Tensor | None
     clip_coef: Tensor | None
     found_inf: Tensor | None
+    scales: Tensors
+    seeds: Sequence[int]
+    stochastic_rounding: bool
 
 
 _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing where ``found_inf`` is not 0.
@@ -33,15 +36,23 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
             nearest even.
         grads (as ``params``, any of the dtypes; fp64 for fp64 params only): read only, still multiplied by
             the loss scale.
-        {states} (as ``params``, fp32; fp64 for fp64 params): rewritten.
+        {states} (as ``params``, fp32; fp64 for fp64 params): rewritten. Or, to save memory, all states of a
+            parameter bf16, rounded stochastically; or 8-bit codes: uint8 of states that are never negative,
+            int8 of others.
         masters (as ``params``, fp32; one per parameter, all of them fp16 or bf16; or empty): rewritten.
             Where a weight is not its master rounded, somebody wrote the weight, and the master follows it
-            before the step.
+            before the step. Or int16: what a split master has beyond its weight, which is then the master
+            rounded with ties away from zero (bf16), or to nearest even (fp16).
         steps (list of 1-element fp32 tensors): how many steps each parameter has taken; incremented.
         lr (float, or 1 element fp32|fp64, on the CPU or on the same device): learning rate.
         inv_scale, clip_coef (1 element, fp32): the gradient enters as ``g * (inv_scale * clip_coef)``; None
             stands for 1.
         found_inf (1 element, fp32): not 0 means skip; None means no check.
+        scales (list of contiguous fp32 tensors, in the order of the states): of 8-bit states, one for each
+            128 neighbours in memory; rewritten.
+        seeds (list of int, one per parameter; default: its index): random numbers are a function of seed,
+            step count and place, on every device.
+        stochastic_rounding: round 16-bit weights without masters stochastically.
     Raises: ValueError naming the op, the index, what it got, what it wanted.
     Cost: {cost}; no host sync.  Source: {source}.
     """
@@ -82,7 +93,9 @@ def run_step(
     unknown = shared.keys() - Shared.__annotations__.keys()
     if unknown:
         raise TypeError(f"{op}() got unexpected keyword arguments {sorted(unknown)}")
-    step_lists(op, params, grads, masters, states, steps, step_scalars(op, params, lr, hyper, **shared))
+    scales, seeds = shared.pop("scales", ()), shared.pop("seeds", ())
+    scalars = step_scalars(op, params, lr, hyper, **shared)  # type: ignore[misc]  # these two are not in it
+    step_lists(op, params, grads, masters, states, steps, scalars, scales, seeds)
 
 
 def step_lists(
@@ -93,9 +106,15 @@ def step_lists(
     states: Mapping[str, Sequence[Tensor]],
     steps: Tensors,
     scalars: dict[str, Any],
+    scales: Tensors = (),
+    seeds: Sequence[int] = (),
 ) -> None:
     """Any step op. ``states`` by the names that the caller knows; ``scalars`` from :func:`step_scalars`."""
-    arguments.need_lists(op, params=params, grads=grads, **states, masters=masters, steps=steps)
+    arguments.need_lists(
+        op, params=params, grads=grads, **states, masters=masters, steps=steps, scales=scales
+    )
+    if not all(isinstance(seed, int) for seed in seeds):
+        raise TypeError(f"[{op}] seeds is {seeds!r}; expected a list of whole numbers")
     lengths = dict(grads=grads, **states, masters=masters, steps=steps)
     for name, tensors in lengths.items():
         if len(tensors) != len(params) and (tensors or name not in OPTIONAL):
@@ -107,13 +126,13 @@ def step_lists(
         return
     flat = [state for tensors in states.values() for state in tensors]
     try:
-        call(op, params, grads, masters, flat, steps, **scalars)
+        call(op, params, grads, masters, flat, steps, scales, **scalars, seeds=seeds)
     except (TypeError, ValueError) as error:
         # The op has one list of states; the caller knows them by name.
         names = [f"{name}[{i}]" for name, tensors in states.items() for i in range(len(tensors))]
         text = re.sub(r"\bstates\[(\d+)\]", lambda match: names[int(match[1])], str(error))
         raise type(error)(text) from None
-    bump(params, masters, flat, steps)
+    bump(params, masters, flat, steps, scales)
 
 
 def step_scalars(
@@ -125,6 +144,7 @@ def step_scalars(
     inv_scale: Tensor | None = None,
     clip_coef: Tensor | None = None,
     found_inf: Tensor | None = None,
+    stochastic_rounding: bool = False,
 ) -> dict[str, Any]:
     """The keyword arguments that every step op has. ``hyper``: by name, in the order of csrc/math's Hyper."""
     arguments.need_lists(op, params=params)
@@ -142,4 +162,5 @@ def step_scalars(
         inv_scale=inv_scale,
         clip_coef=clip_coef,
         found_inf=found_inf,
+        stochastic_rounding=arguments.flag(op, "stochastic_rounding", stochastic_rounding),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from .base import FusedOptimizer, Group
 from .hyper import check_number
 from .slot import Entry
+from .storage import Storage
 
 
 class Adagrad(FusedOptimizer):
@@ -44,12 +45,12 @@ class Adagrad(FusedOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults: Group = dict(lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay)
         defaults |= dict(initial_accumulator_value=initial_accumulator_value, foreach=foreach)
         defaults |= dict(maximize=maximize, differentiable=differentiable, fused=fused)
-        super().__init__(params, {**defaults, "master_weights": master_weights})
+        super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

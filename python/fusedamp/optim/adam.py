@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import FusedOptimizer, Group
 from .hyper import check_betas, check_number
+from .storage import Storage
 
 
 class Adam(FusedOptimizer):
@@ -30,6 +31,7 @@ class Adam(FusedOptimizer):
     """
 
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    nonnegative_states = ("exp_avg_sq", "max_exp_avg_sq")
     required_state = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
@@ -47,7 +49,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -61,9 +63,8 @@ class Adam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
-            "master_weights": master_weights,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
@@ -99,7 +100,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         super().__init__(
             params,
@@ -114,7 +115,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
-            master_weights=master_weights,
+            **storage,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

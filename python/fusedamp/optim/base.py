@@ -16,10 +16,11 @@ from .. import ops
 from ..packed import read
 from ..sharding import local
 from . import state_io
-from .hyper import check_common
+from .hyper import check_common, is_compressed
 from .layout import STATE_DTYPES
 from .replay import Replay
-from .slot import Entry, Mode, Slot, check_aliasing, check_dtype, complete
+from .slot import Mode, Slot, check_aliasing, check_dtype, complete
+from .storage import Entry, Storage, spelled_out, with_storage
 
 Group = dict[str, Any]
 
@@ -65,7 +66,9 @@ class Batch:
         states = {f"{name}s": [s.states[i] for s in self.slots] for i, name in enumerate(self.state_names)}
         masters = [slot.master for slot in self.slots if slot.master is not None]
         params, steps = [slot.target for slot in self.slots], [slot.step for slot in self.slots]
-        ops.step_lists(self.op, params, self.grads, masters, states, steps, self.scalars)
+        scales = [slot.scales[j] for j in range(len(self.slots[0].scales)) for slot in self.slots]
+        seeds = [slot.seed for slot in self.slots] if self.slots[0].mode.is_random() else []
+        ops.step_lists(self.op, params, self.grads, masters, states, steps, self.scalars, scales, seeds)
         for slot in self.slots:
             if slot.target is not slot.param:
                 slot.finish()
@@ -87,6 +90,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _amp: AmpInputs | None = None  # set by the scaler around one step
     state_names: tuple[str, ...] = ()  # all states that the algorithm may have, besides step and master
     nonnegative_states: tuple[str, ...] = ()  # those of them that are sums of squares
+    can_compress: bool = True  # whether masters and states may be kept in less than FP32
     required_state: tuple[str, ...] = ()  # what a checkpoint must have for every parameter that it knows
     _slots: dict[int, Slot]  # by id of the parameter, which the slot keeps alive
     _unchecked: bool  # whether slots were made since memory was last checked for sharing
@@ -94,8 +98,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     _replay: Replay | None  # what makes the same step again quick
     _turn: int  # counts the steps, to see a parameter twice in one
 
-    def __init__(self, params: ParamsT, defaults: Group) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = spelled_out(cls.__init__)  # type: ignore[attr-defined]
+
+    def __init__(self, params: ParamsT, defaults: Group, storage: Storage | None = None) -> None:
         self._forget()
+        defaults = with_storage(type(self).__name__, defaults, storage or {})
         self._check_group(f"[{type(self).__name__}]", defaults)
         super().__init__(params, defaults)
 
@@ -104,6 +113,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_group(self, where: str, group: Group) -> None:
         """Raise where an option of ``group`` is unusable. ``where`` starts the message."""
         check_common(where, group)
+        if is_compressed(group) and not self.can_compress:
+            raise ValueError(
+                f"{where} master_weights is {group['master_weights']!r}, state_dtype "
+                f"{group['state_dtype']!r} and stochastic_rounding {group['stochastic_rounding']}; expected "
+                f"FP32 masters and states, as {type(self).__name__} has no other. Leave them out, or "
+                "use fusedamp.optim.AdamW."
+            )
 
     def _active_states(self, group: Group) -> tuple[str, ...]:
         """The states that ``group`` uses with its present options, in the op's order."""
@@ -187,14 +203,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             return None
 
     def _mode(self, group: Group) -> Mode:
-        return self._active_states(group), group["master_weights"], self._op(group)[0]
+        return Mode(
+            self._active_states(group),
+            self._op(group)[0],
+            self.nonnegative_states,
+            group["master_weights"],
+            group["state_dtype"],
+            group["stochastic_rounding"],
+            group["rounding_seed"],
+        )
 
     def _prepare(self) -> list[Batch]:
         calls: list[Batch] = []
         known = self._slots
         self._turn += 1
+        position = 0  # of a group's first parameter in the optimizer: replicas and resumed runs draw alike
         for g, group in enumerate(self.param_groups):
             mode = self._mode(group)
+            seeds, position = (mode.rounding_seed << 32) + position, position + len(group["params"])
             batches: dict[tuple[str, bool], Batch] = {}
             for i, param in enumerate(group["params"]):
                 grad = param.grad
@@ -220,9 +246,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                     grad = slot.paired(grad)
                 except (ValueError, TypeError) as error:
                     raise type(error)(f"{self._where(g)} params[{i}] {error}") from error
-                slot.turn = self._turn
+                slot.turn, slot.seed = self._turn, seeds + i
                 if (batch := batches.get(slot.key)) is None:
-                    batch = batches[slot.key] = Batch(group, *mode[::2], self._scalars(group, [slot.target]))
+                    batch = batches[slot.key] = Batch(
+                        group, mode.names, mode.op, self._scalars(group, [slot.target])
+                    )
                     calls.append(batch)
                 batch.slots.append(slot)
                 batch.grads.append(grad)
@@ -249,7 +277,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             lr = lr.to(device)
         op, hyper = self._op(group)
         return ops.step_scalars(
-            op, params, lr, hyper, group["maximize"], amp.inv_scale, amp.clip_coef, amp.found_inf
+            op,
+            params,
+            lr,
+            hyper,
+            group["maximize"],
+            amp.inv_scale,
+            amp.clip_coef,
+            amp.found_inf,
+            group["stochastic_rounding"],
         )
 
     @torch.no_grad()

@@ -6,10 +6,14 @@ import math
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # How masters and states may be kept: option -> its values, the one that keeps most first.
-STORAGE = {"master_weights": ("fp32", "none")}
+STORAGE = {
+    "master_weights": ("fp32", "split", "none"),
+    "state_dtype": (torch.float32, torch.bfloat16, "int8"),
+}
 MASTER_WEIGHTS = ("auto", *STORAGE["master_weights"])
 
 
@@ -53,8 +57,41 @@ def check_common(where: str, group: dict[str, Any]) -> None:
             f"{where} master_weights is {group['master_weights']!r}; expected one of {MASTER_WEIGHTS}. "
             'Use "auto" for FP32 masters of FP16 and BF16 parameters.'
         )
+    _check_compression(where, group)
     if group.get("differentiable"):
         raise ValueError(
             f"{where} differentiable is True; expected False: the fused step has no derivative. "
             "Use the torch.optim optimizer of the same name to differentiate through steps."
+        )
+
+
+def is_compressed(group: dict[str, Any]) -> bool:
+    """Whether masters or states are kept in less than FP32, or weights are rounded stochastically."""
+    return (
+        group["master_weights"] == "split"
+        or group["state_dtype"] != torch.float32
+        or group["stochastic_rounding"]
+    )
+
+
+def _check_compression(where: str, group: dict[str, Any]) -> None:
+    if group["state_dtype"] not in STORAGE["state_dtype"]:
+        raise ValueError(
+            f"{where} state_dtype is {group['state_dtype']!r}; expected one of {STORAGE['state_dtype']}. "
+            "Use torch.float32, which needs most memory and adds no error."
+        )
+    if not isinstance(group["stochastic_rounding"], bool):
+        raise TypeError(
+            f"{where} stochastic_rounding is {group['stochastic_rounding']!r}; expected True or False. It "
+            "is about 16-bit weights without masters; BF16 and 8-bit states are always rounded so."
+        )
+    if group["stochastic_rounding"] and group["master_weights"] != "none":
+        raise ValueError(
+            f"{where} stochastic_rounding is True with master_weights {group['master_weights']!r}; expected "
+            '"none", as a weight that has a master is its rounding to nearest. Pass master_weights="none".'
+        )
+    seed = group["rounding_seed"]
+    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ValueError(
+            f"{where} rounding_seed is {seed!r}; expected a whole number from 0 to 2**31 - 1. Pass one."
         )

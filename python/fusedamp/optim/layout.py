@@ -72,18 +72,21 @@ def _placement(tensor: Tensor) -> tuple[Any, Any]:
     return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
 
 
-def fitted(value: Tensor, param: Tensor) -> Tensor:
-    """A copy of ``value`` with the device, placement and strides of ``param``, in FP32 (FP64 for FP64)."""
-    return torch.empty_like(param, dtype=STATE_DTYPES[param.dtype]).copy_(placed_like(value.detach(), param))
+def fitted(value: Tensor, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of ``value`` with the device, placement and strides of ``param``, by default in FP32 (FP64 for
+    FP64).
+    """
+    dtype = STATE_DTYPES[param.dtype] if dtype is None else dtype
+    return torch.empty_like(param, dtype=dtype).copy_(placed_like(value.detach(), param))
 
 
-def fits(value: object, param: Tensor) -> bool:
-    """Whether ``value`` can serve as a state of ``param`` as it is."""
+def fits(value: object, param: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``value`` can serve as a state of ``param`` that is kept in ``dtype``."""
     if not isinstance(value, Tensor) or _placement(value) != _placement(param):
         return False
     state, source = local(value), local(param)
     return (
-        state.dtype == STATE_DTYPES[source.dtype]
+        state.dtype == dtype
         and state.device == source.device
         and state.shape == source.shape
         and state.stride() == torch.empty_like(source, device="meta").stride()

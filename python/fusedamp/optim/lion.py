@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import FusedOptimizer, Group
 from .hyper import check_betas
+from .storage import Storage
 
 
 class Lion(FusedOptimizer):
@@ -37,10 +38,10 @@ class Lion(FusedOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults: Group = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, {**defaults, "master_weights": master_weights})
+        super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import FusedOptimizer, Group
 from .hyper import check_betas, check_number
+from .storage import Storage
 
 
 class RAdam(FusedOptimizer):
@@ -43,12 +44,12 @@ class RAdam(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         defaults |= dict(foreach=foreach, capturable=capturable)
         defaults |= dict(decoupled_weight_decay=decoupled_weight_decay, differentiable=differentiable)
-        super().__init__(params, {**defaults, "master_weights": master_weights})
+        super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

@@ -56,7 +56,10 @@ class Replay:
             states = [s for column in zip(*(slot.states for slot in slots), strict=True) for s in column]
             masters = [slot.master for slot in slots if slot.master is not None]
             params, steps = [slot.target for slot in slots], [slot.step for slot in slots]
-            self._calls.append((group, StepTable(op, params, masters, states, steps, grads)))
+            scales = [s for column in zip(*(slot.scales for slot in slots), strict=True) for s in column]
+            seeds = [slot.seed for slot in slots]
+            table = StepTable(op, params, masters, states, steps, grads, scales, seeds)
+            self._calls.append((group, table))
 
     def calls(
         self, groups: list[Group], state: State, mode_of: Callable[[Group], Mode]

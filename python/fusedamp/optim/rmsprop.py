@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import FusedOptimizer, Group
 from .hyper import check_number
+from .storage import Storage
 
 
 class RMSprop(FusedOptimizer):
@@ -44,18 +46,23 @@ class RMSprop(FusedOptimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        *,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults: Group = dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered)
         defaults |= dict(weight_decay=weight_decay, capturable=capturable, foreach=foreach)
         defaults |= dict(maximize=maximize, differentiable=differentiable)
-        super().__init__(params, {**defaults, "master_weights": master_weights})
+        super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
         for name in ("alpha", "eps", "momentum"):
             check_number(where, name, group[name])
+        if group["centered"] and group["state_dtype"] != torch.float32:
+            raise ValueError(
+                f"{where} state_dtype is {group['state_dtype']!r} with centered=True; expected "
+                "torch.float32, as a variance that is the difference of two roundings may vanish. Pass "
+                "centered=False."
+            )
 
     def _active_states(self, group: Group) -> tuple[str, ...]:
         centered = ("grad_avg",) if group["centered"] else ()

@@ -5,19 +5,33 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..sharding import local
-from .layout import STATE_DTYPES, fits, fitted, overlaps_itself, placed_like, strided_like
+from .layout import STATE_DTYPES, overlaps_itself, placed_like, strided_like
+from .storage import CODES, Entry, has_master, keep, keep_master, need_storable, scale_name, stored_dtype
 
-Entry = dict[str, Any]  # optimizer.state[param]
-Mode = tuple[tuple[str, ...], str, str]  # names of the states in use, master_weights, name of the op
 Like = Callable[[str], Tensor | None]  # a tensor like the parameter's state of that name; None: it has none
 NewState = Callable[[str, Tensor, Entry], Tensor]  # from a tensor like it
+
+
+class Mode(NamedTuple):
+    """What a step needs to know of the options of a group."""
+
+    names: tuple[str, ...]  # of the states in use
+    op: str
+    nonnegative: tuple[str, ...]  # of the states
+    master_weights: str
+    state_dtype: torch.dtype | str
+    stochastic_rounding: bool
+    rounding_seed: int
+
+    def is_random(self) -> bool:
+        return self.stochastic_rounding or self.state_dtype != torch.float32
 
 
 class Slot:
@@ -37,10 +51,12 @@ class Slot:
         self.dense = source if source.stride() == wanted else torch.empty_like(source).copy_(source)
         self.target = _real(self.dense)
         self.states = tuple(_real(local(entry[name])) for name in names)
+        self.scales = tuple(entry[scale_name(name)] for name in names if entry[name].dtype in CODES)
         self.master = _real(local(entry["master"])) if "master" in entry else None
         self.step: Tensor = entry["step"]
         self.key = (str(source.device), self.master is None)  # what may share a call with it
         self.turn = -1  # the step that used it last
+        self.seed = 0  # of its random numbers
         self._values = tuple(entry.values())
         self._dtype, self._numel, self._stride = source.dtype, source.numel(), source.stride()
         self._device_index = source.get_device()
@@ -100,11 +116,6 @@ def as_step(value: Any, param: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32, device=param.device).detach().reshape(()).clone()
 
 
-def has_master(param: Tensor, master_weights: str) -> bool:
-    """Whether ``param`` keeps an FP32 master: 16-bit parameters do, unless told not to."""
-    return master_weights != "none" and STATE_DTYPES.get(param.dtype, param.dtype) != param.dtype
-
-
 def check_aliasing(where: str, slots: Iterable[Slot]) -> None:
     """Raise where two parameters share memory: an op that updates both at once would race with itself."""
     ranges = sorted(
@@ -156,15 +167,22 @@ def complete(param: Tensor, entry: Entry, mode: Mode, like: Like, new_state: New
 
     Returns the names of the states that the parameter has, which may be fewer than those of its group.
     """
-    wanted, master_weights, _ = mode
-    likes = {name: template for name in wanted if (template := like(name)) is not None}
-    names = tuple(likes)
-    wants_master = has_master(param, master_weights)
-    if (
-        param.is_cuda
-        and len(entry) < len(names) + 1 + wants_master
-        and torch.cuda.is_current_stream_capturing()
-    ):
+    likes = {name: template for name in mode.names if (template := like(name)) is not None}
+    stored = {}
+    for name, template in likes.items():
+        stored[name] = STATE_DTYPES[template.dtype]
+        if template is param:  # else a scalar or the like, which is always wide
+            need_storable(param, mode.state_dtype)
+            stored[name] = stored_dtype(param.dtype, mode.state_dtype, name in mode.nonnegative)
+    wants_master = has_master(param, mode.master_weights)
+    if param.is_complex() and (mode.master_weights == "split" or mode.stochastic_rounding):
+        raise ValueError(
+            f"{_kind(param)}; expected a real parameter for split masters and stochastic rounding. Put it "
+            'into a group of its own with master_weights="fp32" or "none", and stochastic_rounding=False.'
+        )
+    needed = {"step", *likes, *(["master"] if wants_master else [])}
+    needed |= {scale_name(name) for name, dtype in stored.items() if dtype in CODES}
+    if param.is_cuda and not needed <= entry.keys() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "has no optimizer state yet; expected it before graph capture, as a replay would reset it. "
             "Run one step before capturing."
@@ -177,28 +195,12 @@ def complete(param: Tensor, entry: Entry, mode: Mode, like: Like, new_state: New
         or step.device != param.device
     ):
         entry["step"] = as_step(step, param)
-    for name in names:
+    for name, template in likes.items():
         if entry.get(name) is None:
-            entry[name] = new_state(name, likes[name], entry)
-    if not wants_master:
+            entry[name] = new_state(name, template, entry)
+        keep(entry, name, template, stored[name])
+    if wants_master:
+        keep_master(entry, param, mode.master_weights)
+    else:
         entry.pop("master", None)
-    elif entry.get("master") is None:
-        entry["master"] = fitted(param, param)
-    for name, template in (likes | {"master": param} if wants_master else likes).items():
-        if not fits(entry[name], template):
-            check_shape(name, entry[name], template)
-            entry[name] = fitted(entry[name], template)
-    return names
-
-
-def check_shape(name: str, value: Any, param: Tensor) -> None:
-    """Raise unless ``value`` can become the state ``name`` of ``param``."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"has state {name!r} of type {type(value).__name__}; expected a tensor. Pass a state_dict()."
-        )
-    if value.shape != param.shape or value.is_complex() != param.is_complex():
-        raise ValueError(
-            f"has state {name!r} of shape {list(value.shape)}, {value.dtype}; expected {list(param.shape)} "
-            f"for a {param.dtype} parameter. Load a matching checkpoint, or clear optimizer.state."
-        )
+    return tuple(likes)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from .layout import fitted
-from .slot import as_step, check_shape, has_master
+from .layout import STATE_DTYPES, fitted
+from .slot import as_step
+from .storage import DEFAULTS, check_shape, has_master, keep, need_storable, scale_name, stored_dtype
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -51,8 +53,8 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
     owners: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
     converted_groups = []
     for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        # How masters are kept is the present optimizer's choice, not the checkpoint's.
-        converted_groups.append({**saved, "master_weights": group["master_weights"]})
+        # How masters and states are kept is the present optimizer's choice, not the checkpoint's.
+        converted_groups.append({**saved, **{name: group[name] for name in DEFAULTS}})
         optimizer._check_group(f"{where} group {g}:", {**optimizer.defaults, **converted_groups[-1]})
         for index, param in zip(saved["params"], group["params"], strict=True):
             owners[index] = (param, {**optimizer.defaults, **converted_groups[-1]})
@@ -82,12 +84,26 @@ def _converted(
         )
     if not has_master(param, group["master_weights"]):
         entry.pop("master", None)
-    for name, value in entry.items():
+    scales = {scale_name(name) for name, like in likes.items() if like is not None}
+    for name, value in list(entry.items()):
         if name == "step":
             entry[name] = as_step(value, param)
-        elif (like := param if name == "master" else likes.get(name)) is not None:
+        elif (
+            name == "master"
+        ):  # whether split or whole: its weight may come later, and then the step converts it
+            check_shape(name, value, param)
+            entry[name] = fitted(value, param, torch.int16 if value.dtype == torch.int16 else None)
+        elif (like := likes.get(name)) is not None:
             check_shape(name, value, like)
-            entry[name] = fitted(value, like)
+            entry[name] = value.detach().clone()
+            dtype = STATE_DTYPES[like.dtype]
+            if like is param:
+                need_storable(param, group["state_dtype"])
+                dtype = stored_dtype(param.dtype, group["state_dtype"], name in optimizer.nonnegative_states)
+            keep(entry, name, like, dtype)
+        elif name in scales:
+            if name in entry and value is saved[name]:  # of a state that comes as it is
+                entry[name] = value.detach().to(param.device, copy=True)
         elif isinstance(value, Tensor):
             entry[name] = value.detach().to(param.device, copy=True)
         else:

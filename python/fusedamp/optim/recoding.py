@@ -1,0 +1,89 @@
+"""Split masters and 8-bit states to and from FP32, for checkpoints that were saved in another form.
+
+The formulas are those of csrc/math/split.h and quantize.h, which say what they mean. Steps don't come here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCALE_BLOCK = 128  # neighbours in memory that share a scale
+
+
+def joined(param: Tensor, remainder: Tensor) -> Tensor:
+    """The FP32 master of a split one: see csrc/math/split.h."""
+    weight = param.float()
+    if param.dtype == torch.bfloat16:
+        master = (weight.view(torch.int32) + remainder.int()).view(torch.float32)
+    else:
+        master = weight + remainder.float() * _half_unit(weight)
+    rounded = rounded_away(master) if param.dtype == torch.bfloat16 else master.to(param.dtype)
+    return torch.where(rounded == param, master, weight)
+
+
+def split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An FP32 master as a 16-bit weight and an int16 remainder."""
+    if dtype == torch.bfloat16:
+        bits = master.view(torch.int32)
+        return rounded_away(master), torch.where(master.isnan(), 0, bits).to(torch.int16)
+    weight = master.to(dtype)
+    units = ((master - weight.float()) / _half_unit(weight.float())).round()
+    return weight, torch.where(weight.isfinite(), units, 0.0).to(torch.int16)
+
+
+def rounded_away(master: Tensor) -> Tensor:
+    """FP32 to BF16, to nearest with ties away from zero."""
+    bits = master.view(torch.int32)
+    upper = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(master.isnan(), torch.nan, upper)
+
+
+def _half_unit(weight: Tensor) -> Tensor:
+    exponent = (weight.view(torch.int32) & 0x7F800000).clamp_(min=0x38800000)
+    return (exponent - (25 << 23)).view(torch.float32)
+
+
+def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
+    """The FP32 values of an 8-bit state, in its layout."""
+    values = torch.empty_like(codes, dtype=torch.float32)
+    nonnegative = codes.dtype == torch.uint8
+    flat = _flat(codes).float()
+    magnitude = flat.abs()
+    tapered = ((magnitude.view(torch.int32) - _bias(nonnegative)) << 2).view(torch.float32)
+    x = torch.where(magnitude < 4, magnitude * 2.0 ** (-25 if nonnegative else -21), tapered)
+    _flat(values).copy_(x.copysign(flat) * scales.repeat_interleave(SCALE_BLOCK)[: x.numel()])
+    return values
+
+
+def quantized(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """FP32 values as codes, to the nearest, and their block scales."""
+    codes = torch.empty_like(values, dtype=dtype)
+    nonnegative = dtype == torch.uint8
+    flat = _flat(values)
+    padded = torch.zeros(
+        -(-flat.numel() // SCALE_BLOCK) * SCALE_BLOCK, dtype=torch.float32, device=flat.device
+    )
+    padded[: flat.numel()] = flat
+    blocks = padded.view(-1, SCALE_BLOCK)
+    largest = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
+    power = (largest.view(torch.int32) + (1 << (18 if nonnegative else 19))) & 0x7F800000
+    scales = power.clamp(max=0x7E800000).view(torch.float32)
+    scales = torch.where(largest.isfinite(), scales, torch.nan)
+    x = torch.where(scales[:, None] > 0, blocks.abs() / scales[:, None], 0.0)
+    bits = x.view(torch.int32).clamp(max=0x3FFFFFFF)
+    tapered = ((bits >> 2) + _bias(nonnegative)).view(torch.float32)
+    y = torch.minimum(tapered, bits.view(torch.float32) * 2.0 ** (25 if nonnegative else 21))
+    y = (y + 0.5).floor().clamp(int(nonnegative), 255 if nonnegative else 127).copysign(blocks)
+    y = y.abs() if nonnegative else y
+    _flat(codes).copy_(y.view(-1)[: flat.numel()])
+    return codes, scales
+
+
+def _bias(nonnegative: bool) -> int:
+    return 0x33800000 if nonnegative else 0x33000000
+
+
+def _flat(dense: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of its memory."""
+    return dense.as_strided((dense.numel(),), (1,))
