@@ -1,0 +1,43 @@
+"""What storage formats mean, typed anew in exact integer and float64 arithmetic: what the engine is held to."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 128
+
+
+def values_of_codes(nonnegative: bool) -> np.ndarray:
+    """The value of each code 0 ... 127 or 255, relative to the block's scale."""
+    per_octave = 32 if nonnegative else 16
+    values: list[float] = []
+    for octave in range(24 if nonnegative else 20):  # downwards from [1, 2)
+        density = per_octave >> octave // 4
+        values = [2.0**-octave * (1 + i / density) for i in range(density)] + values
+    return np.array([values[0] * code / 4 for code in range(4)] + values)
+
+
+def scale_of(block: np.ndarray, nonnegative: bool) -> float:
+    """The power of two that a block is stored relative to: its largest value is below 2, with room to round."""
+    largest = float(np.abs(block).max(initial=0.0))
+    if largest < 2.0**-126:
+        return 0.0
+    power = 2.0 ** np.floor(np.log2(largest))
+    room = 1 / (32 if nonnegative else 16)
+    return power if largest / power < 2 - room else 2 * power
+
+
+def neighbours(x: np.ndarray, nonnegative: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The codes' values on both sides of each x >= 0, which is relative to the scale."""
+    values = values_of_codes(nonnegative)
+    lowest = 1 if nonnegative else 0
+    upper = np.clip(np.searchsorted(values, x, side="right"), lowest + 1, len(values) - 1)
+    return values[upper - 1], values[upper]
+
+
+def decoded(codes: Tensor, scales: Tensor) -> Tensor:
+    """FP64 values of an 8-bit state."""
+    values = torch.from_numpy(values_of_codes(codes.dtype == torch.uint8))
+    flat = codes.flatten().long()
+    magnitudes = values[flat.abs()] * torch.where(flat < 0, -1.0, 1.0)
+    return magnitudes * scales.double().repeat_interleave(BLOCK)[: flat.numel()]

@@ -1,0 +1,168 @@
+"""Storage formats, value by value: every FP32 number through split masters, 8-bit codes against their definition."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import storage_reference as reference
+import torch
+from fusedamp import ops
+from fusedamp.optim import recoding
+from op_calls import same_bits, scalar
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = (1, 7, 127, 128, 129, 1000)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_every_fp32_value_through_split_masters(half, tmp_path):
+    """All 2^32: BF16 exact, FP16 exact over its normal range; stochastic roundings with their exact means."""
+    program = tmp_path / "rounding_exhaustive"
+    flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off", "-Wall", "-Wextra"]
+    subprocess.run(
+        ["g++", *flags, str(ROOT / "tests/rounding_exhaustive.cpp"), "-o", str(program)], check=True
+    )
+    span = [str(half << 31), str((half + 1) << 31)]
+    done = subprocess.run([str(program), *span], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def stored(values, seed=0, step=0, nonnegative=False):
+    """What an 8-bit state holds after a step that sets it to ``values``; non-negative: to their squares."""
+    numel = values.numel()
+    codes = torch.zeros(numel, dtype=torch.uint8 if nonnegative else torch.int8)
+    scales, params = torch.zeros(-(-numel // reference.BLOCK)), torch.zeros(numel)
+    options = dict(lr=0.0, scales=[scales], seeds=[seed])
+    steps = [scalar(float(step))]
+    if nonnegative:
+        ops.adagrad_(
+            [params], [values], [codes], [], steps, lr_decay=0.0, eps=1.0, weight_decay=0.0, **options
+        )
+    else:
+        ops.sgd_([params], [values], [codes], [], steps, momentum=1.0, **options)
+    return codes, scales
+
+
+def spread(numel, sigma, seed=0):
+    """Magnitudes over many octaves, and exact zeros."""
+    random = torch.Generator().manual_seed(seed)
+    values = torch.randn(numel, generator=random) * torch.exp(sigma * torch.randn(numel, generator=random))
+    values[::17] = 0.0
+    return values
+
+
+@pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])
+@pytest.mark.parametrize("sigma", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("numel", SIZES)
+def test_codes_are_neighbours_of_the_value(numel, sigma, nonnegative):
+    """Each code is one of the two around its value, and its block's scale the one that it should be."""
+    values = spread(numel, sigma)
+    codes, scales = stored(values, nonnegative=nonnegative)
+    wanted = (values * values if nonnegative else values).double().numpy()
+    found = reference.decoded(codes, scales).numpy()
+    for b in range(0, numel, reference.BLOCK):
+        block, stored_block = wanted[b : b + reference.BLOCK], found[b : b + reference.BLOCK]
+        scale = reference.scale_of(block, nonnegative)
+        assert scales[b // reference.BLOCK] == scale
+        if scale == 0.0:
+            assert (stored_block == 0.0).all()
+            continue
+        below, above = reference.neighbours(np.abs(block) / scale, nonnegative)
+        magnitude = np.abs(stored_block) / scale
+        assert ((magnitude == below) | (magnitude == above)).all()
+        assert (np.sign(stored_block) * np.sign(block) >= 0).all()
+        assert not nonnegative or (stored_block > 0).all()  # zero is excluded
+
+
+@pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])
+def test_rounding_is_unbiased(nonnegative):
+    """The mean over seeds is the value, to within 6 of its own standard deviations, for each element."""
+    values = spread(512, 2.0)
+    wanted = (values * values if nonnegative else values).double()
+    rounds = 400
+    total = sum(reference.decoded(*stored(values, seed, nonnegative=nonnegative)) for seed in range(rounds))
+    scales = stored(values, nonnegative=nonnegative)[1].double().repeat_interleave(reference.BLOCK)
+    below, above = reference.neighbours((wanted.abs() / scales).numpy(), nonnegative)
+    cell = torch.from_numpy(above - below) * scales
+    up = ((wanted.abs() - torch.from_numpy(below) * scales) / cell).clamp(0, 1)
+    deviation = cell * (up * (1 - up) / rounds).sqrt()
+    inside = wanted.abs() >= torch.from_numpy(below) * scales  # below the lowest code nothing can be unbiased
+    error = (total / rounds - wanted).abs()
+    # One in 400 draws of a small chance is 20 deviations of it: count those as a cell for each draw.
+    assert (error <= 6 * deviation + 6 * cell / rounds)[inside].all()
+    assert inside.double().mean() > 0.8
+
+
+def test_random_bits_depend_on_seed_step_and_place_alone():
+    """The same bits again; others for another seed, step, or list; whatever the length of the tensor."""
+    values = spread(1000, 0.0)
+    codes, _ = stored(values)
+    assert torch.equal(codes, stored(values)[0])
+    assert torch.equal(codes[:896], stored(values[:896].clone())[0])
+    for other in (stored(values, seed=1), stored(values, step=1)):
+        assert 0.1 < (codes != other[0]).double().mean() < 0.9
+    flat = torch.full((4096,), 1.03)
+    up = (stored(flat)[0] != stored(flat)[0].min()).double()
+    assert abs(np.corrcoef(up[:-1].numpy(), up[1:].numpy())[0, 1]) < 6 / 4096**0.5
+
+
+@pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(bad, nonnegative):
+    """A NaN is never hidden by a code: the scale of its block is NaN, and so is what the block holds then."""
+    values = torch.ones(300)
+    values[200] = bad
+    codes, scales = stored(values, nonnegative=nonnegative)
+    assert scales.isnan().tolist() == [False, True, False]
+    assert recoding.dequantized(codes, scales).isnan().sum() == 128
+
+
+@pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])
+@pytest.mark.parametrize("exponent", [-148, -126, -100, 0, 60, 126, 127])
+def test_any_magnitude(nonnegative, exponent):
+    """Blocks from the smallest to the largest numbers: within a cell of the value, or 2^-126; finite."""
+    root = exponent // 2 if nonnegative else exponent
+    values = torch.tensor([1.0, 1.25, 1.9999]).mul(2.0**root) if root > -127 else torch.full((3,), 2.0**root)
+    wanted = (values * values if nonnegative else values).double()
+    found = recoding.dequantized(*stored(values, nonnegative=nonnegative)).double()
+    wanted = wanted.clamp(max=1.9 * 2.0**126)  # where the codes end
+    assert ((found - wanted).abs() <= wanted / 16 + 2.0**-126).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+def test_conversions_agree_with_the_definition(dtype):
+    """What checkpoints are converted with: decoding is exact, encoding is to the nearest."""
+    values = spread(1000, 3.0)
+    values = values.square() if dtype == torch.uint8 else values
+    codes, scales = recoding.quantized(values, dtype)
+    found = recoding.dequantized(codes, scales)
+    assert torch.equal(found.double(), reference.decoded(codes, scales))
+    repeated = scales.repeat_interleave(reference.BLOCK)[:1000].double()
+    share = (values.double().abs() / repeated).numpy()
+    below, above = reference.neighbours(share, dtype == torch.uint8)
+    nearest = np.minimum(np.abs(share - below), np.abs(share - above))
+    error = ((found.double().abs() - values.double().abs()).abs() / repeated).numpy()
+    assert np.allclose(error, nearest, rtol=1e-5, atol=0)
+    again = recoding.quantized(found, dtype)
+    assert same_bits(recoding.dequantized(*again), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_split_conversions_are_exact(dtype):
+    """FP32 masters to split ones and back, for checkpoints: every value of normal size, ties, NaN, infinity."""
+    bits = torch.randint(-(2**31), 2**31, (2**18,), generator=torch.Generator().manual_seed(0)).to(
+        torch.int32
+    )
+    ties = (torch.arange(2**16, dtype=torch.int32) << 16) + 0x8000
+    masters = torch.cat([bits, ties, (ties & ~0xFFFF) + 0x1000]).view(torch.float32)
+    if dtype == torch.float16:
+        masters = masters[(masters.abs() >= 2.0**-16) & (masters.abs() < 65520)]
+    weight, remainder = recoding.split(masters, dtype)
+    back = recoding.joined(weight, remainder)
+    finite = ~masters.isnan()
+    assert same_bits(back[finite], masters[finite])
+    assert back[~finite].isnan().all()
+    assert weight[~finite].isnan().all()
