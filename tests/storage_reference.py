@@ -1,4 +1,4 @@
-"""What storage formats mean, typed anew in exact integer and float64 arithmetic: what the engine is held to."""
+"""What 8-bit states mean, typed anew in float64: what the engine is held to."""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ def values_of_codes(nonnegative: bool) -> np.ndarray:
 
 
 def scale_of(block: np.ndarray, nonnegative: bool) -> float:
-    """The power of two that a block is stored relative to: its largest value is below 2, with room to round."""
+    """The power of two that a block is relative to: its largest value is below 2, with room to round."""
     largest = float(np.abs(block).max(initial=0.0))
     if largest < 2.0**-126:
         return 0.0

@@ -1,4 +1,4 @@
-"""Storage formats, value by value: every FP32 number through split masters, 8-bit codes against their definition."""
+"""Storage formats by value: every FP32 number through split masters, 8-bit codes by their definition."""
 
 import shutil
 import subprocess
@@ -152,7 +152,7 @@ def test_conversions_agree_with_the_definition(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_split_conversions_are_exact(dtype):
-    """FP32 masters to split ones and back, for checkpoints: every value of normal size, ties, NaN, infinity."""
+    """FP32 masters to split ones and back, for checkpoints: values of normal size, ties, NaN, infinity."""
     bits = torch.randint(-(2**31), 2**31, (2**18,), generator=torch.Generator().manual_seed(0)).to(
         torch.int32
     )
