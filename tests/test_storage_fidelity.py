@@ -1,4 +1,4 @@
-"""Compressed training goes where FP32 goes: cases in which biased or coarse formats stall, freeze or blow up."""
+"""Compressed training goes where FP32 goes: cases in which coarse or biased formats stall or blow up."""
 
 import math
 

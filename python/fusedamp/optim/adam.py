@@ -23,9 +23,19 @@ class Adam(FusedOptimizer):
         differentiable: must be False.
         master_weights: "auto" and "fp32" keep an FP32 ``master`` in the state of each FP16 or BF16 parameter.
             After a step the parameter is the master rounded to nearest even, bit for bit; a write to the
-            parameter is never undone, its master follows. "none" updates the 16-bit weights themselves, in
-            FP32 arithmetic: steps below half a unit in the last place are then lost.
-    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, and ``master``.
+            parameter is never undone, its master follows. "split" keeps the same FP32 master in half the
+            memory: an int16 ``master`` is what it has beyond the 16-bit weight. BF16: exact, and the weight
+            is the master rounded with ties away from zero; FP16: exact from 2^-16 on, in steps of 2^-39
+            below; from 65520 on infinite, as its weight. A written weight keeps its remainder, at most half
+            a unit in its last place. "none" updates the 16-bit weights themselves, in FP32 arithmetic: steps
+            below half a unit in the last place are then lost, unless ``stochastic_rounding`` is True.
+        state_dtype: torch.float32 (FP64 for FP64 parameters); torch.bfloat16; or "int8": 8-bit codes with an
+            FP32 scale (``exp_avg_scale`` ...) for each 128 elements, tapered, so that small values beside
+            large ones keep their precision. The latter are rounded stochastically, which keeps means exact.
+            Their random numbers depend on the group's ``rounding_seed`` (default 0), the parameter's place in
+            the optimizer, its step count and the element alone: runs repeat and resume bit for bit.
+        stochastic_rounding: round 16-bit weights stochastically; with ``master_weights="none"`` only.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, ``master``, and scales.
     Cost: 28 B/param read and written in BF16 with masters; no host sync.
     Source: Kingma and Ba 2015, arXiv:1412.6980, Alg. 1; amsgrad: Reddi et al. 2018, arXiv:1904.09237.
     """
