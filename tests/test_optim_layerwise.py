@@ -170,3 +170,38 @@ def test_old_nadam_checkpoints():
     saved["state"][0]["mu_product"] = torch.ones(3)
     with pytest.raises(ValueError, match=r"state 'mu_product' of shape \[3\].*; expected \[\]"):
         optimizer.load_state_dict(saved)
+
+
+STORAGE = [
+    {"master_weights": "split"},
+    {"state_dtype": torch.bfloat16},
+    {"state_dtype": "int8"},
+    {"master_weights": "split", "state_dtype": "int8"},
+    {"master_weights": "none", "stochastic_rounding": True},
+]
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", [*LAYERWISE, BY_NAME["nadam"]], ids=str)
+def test_compressed_storage_steps_as_fp32_does_at_first(case, dtype, storage):
+    """Guards the pass before the step in every format: from states of 0 the first step is FP32's, whatever
+    becomes of its results; the scalars stay FP64.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40_001, generator=generator).to(dtype)
+    grad = torch.randn(40_001, generator=generator).to(dtype)
+    options = {**case.options, "lr": 2.0**-3}
+    plain, expected = one(case.ours, weight, grad, **options)
+    after, state = one(case.ours, weight, grad, **options, **storage)
+    for name in case.scalars:
+        assert bits(state[name]) == bits(expected[name])
+    # A neighbour in the 16-bit format: ties, or a random rounding.
+    ulp = torch.finfo(dtype).eps * plain.float().abs() + torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    assert ((after.float() - plain.float()).abs() <= ulp).all()
+    if storage.get("master_weights") != "none" and "split" not in storage.values():
+        assert bits(state["master"]) == bits(expected["master"])
+        assert bits(after) == bits(plain)
+    if storage == {"master_weights": "split"} and dtype == torch.bfloat16:
+        bits_of = after.view(torch.int16).int() * 2**16 + state["master"].int()
+        assert torch.equal(bits_of.view(torch.float32), expected["master"])

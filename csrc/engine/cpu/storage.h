@@ -1,5 +1,6 @@
 // How a step reads and writes weights and states, a block at a time: in place where they are stored in the type of the
 // arithmetic, else through the L1 cache. `at` is the block's first element, a multiple of kBlock; n its length.
+// What knows the formats is not inlined: a rule for each would compile it dozens of times, and a block hides the call.
 #pragma once
 #include "../../math/quantize.h"
 #include "../../math/split.h"
@@ -95,7 +96,7 @@ FUSEDAMP_FN void quantize(const float* from, C* codes, float* scales, int64_t n,
 FUSEDAMP_FN double* load_weight(const StepRow& row, int64_t at, int64_t, double*) {
   return static_cast<double*>(row.param) + at;
 }
-FUSEDAMP_FN float* load_weight(const StepRow& row, int64_t at, int64_t n, float* staging) {
+static __attribute__((noinline)) float* load_weight(const StepRow& row, int64_t at, int64_t n, float* staging) {
   if (!is_16bit(row.param_dtype)) return static_cast<float*>(row.param) + at;
   const uint16_t* param = static_cast<const uint16_t*>(row.param) + at;
   if (row.master && row.master_dtype == DType::f32) {
@@ -113,8 +114,8 @@ FUSEDAMP_FN float* load_weight(const StepRow& row, int64_t at, int64_t n, float*
 
 // After the step. `weight` is what load_weight returned.
 FUSEDAMP_FN void store_weight(const StepRow&, int64_t, int64_t, const double*, bool, uint64_t) {}
-FUSEDAMP_FN void store_weight(const StepRow& row, int64_t at, int64_t n, const float* weight, bool stochastic,
-                              uint64_t stream) {
+static __attribute__((noinline)) void store_weight(const StepRow& row, int64_t at, int64_t n, const float* weight,
+                                                   bool stochastic, uint64_t stream) {
   if (!is_16bit(row.param_dtype)) return;
   uint16_t* param = static_cast<uint16_t*>(row.param) + at;
   if (row.master && row.master_dtype == DType::i16) {
@@ -131,7 +132,7 @@ FUSEDAMP_FN double* load_state(const StepRow& row, int j, int64_t at, int64_t, d
   return static_cast<double*>(row.states[j]) + at;
 }
 template <bool kNonNegative>
-FUSEDAMP_FN float* load_state(const StepRow& row, int j, int64_t at, int64_t n, float* staging) {
+static __attribute__((noinline)) float* load_state(const StepRow& row, int j, int64_t at, int64_t n, float* staging) {
   if (row.state_dtype == DType::f32) return static_cast<float*>(row.states[j]) + at;
   if (row.state_dtype == DType::bf16) {
     widen_bf16(static_cast<const uint16_t*>(row.states[j]) + at, staging, n);
@@ -147,7 +148,8 @@ FUSEDAMP_FN float* load_state(const StepRow& row, int j, int64_t at, int64_t n, 
 template <bool kNonNegative>
 FUSEDAMP_FN void store_state(const StepRow&, int, int64_t, int64_t, const double*, uint64_t) {}
 template <bool kNonNegative>
-FUSEDAMP_FN void store_state(const StepRow& row, int j, int64_t at, int64_t n, const float* state, uint64_t stream) {
+static __attribute__((noinline)) void store_state(const StepRow& row, int j, int64_t at, int64_t n, const float* state,
+                                                  uint64_t stream) {
   if (row.state_dtype == DType::f32) return;
   const RandomKey key = random_key(stream, j, at);
   if (row.state_dtype == DType::bf16) {

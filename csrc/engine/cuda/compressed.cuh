@@ -3,12 +3,10 @@
 // lane four neighbours, which move by one access: 16 bytes of the widest list. Formats are branches that a block takes
 // together.
 #pragma once
-#include "chunks.cuh"
-#include "element.cuh"
+#include "coeffs.cuh"
 
 #include "../../math/quantize.h"
 #include "../../math/split.h"
-#include "../lane.h"
 
 namespace fusedamp::cuda {
 
@@ -153,10 +151,10 @@ __device__ __forceinline__ void for_each_state(Visit visit) {
   if constexpr (Rule::kStates > 2) visit(std::integral_constant<int, 2>());
 }
 
-template <class Rule>
-__device__ __forceinline__ void step_compressed_chunk(const StepRow& row, Span span,
-                                                      const typename Rule::template Coeffs<float>& k, float grad_scale,
-                                                      bool stochastic, uint64_t stream) {
+// act(weight, gradient, states) for each element of one chunk; the results are stored where Action::kStores.
+template <class Rule, class Action>
+__device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span span, Action& act, bool stochastic,
+                                                       uint64_t stream) {
   constexpr int kStates = kStateRoom<Rule>;
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int lane_first = static_cast<int>(threadIdx.x) % 32 * kPerLane;
@@ -179,14 +177,17 @@ __device__ __forceinline__ void step_compressed_chunk(const StepRow& row, Span s
     const RandomKey weight_key = random_key(stream, kWeightList, at);
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) {
+      if (!Action::kStores && e >= count) break;
       float s[kStates], weight = weight_of(row, param.v[e], master.v[e]);
       for_each_state<Rule>(
           [&](auto j) { s[j] = state_of<kNeverNegative<Rule, j>>(row.state_dtype, stored[j].v[e], scales[j]); });
-      lane<Rule, float>(k, grad_scale, widen_word(grad.v[e], row.grad_dtype), weight, s);
+      act(weight, widen_word(grad.v[e], row.grad_dtype), s);
+      if constexpr (!Action::kStores) continue;
       for_each_state<Rule>([&](auto j) { state[j][e] = s[j]; });
       const uint32_t random = stochastic ? random_bits(weight_key, index + e) : 0u;
       param.v[e] = weight_stored(row, weight, stochastic, random, master.v[e]);
     }
+    if constexpr (!Action::kStores) continue;
     put(row.param, row.param_dtype, at, count, param);
     if (row.master) put(row.master, row.master_dtype, at, count, master);
     for_each_state<Rule>([&](auto j) {

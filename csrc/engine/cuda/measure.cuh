@@ -31,7 +31,7 @@ struct AddSquares {
   __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
 };
 
-template <class Rule, class V>
+template <class Rule, Kind kKind, class V = ValueOf<kKind>>
 __global__ void __launch_bounds__(kBlock) measure_kernel(const Table<StepRow> table, const StepScalars scalars,
                                                          const CoeffsOf<Rule, V>* coeffs, ChunkSquares* records) {
   if (overflowed(scalars.found_inf)) return;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kBlock) measure_kernel(const Table<StepRow> ta
     r = find_row(table, chunk, r);
     const CoeffsOf<Rule, V> k = coeffs[r];
     MeasureAction<Rule, V> act = {k, grad_scale, {}};
-    visit_any_chunk<Rule, V>(table.rows[r].row, span_of(table.rows[r], chunk), act);
+    visit<Rule, kKind>(table.rows[r].row, span_of(table.rows[r], chunk), scalars, act);
 #pragma unroll
     for (int j = 0; j < Rule::kNorms; ++j) {
       const double sum = block_reduce(act.found.sums[j], AddSquares());
@@ -73,11 +73,11 @@ __global__ void __launch_bounds__(kBlock) conclude_kernel(const Table<StepRow> t
 }
 
 // `coeffs` are those of tensors without norms, and afterwards the step's.
-template <class Rule, class V>
+template <class Rule, Kind kKind, class V = ValueOf<kKind>>
 void measure(const Device& device, const Table<StepRow>& table, const StepScalars& scalars, CoeffsOf<Rule, V>* coeffs) {
   auto* records = static_cast<ChunkSquares*>(
       device.scratch(std::max<int64_t>(table.chunk_count, 1) * static_cast<int64_t>(sizeof(ChunkSquares))));
-  launch("measure", &measure_kernel<Rule, V>, grid_for(device, table.chunk_count), kBlock, device.stream, table,
+  launch("measure", &measure_kernel<Rule, kKind>, grid_for(device, table.chunk_count), kBlock, device.stream, table,
          scalars, static_cast<const CoeffsOf<Rule, V>*>(coeffs), records);
   launch("measure", &conclude_kernel<Rule, V>, grid_for(device, table.row_count), kBlock, device.stream, table, scalars,
          static_cast<const ChunkSquares*>(records), coeffs);

@@ -2,7 +2,6 @@
 // updates every float-computed tensor, whatever its types are; compressed tensors and float64 tensors take pairs of
 // their own.
 #pragma once
-#include "compressed.cuh"
 #include "measure.cuh"
 
 namespace fusedamp::cuda {
@@ -22,11 +21,6 @@ struct StepAction {
 template <class Rule, class V>
 constexpr int kResidentBlocks = sizeof(V) == 8 || Rule::kStates > 2 ? 2 : 3;
 
-// Which of a call's tensors a launch takes: those computed in float and stored as they are, or compressed; float64.
-enum class Kind { kSingle, kCompressed, kDouble };
-template <Kind kKind>
-using ValueOf = std::conditional_t<kKind == Kind::kDouble, double, float>;
-
 template <class Rule, Kind kKind, class V = ValueOf<kKind>>
 __global__ void __launch_bounds__(kBlock, kResidentBlocks<Rule, V>)
     step_kernel(const Table<StepRow> table, const StepScalars scalars, const CoeffsOf<Rule, V>* coeffs) {
@@ -35,16 +29,9 @@ __global__ void __launch_bounds__(kBlock, kResidentBlocks<Rule, V>)
   int64_t r = -1;
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
     r = find_row(table, chunk, r);
-    const StepRow& row = table.rows[r].row;
-    const Span span = span_of(table.rows[r], chunk);
     const CoeffsOf<Rule, V> k = coeffs[r];
-    if constexpr (kKind == Kind::kCompressed) {
-      const auto t = static_cast<int64_t>(*row.step);  // of this step: it was counted before
-      step_compressed_chunk<Rule>(row, span, k, grad_scale, scalars.stochastic, random_stream(row.seed, t));
-    } else {
-      StepAction<Rule, V> act = {k, grad_scale};
-      visit_any_chunk<Rule, V>(row, span, act);
-    }
+    StepAction<Rule, V> act = {k, grad_scale};
+    visit<Rule, kKind>(table.rows[r].row, span_of(table.rows[r], chunk), scalars, act);
   }
 }
 
@@ -57,7 +44,7 @@ void step_as(const Device& device, const std::vector<StepRow>& rows, const StepS
   Coeffs* coeffs = static_cast<Coeffs*>(device.scratch(table.row_count * static_cast<int64_t>(sizeof(Coeffs))));
   const int64_t blocks = (table.row_count + kBlock - 1) / kBlock;
   launch("prepare", &prepare_kernel<Rule, V>, blocks, kBlock, device.stream, table, scalars, coeffs);
-  if constexpr (Rule::kNorms > 0) measure<Rule, V>(device, table, scalars, coeffs);
+  if constexpr (Rule::kNorms > 0) measure<Rule, kKind>(device, table, scalars, coeffs);
   if (table.chunk_count == 0) return;  // every tensor is empty: a step was taken all the same
   launch("step", &step_kernel<Rule, kKind>, grid_for(device, table.chunk_count), kBlock, device.stream, table, scalars,
          static_cast<const Coeffs*>(coeffs));

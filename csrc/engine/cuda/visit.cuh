@@ -1,6 +1,6 @@
 // Every element of a chunk with its weight, gradient and states as they are stored, whatever their types are.
 #pragma once
-#include "coeffs.cuh"
+#include "compressed.cuh"
 
 namespace fusedamp::cuda {
 
@@ -76,6 +76,21 @@ __device__ __forceinline__ void visit_any_chunk(const StepRow& row, Span span, A
   } else {
     if (grad_bytes == 4) return visit_chunk<Rule, V, uint32_t, uint16_t, false>(row, span, act);
     return visit_chunk<Rule, V, uint16_t, uint16_t, false>(row, span, act);
+  }
+}
+
+// Which of a call's tensors a launch takes: those computed in float and stored as they are, or compressed; float64.
+enum class Kind { kSingle, kCompressed, kDouble };
+template <Kind kKind>
+using ValueOf = std::conditional_t<kKind == Kind::kDouble, double, float>;
+
+template <class Rule, Kind kKind, class Action>
+__device__ __forceinline__ void visit(const StepRow& row, Span span, const StepScalars& scalars, Action& act) {
+  if constexpr (kKind == Kind::kCompressed) {
+    const auto t = static_cast<int64_t>(*row.step);  // of this step, which is counted before it is taken
+    visit_compressed_chunk<Rule>(row, span, act, scalars.stochastic, random_stream(row.seed, t));
+  } else {
+    visit_any_chunk<Rule, ValueOf<kKind>>(row, span, act);
   }
 }
 
