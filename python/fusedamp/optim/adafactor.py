@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from .base import Group
 from .composed import ComposedOptimizer, Values
 from .hyper import check_number
+from .storage import Storage
 
 
 class Adafactor(ComposedOptimizer):
@@ -44,7 +46,7 @@ class Adafactor(ComposedOptimizer):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -54,9 +56,8 @@ class Adafactor(ComposedOptimizer):
             "weight_decay": weight_decay,
             "foreach": foreach,
             "maximize": maximize,
-            "master_weights": master_weights,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

@@ -24,6 +24,8 @@ class ComposedOptimizer(FusedOptimizer):
     FP64 parameters), and selected on the device.
     """
 
+    can_compress = False
+
     def _rule(
         self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor
     ) -> tuple[Tensor, Values]:

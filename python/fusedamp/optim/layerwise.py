@@ -7,7 +7,7 @@ second moment. CPU and CUDA add up in different orders: results may differ betwe
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -16,6 +16,7 @@ from ..sharding import sharded_dims
 from .base import FusedOptimizer, Group
 from .hyper import check_betas, check_number
 from .layout import scalar_like
+from .storage import Storage
 
 
 class Layerwise(FusedOptimizer):
@@ -65,11 +66,11 @@ class LAMB(Layerwise):
         trust_clip: float = math.inf,
         adapt: bool = True,
         maximize: bool = False,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         defaults |= dict(bias_correction=bias_correction, trust_clip=trust_clip, adapt=adapt)
-        super().__init__(params, {**defaults, "master_weights": master_weights})
+        super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
@@ -117,11 +118,11 @@ class LARS(Layerwise):
         nesterov: bool = False,
         adapt: bool = True,
         maximize: bool = False,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults: Group = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
         defaults |= dict(trust_coefficient=trust_coefficient, nesterov=nesterov, adapt=adapt)
-        super().__init__(params, {**defaults, "maximize": maximize, "master_weights": master_weights})
+        super().__init__(params, {**defaults, "maximize": maximize}, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
@@ -160,11 +161,11 @@ class NovoGrad(Layerwise):
         *,
         grad_averaging: bool = False,
         maximize: bool = False,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        defaults |= dict(grad_averaging=grad_averaging, maximize=maximize, master_weights=master_weights)
-        super().__init__(params, defaults)
+        defaults |= dict(grad_averaging=grad_averaging, maximize=maximize)
+        super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from .base import Batch, Group
 from .composed import ComposedOptimizer, Values
 from .hyper import check_number
-from .slot import Entry
+from .storage import Entry, Storage
 
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 NS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -66,7 +66,7 @@ class Muon(ComposedOptimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         ns_dtype: torch.dtype = torch.bfloat16,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -82,9 +82,8 @@ class Muon(ComposedOptimizer):
             "adamw_betas": adamw_betas,
             "adamw_eps": adamw_eps,
             "ns_dtype": ns_dtype,
-            "master_weights": master_weights,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from .base import FusedOptimizer, Group
 from .hyper import check_betas, check_number
 from .layout import scalar_like
-from .slot import Entry
+from .storage import Entry, Storage
 
 
 class NAdam(FusedOptimizer):
@@ -47,13 +47,12 @@ class NAdam(FusedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        master_weights: str = "auto",
+        **storage: Unpack[Storage],
     ) -> None:
         defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         defaults |= dict(momentum_decay=momentum_decay, decoupled_weight_decay=decoupled_weight_decay)
         defaults |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
-        defaults |= dict(differentiable=differentiable, master_weights=master_weights)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | dict(differentiable=differentiable), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
