@@ -13,14 +13,6 @@ int64_t packed_count(const std::string& op, const Tensor& packed, int64_t column
   return packed.numel() / columns;
 }
 
-bool measures_norms(RuleId rule) {
-  static constexpr int kNorms[] = {
-#define FUSEDAMP_RULE(op, Rule) Rule::kNorms,
-#include "../math/optimizers.def"
-  };
-  return kNorms[rule] > 0;
-}
-
 bool never_negative(RuleId rule, size_t state) {
   static constexpr int kMasks[] = {
 #define FUSEDAMP_RULE(op, Rule) Rule::kNonNegative,
@@ -134,11 +126,6 @@ std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLis
     for (size_t j = tensor_lists; j < all_lists; ++j)
       row.states[j] = one_element<double>(op, at("states", j * n + i), lists.states[j * n + i], param,
                                           ScalarType::Double, "float64");
-    if (measures_norms(rule) &&
-        (row.master_dtype == DType::i16 || row.state_dtype == DType::bf16 || row.state_dtype == DType::i8))
-      fail(op, name,
-           " has a split master, or states in 16 or 8 bits; expected float32 ones, as this op measures norms ",
-           "of them");
     row.step = one_element<float>(op, at("steps", i), lists.steps[i], param, ScalarType::Float, "float32");
     for (size_t j = tensor_lists; j < all_lists; ++j)
       add_span(spans, true, at("states", j * n + i), lists.states[j * n + i], row.states[j], sizeof(double));

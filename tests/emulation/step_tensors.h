@@ -38,11 +38,10 @@ struct StepTensor {
 
 struct RuleStates {
   int count, never_negative;
-  bool measured;  // norms are of FP32 lists
 };
 inline RuleStates states_of(RuleId rule) {
   const RuleStates rules[] = {
-#define FUSEDAMP_RULE(op, Rule) {Rule::kStates, Rule::kNonNegative, (Rule::kNorms > 0)},
+#define FUSEDAMP_RULE(op, Rule) {Rule::kStates, Rule::kNonNegative},
 #include "../../csrc/math/optimizers.def"
   };
   return rules[rule];
@@ -66,7 +65,7 @@ inline StepTensor step_tensor(Random& random, int64_t numel, RuleStates rule, Al
   const auto grad_dtype = static_cast<DType>(below(random, param_dtype == DType::f64 ? 4 : 3));
   const DType compressed[] = {DType::f32, DType::bf16, DType::i8};
   const DType state_dtype = param_dtype == DType::f64 ? DType::f64
-                            : rule.count              ? compressed[rule.measured ? 0 : below(random, 3)]
+                            : rule.count              ? compressed[below(random, 3)]
                                                       : DType::f32;
   const Offsets offsets(alignment, random);
   StepTensor t = {{grad_dtype, numel, offsets.next()},
@@ -87,7 +86,7 @@ inline StepTensor step_tensor(Random& random, int64_t numel, RuleStates rule, Al
       t.master[0].set(i, master);
       if (below(random, 50)) t.param.set(i, master);  // else somebody wrote the weight
     }
-  } else if (is_16bit(param_dtype) && !rule.measured && below(random, 2)) {
+  } else if (is_16bit(param_dtype) && below(random, 2)) {
     t.master.emplace_back(DType::i16, numel, offsets.next());
     for (int64_t i = 0; i < numel; ++i) {
       t.master[0].set(i, double(below(random, 65536) - 32768));
