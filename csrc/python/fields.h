@@ -10,8 +10,8 @@ namespace fusedamp {
 bool bind_tensors(pybind11::type tensor, pybind11::type parameter, pybind11::capsule exchange);
 
 // A bytearray of int64 [3, n], addresses, numels and dtype codes (csrc/engine/dtype.h), for n plain contiguous
-// floating-point tensors with memory on one device, CPU or CUDA; with `stored` also of int8, uint8 and int16, which hold
-// states and split masters. None where there are none, or one is anything else.
+// floating-point tensors with memory on one device, CPU or CUDA; with `stored` also of int8, uint8 and int16, which
+// hold states and split masters. None where there are none, or one is anything else.
 pybind11::object read_fields(pybind11::list tensors, bool stored);
 
 // Whether read_fields(tensors) would give these fields again.
