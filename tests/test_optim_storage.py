@@ -215,8 +215,8 @@ def test_what_cannot_be_is_refused(why):
         optim.AdamW([param], **options).step()
 
 
-@pytest.mark.parametrize("make", [optim.LAMB, optim.LARS, optim.NovoGrad, optim.Adafactor, optim.Muon])
-def test_optimizers_that_measure_refuse_compression(make):
+@pytest.mark.parametrize("make", [optim.Adafactor, optim.Muon])
+def test_steps_made_of_torch_operations_refuse_compression(make):
     with pytest.raises((TypeError, ValueError), match=r"state_dtype|master_weights"):
         make([torch.nn.Parameter(torch.zeros(3, 3).bfloat16())], master_weights="split")
 
