@@ -5,11 +5,21 @@ Run as a script it prints the digest: test_ops_targets.py starts it once for eac
 """
 
 import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from fusedamp import _library, ops
+from fusedamp import _library, ops, optim
 from op_calls import BORDERS, DTYPES, HALVES, VARIANTS, bits, same_numbers, scalar, step_call
 from torch import Tensor
+
+STORAGE: list[dict[str, Any]] = [
+    dict(master_weights="split"),
+    dict(state_dtype=torch.bfloat16),
+    dict(master_weights="split", state_dtype="int8"),
+    dict(master_weights="none", stochastic_rounding=True),
+]
 
 
 def every_half(dtype: torch.dtype) -> Tensor:
@@ -81,7 +91,27 @@ def digest() -> dict[str, str]:
         note(f"finite norm {norm_type}", list(ops.grad_stats(call.params, scalar(0.3), norm_type)))
     ops.unscale_(call.params, scalar(0.3), scalar(0.0))
     note("unscale_", call.params)
+    for name, tensors in stored(shapes):
+        note(name, tensors)
     return found
+
+
+def stored(sizes: list[tuple[int, ...]]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Weights and states after three steps in every storage format, of rules with and without norms."""
+    for make, storage in itertools.product((optim.AdamW, optim.Lion, optim.LAMB), STORAGE):
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype))
+            for size in sizes
+            for dtype in HALVES
+        ]
+        optimizer = make(params, lr=0.01, weight_decay=0.1, **storage)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            optimizer.step()
+        states = [value for param in params for _, value in sorted(optimizer.state[param].items())]
+        yield f"{make.__name__}, {storage}", [*(param.detach() for param in params), *states]
 
 
 def main() -> None:
