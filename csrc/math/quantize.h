@@ -56,13 +56,14 @@ struct Codes {
   }
 
   FUSEDAMP_FN static int32_t code(float value, float inverse, uint32_t random) {
-    const uint32_t u = bits_of(value * inverse), sign = u & 0x80000000u, magnitude = u & 0x7fffffffu;
+    const uint32_t u = bits_of(value * inverse), magnitude = u & 0x7fffffffu;
+    const bool negative = (u >> 31) != 0u && magnitude <= 0x7f800000u;  // the sign of a NaN is up to the compiler
     const uint32_t below_two = magnitude < kBelowTwo ? magnitude : kBelowTwo;
     const float tapered = float_of((below_two >> kShift) + kBias), even = float_of(below_two) * kSteep;
     const float dither = static_cast<float>(static_cast<int32_t>(random >> 8)) * 0x1p-24f;
     int32_t code = static_cast<int32_t>((tapered < even ? tapered : even) + dither);
     code = code < kLowest ? kLowest : code < kHighest ? code : kHighest;
-    return !kNonNegative && sign ? -code : code;
+    return !kNonNegative && negative ? -code : code;
   }
   FUSEDAMP_FN static float value(int32_t code, float scale) {
     const float y = static_cast<float>(code);

@@ -99,5 +99,6 @@ class StepTable:
         # Without a master, or without states, the type says nothing and is read by nobody.
         master_code, state_code = codes[2 if has_masters else 0], codes[first if self.states_per_param else 1]
         kinds = codes[0] | grads[2] << 8 | master_code << 16 | state_code << 24
-        masters, seed = addresses[2] if has_masters else nothing, torch.tensor(seeds) if seeds else nothing
+        masters = addresses[2] if has_masters else nothing
+        seed = torch.tensor(seeds, device="cpu") if seeds else nothing  # whatever the default device is
         return torch.stack([addresses[0], masters, *states, *scales, addresses[1], grads[1], seed, kinds], 1)
