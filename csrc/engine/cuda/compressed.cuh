@@ -52,11 +52,18 @@ __device__ __forceinline__ Stored fetch(const void* list, DType dtype, int64_t a
 template <class R>
 __device__ __forceinline__ void put(void* list, int64_t at, int count, const Stored& stored) {
   R* to = in_global(static_cast<R*>(list) + at);
-  if (in_one_access(to, count)) {
-    Pack<R, kPerLane> pack;
+  if (in_one_access(to, count)) {  // in words wider than R, or the compiler merges both branches into narrow stores
+    using Word = std::conditional_t<sizeof(R) == 1, uint32_t, uint64_t>;
+    constexpr int kPerWord = sizeof(Word) / sizeof(R), kWords = kPerLane / kPerWord;
+    Pack<Word, kWords> pack;
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e) pack.v[e] = static_cast<R>(stored.v[e]);
-    store<kPerLane>(to, pack);
+    for (int w = 0; w < kWords; ++w) {
+      pack.v[w] = 0;
+#pragma unroll
+      for (int e = 0; e < kPerWord; ++e)
+        pack.v[w] |= static_cast<Word>(static_cast<R>(stored.v[w * kPerWord + e])) << (8 * sizeof(R) * e);
+    }
+    store<kWords>(reinterpret_cast<Word*>(to), pack);
   } else {
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e)
