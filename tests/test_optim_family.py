@@ -65,3 +65,28 @@ def test_rmsprop_options_can_change_between_steps():
     state = optimizer.state[param]
     assert [*state] == ["step", "square_avg", "master", "grad_avg", "momentum_buffer"]
     assert state["step"] == 4
+
+
+def test_momentum_that_starts_late_starts_undampened():
+    """As torch: the buffer begins with the first gradient that it sees, however many steps came before."""
+    start = torch.tensor([1.0, -2.0])
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    pairs = [(kind([param], lr=0.1, dampening=0.5), param) for kind, param in
+             ((optim.SGD, ours), (torch.optim.SGD, theirs))]  # fmt: skip
+    for step in range(5):
+        for optimizer, param in pairs:
+            optimizer.param_groups[0]["momentum"] = 0.9 if step >= 2 else 0.0
+            param.grad = torch.tensor([0.5, 0.25]) * (step + 1)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0.0)
+
+
+def test_groups_that_share_memory_are_refused():
+    """Guards what no op can see: each group is a call of its own."""
+    memory = torch.zeros(6)
+    one, other = torch.nn.Parameter(memory[:4]), torch.nn.Parameter(memory[2:])
+    one.grad, other.grad = torch.ones(4), torch.ones(4)
+    optimizer = optim.SGD([{"params": [one]}, {"params": [other], "lr": 0.5}], lr=0.1)
+    with pytest.raises(ValueError, match="two parameters share memory"):
+        optimizer.step()
+    assert not memory.any()
