@@ -6,8 +6,8 @@
 // spaced codes throughout would round a small gradient's momentum up to a step of its large neighbour's, and divide it
 // by its own small second moment.) Codes are even between neighbouring powers of two, so the step from a value to its
 // code is a shift of its bits, the probability of rounding up is linear in the value, and the mean of stochastic
-// rounding is exact. Code 0 is excluded for states that are never negative: a second moment that rounds to 0 beside a
-// first moment that does not is a division by eps.
+// rounding is the value, to 2^-16 of a step. Code 0 is excluded for states that are never negative: a second moment
+// that rounds to 0 beside a first moment that does not is a division by eps.
 //
 // The scale is FP32. 0: all values of the block are below 2^-126. NaN: one was not finite, and all of them become NaN,
 // which the step after this one shows.
@@ -34,13 +34,12 @@ using CodeOf = typename CodeType<kNonNegative>::type;
 template <bool kNonNegative>
 struct Codes {
   // Values are divided by the scale, to 0 <= x < 2. Code y stands for the x where float(y) has the bits of x, shifted
-  // by kShift, plus kBias; below kLinear for y / kSteep.
+  // by kShift, plus kBias; below 4 for y / kSteep.
   static constexpr int kShift = 2;  // 2^kShift octaves share a density of codes
-  static constexpr int kLowest = kNonNegative ? 1 : 0, kHighest = kNonNegative ? 255 : 127;
-  static constexpr float kLinear = 4.0f;
-  static constexpr uint32_t kBelowTwo = 0x3fffffffu;                          // the bits of the largest float below 2
   static constexpr uint32_t kEnd = kNonNegative ? 0x43800000u : 0x43000000u;  // the bits of 256 or 128: the code of 2
+  static constexpr uint32_t kHighest = kNonNegative ? 0x437f0000u : 0x42fe0000u;  // of 255 or 127
   static constexpr uint32_t kBias = kEnd - (0x40000000u >> kShift);
+  static constexpr uint32_t kTop = (kHighest - kBias) << kShift;         // of the x of the highest code
   static constexpr float kSteep = kNonNegative ? 0x1p25f : 0x1p21f;      // 4 / the x of code 4
   static constexpr uint32_t kRoom = kNonNegative ? 1u << 18 : 1u << 19;  // a step of the code below 2, as bits
 
@@ -55,22 +54,23 @@ struct Codes {
     return float_of(power == 0u || power > 0x7f800000u ? 0u : 0x7f000000u - power);
   }
 
+  // `random`: 16 bits.
   FUSEDAMP_FN static int32_t code(float value, float inverse, uint32_t random) {
     const uint32_t u = bits_of(value * inverse), magnitude = u & 0x7fffffffu;
     const bool negative = (u >> 31) != 0u && magnitude <= 0x7f800000u;  // the sign of a NaN is up to the compiler
-    const uint32_t below_two = magnitude < kBelowTwo ? magnitude : kBelowTwo;
-    const float tapered = float_of((below_two >> kShift) + kBias), even = float_of(below_two) * kSteep;
-    const float dither = static_cast<float>(static_cast<int32_t>(random >> 8)) * 0x1p-24f;
-    int32_t code = static_cast<int32_t>((tapered < even ? tapered : even) + dither);
-    code = code < kLowest ? kLowest : code < kHighest ? code : kHighest;
-    return !kNonNegative && negative ? -code : code;
+    const uint32_t x = magnitude < kTop ? magnitude : kTop;
+    const float tapered = float_of((x >> kShift) + kBias), even = float_of(x) * kSteep;
+    const float dither = static_cast<float>(static_cast<int32_t>(random)) * 0x1p-16f;
+    const int32_t code = static_cast<int32_t>((tapered < even ? tapered : even) + dither);
+    if (kNonNegative) return code > 1 ? code : 1;
+    return negative ? -code : code;
   }
   FUSEDAMP_FN static float value(int32_t code, float scale) {
     const float y = static_cast<float>(code);
     const uint32_t sign = bits_of(y) & 0x80000000u, magnitude = bits_of(y) & 0x7fffffffu;
-    const float tapered = float_of(((magnitude - kBias) << kShift) & 0x7fffffffu);
+    const float tapered = float_of(((magnitude > kBias ? magnitude : kBias) - kBias) << kShift);
     const float even = float_of(magnitude) * (1.0f / kSteep);
-    const float x = float_of(magnitude) < kLinear ? even : tapered;
+    const float x = tapered > even ? tapered : even;
     return float_of(bits_of(x) | sign) * scale;
   }
 };

@@ -19,6 +19,12 @@ FUSEDAMP_FN float float_of(uint32_t u) {
   return x;
 }
 
+// condition ? yes : no, without the branch that would keep a loop scalar.
+FUSEDAMP_FN uint32_t select(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
 FUSEDAMP_FN float bf16_to_float(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }
 
 FUSEDAMP_FN uint16_t float_to_bf16(float x) {
@@ -51,10 +57,9 @@ FUSEDAMP_FN uint16_t float_to_f16(float x) {
   return static_cast<uint16_t>(sign | h);
 }
 
-// Stochastic: `random` is 32 random bits, of which the upper ones decide. A finite value never becomes infinite by
-// chance.
+// Stochastic: `random` is 16 random bits. A finite value never becomes infinite by chance.
 FUSEDAMP_FN uint16_t float_to_bf16(float x, uint32_t random) {
-  const uint32_t u = bits_of(x), up = u + (random >> 16), magnitude = u & 0x7fffffffu;
+  const uint32_t u = bits_of(x), up = u + random, magnitude = u & 0x7fffffffu;
   const bool is_nan = magnitude > 0x7f800000u;
   const bool overflows = magnitude >= 0x7f800000u || (up & 0x7fffffffu) >= 0x7f800000u;
   return static_cast<uint16_t>(is_nan ? 0x7fc0u : (overflows ? u : up) >> 16);
@@ -63,12 +68,12 @@ FUSEDAMP_FN uint16_t float_to_bf16(float x, uint32_t random) {
 FUSEDAMP_FN uint16_t float_to_f16(float x, uint32_t random) {
   const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
   // Below 2^-14 in units of 2^-40, 16 bits finer than FP16's last place.
-  const bool small = a < 0x38800000u;
-  const int32_t fine = static_cast<int32_t>(float_of(small ? a : 0u) * 1099511627776.0f);
-  const uint32_t subnormal = (static_cast<uint32_t>(fine) + (random >> 16)) >> 16;
-  const uint32_t normal = (a + (random >> 19) - 0x38000000u) >> 13;
-  const uint32_t finite = small ? subnormal : normal < 0x7bffu ? normal : 0x7bffu;
-  const uint32_t h = a > 0x7f800000u ? 0x7e00u : a >= 0x47800000u ? 0x7c00u : finite;  // from 65536 on
+  const uint32_t least = 0x38800000u, below = a < least ? a : least;
+  const uint32_t fine = static_cast<uint32_t>(static_cast<int32_t>(float_of(below) * 1099511627776.0f));
+  const uint32_t subnormal = (fine + random) >> 16;
+  const uint32_t normal = (a + (random >> 3) - 0x38000000u) >> 13, largest = 0x7bffu;
+  const uint32_t finite = select(a < least, subnormal, normal < largest ? normal : largest);
+  const uint32_t h = select(a >= 0x47800000u, a > 0x7f800000u ? 0x7e00u : 0x7c00u, finite);  // from 65536 on
   return static_cast<uint16_t>(sign | h);
 }
 

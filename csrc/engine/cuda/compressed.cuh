@@ -121,7 +121,7 @@ __device__ __forceinline__ float state_of(DType dtype, uint32_t word, float scal
 // Every lane of the warp calls it. Writes the block's scale, returns what the lane has to store.
 template <bool kNonNegative>
 __device__ __forceinline__ Stored state_stored(DType dtype, const float (&state)[kPerLane], int count, RandomKey key,
-                                               uint32_t index, float* scale_at) {
+                                               uint32_t index, int list, float* scale_at) {
   Stored stored;
   if (dtype == DType::f32) {
 #pragma unroll
@@ -130,7 +130,8 @@ __device__ __forceinline__ Stored state_stored(DType dtype, const float (&state)
   }
   if (dtype == DType::bf16) {
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e) stored.v[e] = float_to_bf16(state[e], random_bits(key, index + e));
+    for (int e = 0; e < kPerLane; ++e)
+      stored.v[e] = float_to_bf16(state[e], random_half(random_bits(key, index + e), list));
     return stored;
   }
   uint32_t largest = 0;  // as integers, NaN > infinity > finite
@@ -143,7 +144,8 @@ __device__ __forceinline__ Stored state_stored(DType dtype, const float (&state)
   if (threadIdx.x % 32 == 0) *scale_at = scale;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e)
-    stored.v[e] = static_cast<uint32_t>(Codes<kNonNegative>::code(state[e], inverse, random_bits(key, index + e)));
+    stored.v[e] = static_cast<uint32_t>(
+        Codes<kNonNegative>::code(state[e], inverse, random_half(random_bits(key, index + e), list)));
   return stored;
 }
 
@@ -191,7 +193,7 @@ __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span 
       act(weight, widen_word(grad.v[e], row.grad_dtype), s);
       if constexpr (!Action::kStores) continue;
       for_each_state<Rule>([&](auto j) { state[j][e] = s[j]; });
-      const uint32_t random = stochastic ? random_bits(weight_key, index + e) : 0u;
+      const uint32_t random = stochastic ? random_half(random_bits(weight_key, index + e), kWeightList) : 0u;
       param.v[e] = weight_stored(row, weight, stochastic, random, master.v[e]);
     }
     if constexpr (!Action::kStores) continue;
@@ -199,7 +201,7 @@ __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span 
     if (row.master) put(row.master, row.master_dtype, at, count, master);
     for_each_state<Rule>([&](auto j) {
       const Stored codes = state_stored<kNeverNegative<Rule, j>>(
-          row.state_dtype, state[j], count, random_key(stream, j, at), index, row.scales[j] + block);
+          row.state_dtype, state[j], count, random_key(stream, j, at), index, j, row.scales[j] + block);
       put(row.states[j], row.state_dtype, at, count, codes);
     });
   }
