@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import fusedamp
 import torch
+from fusedamp.optim.storage import Storage
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
@@ -20,13 +21,17 @@ from .rows import Rival
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INIT_SCALE = 2.0**10
+PLAIN = Storage()
 ADAM: dict[str, Any] = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": ADAM,
     "adam": ADAM,
     "sgd": dict(lr=1.0, momentum=0.9, weight_decay=1e-4),
+    "lion": dict(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1),
+    "lamb": ADAM,
+    "lars": dict(lr=1.0, momentum=0.9, weight_decay=1e-4),
 }
-NAMES = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
+NAMES = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "lion": "Lion", "lamb": "LAMB", "lars": "LARS"}
 
 
 class Contender(Protocol):
@@ -55,9 +60,17 @@ def _start(scaler: torch.amp.GradScaler, weights: list[Tensor]) -> None:
 
 
 class Fusedamp:
-    def __init__(self, optimizer: str, weights: list[Tensor], grads: list[Tensor], max_norm: float) -> None:
+    def __init__(
+        self,
+        optimizer: str,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        max_norm: float,
+        storage: Storage = PLAIN,
+    ) -> None:
         self.weights = _parameters(weights, grads)
-        self.optimizer = getattr(fusedamp.optim, NAMES[optimizer])(self.weights, **OPTIONS[optimizer])
+        options = {**OPTIONS[optimizer], **storage}
+        self.optimizer = getattr(fusedamp.optim, NAMES[optimizer])(self.weights, **options)
         self.scaler = fusedamp.GradScaler(weights[0].device.type, init_scale=INIT_SCALE)
         _start(self.scaler, weights)
         self.max_norm = max_norm
