@@ -19,7 +19,17 @@ from fusedamp.demo.options import DTYPES, DemoError, Options
 from fusedamp.demo.report import Outcome, table
 from fusedamp.demo.run import run_tasks
 from fusedamp.demo.tasks import digits_task, gpt_task
-from fusedamp.demo.train import REFERENCE, Run, Variant, finetune, lost_updates, pretrain, variants
+from fusedamp.demo.train import (
+    NO_MASTERS,
+    REFERENCE,
+    Run,
+    Variant,
+    finetune,
+    lost_updates,
+    pretrain,
+    variants,
+)
+from fusedamp.optim.storage import Storage
 from rich.console import Console
 
 
@@ -74,7 +84,10 @@ def test_the_claim_shows_on_digits(outcome):
 
 def test_a_false_claim_is_called_false(outcome):
     """Masters that do not match, and missing masters that do no harm, are findings that did not hold."""
-    swapped = [replace(r, variant=replace(r.variant, masters=not r.variant.masters)) for r in outcome.runs]
+    swapped = [
+        replace(r, variant=replace(r.variant, storage=NO_MASTERS if r.variant.masters else Storage()))
+        for r in outcome.runs
+    ]
     others = [r for r in swapped if r.variant.stack == "fusedamp" and r.variant.dtype != "fp32"]
     judged = Outcome(outcome.task, [outcome.reference, *others])
     judged.spread = outcome.spread

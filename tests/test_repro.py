@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib", reason='the experiments need pip install "fuse
 import torch
 from fusedamp import cli, optim
 from fusedamp.repro import options as repro_options
+from fusedamp.repro.compressed import compressed
 from fusedamp.repro.experiment import Result, Setup, Text, setups, train
 from fusedamp.repro.options import Options
 from fusedamp.repro.report import Sweep, stall_findings
@@ -53,7 +54,7 @@ def test_runs_differ_in_what_their_names_say(text):
     assert first["FP16, factor 2^0"] == first["FP16, factor 2^-14"]
     assert results["FP32"].held_out == pytest.approx(results["FP16, factor 2^0"].held_out, abs=1e-2)
     assert results["FP16, factor 2^-14"].vanished > results["FP16, factor 2^0"].vanished
-    assert {s.options.get("master_weights") for s in weights} >= {None, "fp32", "none"}
+    assert {s.options.get("master_weights") for s in weights} == {None, "fp32", "split", "none"}
     assert {s.dtype for s in weights} == {"fp32", "fp16", "bf16"}
 
 
@@ -70,6 +71,13 @@ def test_every_mode_of_ours_arrives(stopped):
     findings = stall_findings(stopped)
     assert len(findings) >= 4
     assert all(finding.held for finding in findings), [f.text for f in findings if not f.held]
+
+
+def test_compressed_modes_arrive():
+    """Guards the claims of coarse formats: no drift of rounded weights, averages that fall, a flat error."""
+    found = list(compressed(1000))
+    assert len({stall.story for stall in found}) == 3
+    assert all(stall.ours and stall.arrived for stall in found), [s for s in found if not s.arrived]
 
 
 def test_the_others_stop_where_they_are_known_to(stopped):

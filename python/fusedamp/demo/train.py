@@ -17,6 +17,7 @@ import fusedamp
 import fusedamp.optim
 from fusedamp.demo.options import DTYPES, DemoError, Options
 from fusedamp.demo.tasks import Batch, Task
+from fusedamp.optim.storage import Storage
 
 GROWTH_INTERVAL = 50  # torch's default of 2000 steps would never be reached here
 MAX_NORM = 1.0
@@ -27,22 +28,38 @@ EXTRA_ORDERS = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """Which stack trains, in which format, and on which order of the batches."""
+    """Which stack trains, in which formats of weights, masters and states, on which order of the batches."""
 
     stack: str  # "torch" or "fusedamp"
     dtype: str
-    masters: bool = True
+    storage: Storage = field(default_factory=Storage)  # fusedamp's
     order: int = 0
+
+    @property
+    def masters(self) -> bool:
+        return self.storage.get("master_weights") != "none"
 
     @property
     def name(self) -> str:
         if self.order:
             return f"FP32 torch, batch order {self.order + 1}"
         amp = " AMP" if self.stack == "torch" and self.dtype != "fp32" else ""
-        return f"{self.dtype.upper()} {self.stack}{amp}{'' if self.masters else ', no masters'}"
+        return f"{self.dtype.upper()} {self.stack}{amp}{''.join(f', {word}' for word in self._words())}"
+
+    def _words(self) -> Iterator[str]:
+        masters, states = self.storage.get("master_weights", "auto"), self.storage.get("state_dtype", "auto")
+        yield from {
+            "none": ["no masters"],
+            "split": ["split masters"],
+            "fp32": ["FP32 masters"],
+        }.get(masters, [])
+        if self.storage.get("stochastic_rounding"):
+            yield "stochastic rounding"
+        yield from {torch.bfloat16: ["BF16 states"], "int8": ["8-bit states"]}.get(states, [])
 
 
 REFERENCE = Variant("torch", "fp32")
+NO_MASTERS = Storage(master_weights="none")
 
 
 def variants(dtypes: tuple[str, ...]) -> list[Variant]:
@@ -55,7 +72,7 @@ def variants(dtypes: tuple[str, ...]) -> list[Variant]:
             rows += [
                 Variant("torch", dtype),
                 Variant("fusedamp", dtype),
-                Variant("fusedamp", dtype, masters=False),
+                Variant("fusedamp", dtype, NO_MASTERS),
             ]
     return rows + [Variant("torch", "fp32", order=k) for k in range(1, EXTRA_ORDERS + 1)]
 
@@ -92,8 +109,7 @@ class Run:
             optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
         else:
             model.to(DTYPES[variant.dtype])
-            masters = "auto" if variant.masters else "none"
-            optimizer = fusedamp.optim.AdamW(model.parameters(), lr=lr, master_weights=masters)
+            optimizer = fusedamp.optim.AdamW(model.parameters(), lr=lr, **variant.storage)
         return cls(variant, model, optimizer, scaler, options.device)
 
     def step(self, batch: Batch) -> None:
@@ -201,9 +217,12 @@ def pretrain(task: Task, options: Options, on_step: Callable[[], None]) -> nn.Mo
     return model
 
 
-def finetune(task: Task, base: nn.Module, options: Options) -> Iterator[list[Run]]:
-    """Train all variants step by step, side by side; yields the runs after each step, the reference first."""
-    runs = [Run.start(variant, base, options) for variant in variants(options.dtypes)]
+def finetune(
+    task: Task, base: nn.Module, options: Options, compared: list[Variant] | None = None
+) -> Iterator[list[Run]]:
+    """Train ``compared``, by default `variants` of the wanted formats, step by step, side by side; yields the
+    runs after each step, the reference first."""
+    runs = [Run.start(variant, base, options) for variant in compared or variants(options.dtypes)]
     every = max(1, task.steps // EVALUATIONS)
     for step in range(task.steps):
         if step % every == 0:

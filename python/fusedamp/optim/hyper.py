@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # How masters and states may be kept: option -> its values, the one that keeps most first.
-STORAGE = {
+STORAGE: dict[str, tuple[Any, ...]] = {
     "master_weights": ("fp32", "split", "none"),
     "state_dtype": (torch.float32, torch.bfloat16, "int8"),
 }

@@ -70,7 +70,7 @@ def stall_table(found: list[Stall]) -> Table:
         grid.add_column(head, justify="right", no_wrap=True)
     for stall in found:
         style = "" if stall.arrived else "bold" if not stall.ours else "bold red"
-        grid.add_row(stall.story, stall.who, f"{stall.wanted:.5f}", f"{stall.got:.5f}", style=style)
+        grid.add_row(stall.story, stall.who, f"{stall.wanted:.5g}", f"{stall.got:.5g}", style=style)
     return grid
 
 
@@ -79,7 +79,7 @@ def stall_findings(found: list[Stall]) -> list[Finding]:
     return [
         Finding(
             f"{stall.who}: {stall.story} {'ends where it should' if stall.arrived else 'stops'} "
-            f"({stall.got:.5f}, wanted {stall.wanted:.5f})",
+            f"({stall.got:.5g}, wanted {stall.wanted:.5g})",
             stall.arrived,
         )
         for stall in found

@@ -10,7 +10,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from . import parity
 from .chart import draw
+from .compressed import compressed
 from .experiment import Result, Setup, Text, setups, train
 from .options import Options
 from .report import Sweep, stall_findings, stall_table
@@ -27,6 +29,8 @@ def run(options: Options) -> int:
     machine = (
         f"torch {torch.__version__}, Python {platform.python_version()}, threads {torch.get_num_threads()}"
     )
+    if options.parity:
+        return parity.run(options, machine, console)
     console.print(machine, _METHOD, sep="\n", end="\n\n")
     text = Text()
     with Progress(console=console) as progress:
@@ -34,7 +38,7 @@ def run(options: Options) -> int:
             Sweep(title, _trained(some, text, options, progress))
             for title, some in zip(TITLES, setups(options), strict=True)
         ]
-    stopped = list(stalls(options.stall_steps))
+    stopped = [*stalls(options.stall_steps), *compressed(options.stall_steps)]
     for sweep in sweeps:
         console.print(sweep.table(), end="\n\n")
     console.print(stall_table(stopped), end="\n\n")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fusedamp
 from fusedamp import optim
@@ -54,6 +55,13 @@ def _stepped(make: Callable[..., Any], dtype: torch.dtype, start: float, steps: 
     return param, optimizer
 
 
+def as_fp32(optimizer: torch.optim.Optimizer, param: Tensor, name: str) -> Tensor:
+    """The state ``name`` of AdamW's only parameter, from whatever format it is kept in."""
+    wide = optim.AdamW([param])
+    wide.load_state_dict(optimizer.state_dict())
+    return wide.state[param][name]
+
+
 def _weights() -> Iterator[Stall]:
     """Adam at lr 1e-4 moves a weight by 1e-4 a step: less than half a unit in the last place of 1."""
     story = f"{WEIGHT_STEPS} steps of 1e-4 down from 1.0"
@@ -92,9 +100,7 @@ def _second_moments(steps: int) -> Iterator[Stall]:
         param, optimizer = _stepped(
             optim.AdamW, torch.bfloat16, 0.0, steps, lr=0.0, betas=(0.9, BETA2), **storage
         )
-        wide = optim.AdamW([param])
-        wide.load_state_dict(optimizer.state_dict())  # in whatever format it was kept, it is FP32 here
-        got = wide.state[param]["exp_avg_sq"].double().mean().item()
+        got = as_fp32(optimizer, param, "exp_avg_sq").double().mean().item()
         label = ", ".join(f"{k}={v}" for k, v in storage.items()) or "FP32 states"
         yield Stall(story, f"fusedamp, BF16 weight, {label}", wanted, got, True, 0.01)
 
