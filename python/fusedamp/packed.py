@@ -67,19 +67,24 @@ class StepTable:
         seeds: Sequence[int] = (),
     ) -> None:
         self.op, self.states_per_param = op, len(states) // len(params)
-        self.params, self._all = params, [*params, *steps, *masters, *states, *scales]
-        fields = read(self._all, stored=True)
+        self.params, self.state = params, [*steps, *masters, *states, *scales]
+        fields, self._state_fields = read([*params, *self.state], stored=True), read(self.state, stored=True)
         if fields is None:
             raise ValueError(f"[{op}] not all tensors are plain; expected contiguous ones on one device")
-        self._fields = fields
+        self._param_fields = read(params)
         self._grad_kinds = grads[len(params) * _WORD :]
-        self._rows = self._packed_rows(rows(grads), bool(masters), seeds)
+        self._rows = self._packed_rows(rows(fields), rows(grads), bool(masters), seeds)
 
     def accepts(self, grads: Fields) -> bool:
-        """Whether a step with ``grads`` differs from the first in nothing but their addresses and values."""
-        return grads[len(self.params) * _WORD :] == self._grad_kinds and _C.same_fields(
-            self._all, self._fields
-        )
+        """Whether parameters and ``grads`` differ from the first ones in nothing but values, and the addresses
+        of ``grads``.
+        """
+        same_kinds = grads[len(self.params) * _WORD :] == self._grad_kinds
+        return same_kinds and _C.same_fields(self.params, self._param_fields)
+
+    def has_same_state(self) -> bool:
+        """Whether steps, masters, states and scales are where they were."""
+        return _C.same_fields(self.state, self._state_fields)
 
     def launch(self, grads: Fields, scalars: dict[str, Any]) -> None:
         """The step, on gradients that were accepted just now."""
@@ -88,8 +93,8 @@ class StepTable:
         )
         torch.autograd.graph.increment_version(self.params)  # nobody differentiates through our states
 
-    def _packed_rows(self, grads: Tensor, has_masters: bool, seeds: Sequence[int]) -> Tensor:
-        addresses, _, codes = rows(self._fields).view(3, -1, len(self.params))
+    def _packed_rows(self, fields: Tensor, grads: Tensor, has_masters: bool, seeds: Sequence[int]) -> Tensor:
+        addresses, _, codes = fields.view(3, -1, len(self.params))
         nothing = torch.zeros_like(addresses[0])
         first = 2 + has_masters
         middle, states = first + self.states_per_param, [nothing] * 3

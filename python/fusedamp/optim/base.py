@@ -97,6 +97,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _stepped: list[Slot]  # of the last step
     _replay: Replay | None  # what makes the same step again quick
     _turn: int  # counts the steps, to see a parameter twice in one
+    _looks: int = 0  # how often anybody was given the state
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -107,6 +108,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults = with_storage(type(self).__name__, defaults, storage or {})
         self._check_group(f"[{type(self).__name__}]", defaults)
         super().__init__(params, defaults)
+
+    @property
+    def state(self) -> Any:
+        """As in torch, a dict of dicts by parameter. Whoever asks may change it; steps see that."""
+        self._looks += 1
+        return vars(self)["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._looks += 1
+        vars(self)["state"] = value
 
     # What an optimizer defines ------------------------------------------------------------
 
@@ -173,7 +185,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for g, group in enumerate(self.param_groups):
             self._check_group(self._where(g), group)
         if self._replay is not None:
-            calls = self._replay.calls(self.param_groups, self.state, self._mode)
+            calls = self._replay.calls(self.param_groups, vars(self), self._looks, self._mode)
             if calls is not None:
                 ready = [(table, grads, self._scalars(group, table.params)) for group, table, grads in calls]
                 for table, grads, scalars in ready:
@@ -198,7 +210,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return None
             seen.append((batch.group, batch.op, batch.slots, fields))
         try:
-            return Replay(self.param_groups, self.state, list(map(self._mode, self.param_groups)), seen)
+            return Replay(self.param_groups, vars(self), list(map(self._mode, self.param_groups)), seen)
         except ValueError:  # a tensor that only the checking op can take
             return None
 
@@ -215,7 +227,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _prepare(self) -> list[Batch]:
         calls: list[Batch] = []
-        known = self._slots
+        known, state = self._slots, vars(self)["state"]
         self._turn += 1
         position = 0  # of a group's first parameter in the optimizer: replicas and resumed runs draw alike
         for g, group in enumerate(self.param_groups):
@@ -239,10 +251,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 try:
                     if slot is not None and slot.turn == self._turn:
                         raise ValueError("is in the optimizer twice; expected it once. Remove the second.")
-                    if slot is None or not slot.holds(self.state.get(param), mode):
+                    if slot is None or not slot.holds(state.get(param), mode):
                         self._unchecked |= slot is None or slot.reusable
                         like = partial(self._like, param=param, group=group)
-                        slot = known[id(param)] = Slot(param, self.state[param], mode, like, self._new_state)
+                        slot = known[id(param)] = Slot(param, state[param], mode, like, self._new_state)
                     grad = slot.paired(grad)
                 except (ValueError, TypeError) as error:
                     raise type(error)(f"{self._where(g)} params[{i}] {error}") from error
