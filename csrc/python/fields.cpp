@@ -3,15 +3,41 @@
 #include <ATen/dlpack.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace py = pybind11;
 
 namespace fusedamp {
 namespace {
 
+// An attribute that torch computes in C, read without looking its name up.
+struct Attribute {
+  PyObject* name;
+  getter get;
+  void* closure;
+
+  Attribute() = default;
+  Attribute(PyTypeObject* type, const char* text) : name(PyUnicode_InternFromString(text)), get(), closure() {
+    const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name));
+    if (!found) throw py::error_already_set();
+    if (!PyObject_TypeCheck(found.ptr(), &PyGetSetDescr_Type)) return;
+    const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;  // lives with the type
+    get = getset->get;
+    closure = getset->closure;
+  }
+  py::object of(PyObject* tensor) const {
+    auto value = py::reinterpret_steal<py::object>(get ? get(tensor, closure) : PyObject_GetAttr(tensor, name));
+    if (!value) throw py::error_already_set();
+    return value;
+  }
+};
+
 // Borrowed for as long as the process lives: torch's own types and table.
 PyTypeObject *tensor_type, *parameter_type;
 DLPackDLTensorFromPyObjectNoSync describe;
+Attribute grad, version;
+
+bool is_plain_type(PyObject* item) { return Py_TYPE(item) == tensor_type || Py_TYPE(item) == parameter_type; }
 
 struct Plain {
   int64_t address, numel, dtype;
@@ -57,7 +83,7 @@ bool for_each_plain(const py::list& tensors, bool stored, Visit visit) {
   DLDevice device = {};
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
     PyObject* item = PyList_GET_ITEM(tensors.ptr(), i);
-    if (Py_TYPE(item) != tensor_type && Py_TYPE(item) != parameter_type) return false;
+    if (!is_plain_type(item)) return false;
     DLTensor t;
     if (describe(item, &t) != 0) {  // sparse, meta ...
       PyErr_Clear();
@@ -82,6 +108,8 @@ bool bind_tensors(py::type tensor, py::type parameter, py::capsule exchange) {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
   describe = api->dltensor_from_py_object_no_sync;
+  grad = Attribute(tensor_type, "grad");
+  version = Attribute(tensor_type, "_version");
   return describe != nullptr;
 }
 
@@ -107,6 +135,40 @@ bool same_fields(py::list tensors, py::bytearray fields) {
   return for_each_plain(tensors, true, [&](Py_ssize_t i, const Plain& tensor) {
     return words[i] == tensor.address && words[n + i] == tensor.numel && words[2 * n + i] == tensor.dtype;
   });
+}
+
+py::object grads_of(py::list params) {
+  const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
+  Py_ssize_t missing = 0;
+  py::list grads(n);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+    if (!describe || !is_plain_type(param)) return py::none();
+    py::object found = grad.of(param);
+    missing += found.is_none();
+    PyList_SET_ITEM(grads.ptr(), i, found.release().ptr());
+  }
+  return py::make_tuple(grads, missing);
+}
+
+py::bytes versions(py::list tensors) {
+  const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
+  std::vector<int64_t> found(n);
+  for (Py_ssize_t i = 0; i < n; ++i) found[i] = version.of(PyList_GET_ITEM(tensors.ptr(), i)).cast<int64_t>();
+  return py::bytes(reinterpret_cast<const char*>(found.data()), n * sizeof(int64_t));
+}
+
+bool same_items(py::list lists, py::list items) {
+  const Py_ssize_t wanted = PyList_GET_SIZE(items.ptr());
+  Py_ssize_t seen = 0;
+  for (const py::handle list : lists) {
+    if (!PyList_Check(list.ptr())) return false;
+    const Py_ssize_t n = PyList_GET_SIZE(list.ptr());
+    if (n > wanted - seen) return false;
+    for (Py_ssize_t i = 0; i < n; ++i, ++seen)
+      if (PyList_GET_ITEM(list.ptr(), i) != PyList_GET_ITEM(items.ptr(), seen)) return false;
+  }
+  return seen == wanted;
 }
 
 bool same_values(py::list dicts, py::list values) {

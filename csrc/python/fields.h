@@ -17,6 +17,15 @@ pybind11::object read_fields(pybind11::list tensors, bool stored);
 // Whether read_fields(tensors) would give these fields again.
 bool same_fields(pybind11::list tensors, pybind11::bytearray fields);
 
+// The .grad of each, and how many are None; or None where one is no plain tensor or parameter.
+pybind11::object grads_of(pybind11::list params);
+
+// Their version counters, as int64.
+pybind11::bytes versions(pybind11::list tensors);
+
+// Whether the items of all lists, one after the other, are the very objects in `items`.
+bool same_items(pybind11::list lists, pybind11::list items);
+
 // Whether the values of all dicts, one after the other, are the very objects in `values`.
 bool same_values(pybind11::list dicts, pybind11::list values);
 

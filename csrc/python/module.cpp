@@ -35,6 +35,11 @@ PYBIND11_MODULE(_C, m) {
         "on one device, with `stored` also of small integers; None where there are none, or one is anything else.");
   m.def("same_fields", &fusedamp::same_fields, "tensors"_a, "fields"_a,
         "Whether read_fields would give these fields again.");
+  m.def("grads_of", &fusedamp::grads_of, "params"_a,
+        "The list of each one's grad, and how many of them are None; None where one is no plain tensor or parameter.");
+  m.def("versions", &fusedamp::versions, "tensors"_a, "Their version counters as int64, in bytes.");
+  m.def("same_items", &fusedamp::same_items, "lists"_a, "items"_a,
+        "Whether the items of all lists, one after the other, are the very objects in a list.");
   m.def("same_values", &fusedamp::same_values, "dicts"_a, "values"_a,
         "Whether the values of all dicts, one after the other, are the very objects in a list.");
 }

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
-from operator import attrgetter, is_, is_not
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from . import ops
+from ._C import same_items
 from .optim.layout import is_dense, overlaps_itself
-from .packed import Fields, holds_float64, read
+from .packed import Fields, grads_of, holds_float64, read, versions
 from .sharding import PLAIN, MeshDim, all_reduce_, follow_placements, local, sharded_dims
 
 PerDevice = dict[torch.device, Tensor]
-_grad = attrgetter("grad")
-_is_present = partial(is_not, None)
 
 
 def on(tensor: Tensor, device: torch.device) -> Tensor:
@@ -52,9 +48,9 @@ def gradient_of(param: Tensor) -> Tensor | None:
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
     """Those that ``params`` have."""
     params = list(params)
-    grads = list(map(_grad, params))
-    if all(map(_is_present, grads)):
-        return grads
+    found = grads_of(params)
+    if found is not None and not found[1]:
+        return found[0]
     return [grad for param in params if (grad := gradient_of(param)) is not None]
 
 
@@ -63,7 +59,7 @@ class _Bucket:
     """Gradients on one device; of each the place of its parameter in ``params`` and how that is sharded."""
 
     tensors: list[Tensor] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
+    positions: Sequence[int] = field(default_factory=list)
     layouts: list[tuple[MeshDim, ...]] = field(default_factory=list)
     fields: Fields | None = None  # of the tensors, where they were read in bulk
 
@@ -96,18 +92,15 @@ class Gradients:
 
     def _read_in_bulk(self, params: list[Tensor]) -> bool:
         """Does all that is to be done where every gradient is a plain contiguous tensor on one device."""
-        if not PLAIN.issuperset(map(type, params)):
+        if (found := grads_of(params)) is None:
             return False
-        grads = list(map(_grad, params))
-        present = list(filter(_is_present, grads))
-        if len(present) < len(grads) and any(hasattr(param, "main_grad") for param in params):
+        grads, missing = found
+        if missing and any(hasattr(param, "main_grad") for param in params):
             return False
+        positions = [i for i, grad in enumerate(grads) if grad is not None] if missing else range(len(grads))
+        present = [grads[i] for i in positions] if missing else grads
         if (fields := read(present)) is None:
             return False
-        every = len(present) == len(grads)
-        positions = (
-            list(range(len(grads))) if every else [i for i, grad in enumerate(grads) if grad is not None]
-        )
         self.originals, self._all_layouts = present, {(): params[0].device}
         bucket = _Bucket(present, positions, [()] * len(present), fields)
         self.by_device[present[0].device] = bucket
@@ -134,7 +127,7 @@ class Gradients:
         if (bucket := self.by_device.get(device)) is None:
             bucket = self.by_device[device] = _Bucket()
         bucket.tensors.append(tensor)
-        bucket.positions.append(position)
+        bucket.positions.append(position)  # type: ignore[attr-defined]  # a list here
         bucket.layouts.append(layout)
 
     def _real(self, param: Tensor, grad: Tensor, magnitudes: bool) -> Tensor:
@@ -223,13 +216,20 @@ class Gradients:
                     for value, of in zip(s.per_tensor.unbind(), self.by_device[where].layouts, strict=True)
                     if of == layout
                 ]
-            total = reduce(torch.stack(parts)) if parts else torch.zeros((), dtype=torch.float64, device=home)
+            if not parts:
+                total = torch.zeros((), dtype=torch.float64, device=home)
+            elif len(parts) == 1 and not layout:  # nobody writes it, so it needs no copy
+                total = parts[0]
+            else:
+                total = reduce(torch.stack(parts))
             if norm_type == math.inf and layout:  # what MAX makes of NaN is up to the backend
                 total = total.nan_to_num(nan=math.inf, posinf=math.inf)
             all_reduce_(total, layout, "max" if norm_type == math.inf else "sum")
             totals.append(on(total, device))
-        total = reduce(torch.stack(totals)) if totals else torch.zeros((), dtype=torch.float64, device=device)
-        return total if norm_type in (0.0, math.inf) else total.pow(1.0 / norm_type)
+        if not totals:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        total = totals[0] if len(totals) == 1 else reduce(torch.stack(totals))
+        return total.clone() if norm_type in (0.0, math.inf) else total.pow(1.0 / norm_type)
 
     def multiply_(self, factor: Tensor) -> None:
         """Multiply all gradients in place by a 0-d FP64 tensor, FP64 ones in FP64 and the rest in FP32."""
@@ -264,10 +264,9 @@ class Stamp:
 
     def matches(self, grads: list[Tensor]) -> bool:
         seen = [ref() for ref in self._seen] if self._weak else self._seen  # type: ignore[operator]
-        return len(grads) == len(seen) and all(map(is_, grads, seen)) and _versions(grads) == self._versions
+        return same_items([grads], seen) and _versions(grads) == self._versions
 
 
-def _versions(grads: list[Tensor]) -> list[int]:
+def _versions(grads: list[Tensor]) -> bytes | list[int]:
     """The version counters, and those of the shards that DTensors hold."""
-    shards = [] if PLAIN.issuperset(map(type, grads)) else map(local, grads)
-    return list(map(attrgetter("_version"), chain(grads, shards)))
+    return versions(grads if PLAIN.issuperset(map(type, grads)) else [*grads, *map(local, grads)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,7 @@ class OverflowLog:
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._steps = torch.zeros((), dtype=torch.int64, device=device)
-        self._records: dict[tuple[torch.device, tuple[int, ...]], _Record] = {}
+        self._records: dict[tuple[torch.device, Sequence[int]], _Record] = {}
         self._uncounted: tuple[Stamp, Tensor, Tensor] | None = None
 
     def next_step(self) -> None:
@@ -79,7 +79,7 @@ class OverflowLog:
     def record(self, gradients: Gradients, stats: dict[torch.device, GradStats], found_inf: Tensor) -> None:
         """Keep the counts of a read pass if this step is an overflow, which only the device knows."""
         for device, stat in stats.items():
-            self._record(tuple(gradients.by_device[device].positions), stat.counts, found_inf, self._steps)
+            self._record(gradients.by_device[device].positions, stat.counts, found_inf, self._steps)
 
     def record_uncounted(self, gradients: Gradients, found_inf: Tensor) -> None:
         """The same for gradients that were unscaled before: counted only if a report is asked for."""
@@ -88,8 +88,8 @@ class OverflowLog:
             (), torch.zeros(0, 3, dtype=torch.int64, device=found_inf.device), found_inf, self._steps
         )
 
-    def _record(self, positions: tuple[int, ...], counts: Tensor, found_inf: Tensor, step: Tensor) -> None:
-        key = (counts.device, positions)
+    def _record(self, positions: Sequence[int], counts: Tensor, found_inf: Tensor, step: Tensor) -> None:
+        key = (counts.device, positions if isinstance(positions, range) else tuple(positions))
         if key not in self._records:
             while len(self._records) >= _MAX_RECORDS:
                 del self._records[next(iter(self._records))]
@@ -108,7 +108,7 @@ class OverflowLog:
             gradients = Gradients(params_of(optimizer))
             if stamp.matches(gradients.originals):
                 for device, stat in gradients.stats(None).items():
-                    self._record(tuple(gradients.by_device[device].positions), stat.counts, found_inf, step)
+                    self._record(gradients.by_device[device].positions, stat.counts, found_inf, step)
         params = [] if optimizer is None else list(_named(optimizer))
         steps = {key: int(record.step) for key, record in self._records.items()}
         latest = max(steps.values(), default=0)

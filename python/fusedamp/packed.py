@@ -8,6 +8,7 @@ everything.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,10 +27,24 @@ _exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _CAN_READ = _exchange is not None and _C.bind_tensors(Tensor, Parameter, _exchange)
 
 
+def _can_read() -> bool:
+    return _CAN_READ and not torch.compiler.is_compiling()
+
+
+def grads_of(params: list[Tensor]) -> tuple[list[Any], int] | None:
+    """The ``.grad`` of each of ``params``, and how many are None; None where one is no plain tensor."""
+    return _C.grads_of(params) if _can_read() else None
+
+
+def versions(tensors: list[Tensor]) -> bytes | list[int]:
+    """The version counters of ``tensors``, to be compared with others."""
+    return _C.versions(tensors) if _can_read() else list(map(attrgetter("_version"), tensors))
+
+
 def read(tensors: Sequence[Any], stored: bool = False) -> Fields | None:
     """The fields of ``tensors``, or None where one of them is not a plain contiguous floating-point tensor
     with memory (or with ``stored`` one of 8- or 16-bit integers), or there are none."""
-    if not _CAN_READ or torch.compiler.is_compiling():
+    if not _can_read():
         return None
     return _C.read_fields(tensors if type(tensors) is list else list(tensors), stored)
 
@@ -76,8 +91,8 @@ class StepTable:
         self._rows = self._packed_rows(rows(fields), rows(grads), bool(masters), seeds)
 
     def accepts(self, grads: Fields) -> bool:
-        """Whether parameters and ``grads`` differ from the first ones in nothing but values, and the addresses
-        of ``grads``.
+        """Whether parameters and ``grads`` differ from the first ones in nothing but values, and in the
+        addresses of ``grads``.
         """
         same_kinds = grads[len(self.params) * _WORD :] == self._grad_kinds
         return same_kinds and _C.same_fields(self.params, self._param_fields)

@@ -1,9 +1,9 @@
 """Whether anybody but the optimizer can reach what its ``state`` holds.
 
-A step must not use an address that somebody has changed, but looking at thousands of state tensors to see that
-nobody has is most of what a step costs the host. What nobody else can reach, nobody else can change: the
-optimizer counts how often it was asked for its ``state``, and once nobody asks any more, reference counts tell
-whether somebody kept a part of it.
+A step must not use an address that somebody has changed, but looking at thousands of state tensors to see
+that nobody has is most of what a step costs the host. What nobody else can reach, nobody else can change: the
+optimizer counts how often it was asked for its ``state``, and once nobody asks any more, reference counts
+tell whether somebody kept a part of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def nobody_else_holds(*held: tuple[list[Any], int], tensors: Sequence[Tensor]) -
     """Whether all references are known: each list's objects have so many besides the list's; ``tensors``
     have, in C++ and to their memory, no more than new ones.
     """
-    if not _CAN_TELL or any(_counts(objects) != {_ONLY_THE_LIST + known} for objects, known in held if objects):
+    if not _CAN_TELL or any(
+        _counts(objects) != {_ONLY_THE_LIST + known} for objects, known in held if objects
+    ):
         return False
     return set(map(_beyond_python, tensors)) <= {_beyond_python(torch.empty(1))}
 
@@ -59,7 +61,7 @@ class Watch:
         return self._is_private and looks == self._looks
 
     def asks_for_proof(self, looks: int) -> bool:
-        """Told that the state was just compared: whether to find out now if anybody still holds a part of it."""
+        """Told that the state was just compared: whether to find out now if anybody holds a part of it."""
         if looks != self._looks:
             self._looks, self._quiet, self._patience, self._is_private = looks, 0, 1, False
             return False

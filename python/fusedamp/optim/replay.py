@@ -7,26 +7,19 @@ have changed it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 
-from .._C import same_values
-from ..packed import Fields, StepTable, read
+from .._C import same_items, same_values
+from ..packed import Fields, StepTable, grads_of, read
 from .ownership import Watch, nobody_else_holds
 from .slot import Mode, Slot
 
 Group = dict[str, Any]
 State = dict[Tensor, dict[str, Any]]
-_grad = attrgetter("grad")
-
-
-def _same(one: Iterable[Any], other: list[Any]) -> bool:
-    one = list(one)
-    return len(one) == len(other) and all(map(is_, one, other))
 
 
 class Replay:
@@ -78,16 +71,17 @@ class Replay:
         ``looks`` says how often anybody was given the optimizer's state.
         """
         if (
-            not _same(groups, self._groups)
+            not same_items([groups], self._groups)
             or [len(group["params"]) for group in groups] != self._sizes
-            or not _same(chain.from_iterable(group["params"] for group in groups), self._params)
+            or not same_items([group["params"] for group in groups], self._params)
             or list(map(mode_of, groups)) != self._modes
             or any(param.grad is not None or hasattr(param, "main_grad") for param in self._idle)
         ):
             return None
         prepared = []
         for group, table in self._calls:
-            grads = read(list(map(_grad, table.params)))
+            found = grads_of(table.params)
+            grads = None if found is None or found[1] else read(found[0])
             if grads is None or not table.accepts(grads):
                 return None
             prepared.append((group, table, grads))
@@ -101,7 +95,7 @@ class Replay:
     def _has_same_state(self, attributes: dict[str, Any]) -> bool:
         return (
             attributes["state"] is self._state[0]
-            and _same(self._state[0].values(), self._entries)
+            and same_items([list(self._state[0].values())], self._entries)
             and same_values(self._entries, self._values)
             and all(table.has_same_state() for _, table in self._calls)
         )
