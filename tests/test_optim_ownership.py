@@ -1,5 +1,5 @@
-"""A repeated step doesn't look at state that nobody else can reach. Guards that whoever was given a part of the
-state, in whatever way, is noticed for as long as it is held, and that what is done with it is seen.
+"""A repeated step doesn't look at state that nobody else can reach. Guards that whoever was given a part of
+the state, in whatever way, is noticed for as long as it is held, and that what is done with it is seen.
 """
 
 import copy

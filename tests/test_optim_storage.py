@@ -235,3 +235,32 @@ def test_memory_is_what_was_promised():
     held = sum(value.untyped_storage().nbytes() for value in optimizer.state[param].values())
     assert held == param.numel() * 4 + 2 * 4 * 100 + 4
     assert len(SHAPES) > 3
+
+
+def test_8_bit_states_follow_the_parameters_layout():
+    """Blocks of scales are neighbours in memory: other layouts have blocks and scales of their own."""
+    torch.manual_seed(0)
+    start, grad = torch.randn(3, 40, 5, 6), torch.logspace(-3, 3, 3600).view(3, 40, 5, 6)
+
+    def make(layout):
+        param = torch.nn.Parameter(start.to(memory_format=layout))
+        optimizer = optim.AdamW([param], lr=1e-2, state_dtype="int8")
+        param.grad = grad.to(memory_format=layout)
+        return param, optimizer
+
+    source, saved = make(torch.contiguous_format)
+    saved.step()
+    target, loaded = make(torch.channels_last)
+    loaded.load_state_dict(saved.state_dict())
+    wide = optim.AdamW([target])
+    wide.load_state_dict(loaded.state_dict())
+    expected = optim.AdamW([source])
+    expected.load_state_dict(saved.state_dict())
+    for name in ("exp_avg", "exp_avg_sq"):
+        ours, wanted = wide.state[target][name], expected.state[source][name]
+        # Coded once more, to the nearest of 16 codes per octave or 32, in the upper 4 octaves of a block.
+        block = wanted.to(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1)
+        largest = torch.nn.functional.pad(block, (0, -block.numel() % 128)).view(-1, 128).abs().amax(1)
+        largest = largest.repeat_interleave(128)[: block.numel()].view(3, 5, 6, 40).permute(0, 3, 1, 2)
+        upper = wanted.abs() > largest / 16
+        torch.testing.assert_close(ours[upper], wanted[upper], rtol=1 / 16, atol=0)

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from . import ops, routes
 from .attach import WORTH_A_CALL, Attachment
 from .clip import check_norm, clip_grad_norm_
-from .gradients import Gradients, PerDevice, Stamp, combine, gradient_of, gradients_of, no_overflow, on
+from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, no_overflow, on
 from .loss_scale import LossScale
 from .optim.base import AmpInputs, DeviceInputs
+from .optim.layout import gradient_of
 from .overflow import OverflowLog, OverflowReport, params_of
 from .routes import ReadPass
 from .sharding import local

@@ -12,7 +12,7 @@ from torch.utils.weak import TensorWeakRef
 
 from . import ops
 from ._C import same_items
-from .optim.layout import is_dense, overlaps_itself
+from .optim.layout import gradient_of, is_dense, overlaps_itself
 from .packed import Fields, grads_of, holds_float64, read, versions
 from .sharding import PLAIN, MeshDim, all_reduce_, follow_placements, local, sharded_dims
 
@@ -38,11 +38,6 @@ def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
 
 def _is_plain(grad: Tensor) -> bool:
     return grad.is_contiguous() and not grad.is_complex()
-
-
-def gradient_of(param: Tensor) -> Tensor | None:
-    """``.grad``, else the ``main_grad`` that some trainers accumulate into; as fusedamp's optimizers do."""
-    return getattr(param, "main_grad", None) if param.grad is None else param.grad
 
 
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:

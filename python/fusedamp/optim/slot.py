@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ class Slot:
 
     def __init__(self, param: Tensor, entry: Entry, mode: Mode, like: Like, new_state: NewState) -> None:
         source = local(param)
-        _check(source)
+        check(source)
         names = complete(param, entry, mode, like, new_state)
         wanted = torch.empty_like(source, device="meta").stride()
         self.param, self.source, self.entry, self.mode, self.names = param, source, entry, mode, names
@@ -148,7 +148,8 @@ def check_dtype(source: Tensor) -> None:
         )
 
 
-def _check(source: Tensor) -> None:
+def check(source: Tensor) -> None:
+    """Raise where the parameter ``source`` cannot be stepped."""
     check_dtype(source)
     got = _kind(source)
     if source.device.type not in ("cpu", "cuda"):
@@ -167,6 +168,18 @@ def complete(param: Tensor, entry: Entry, mode: Mode, like: Like, new_state: New
 
     Returns the names of the states that the parameter has, which may be fewer than those of its group.
     """
+    making = making_complete(param, entry, mode, like, new_state)
+    while True:
+        try:
+            next(making)
+        except StopIteration as end:
+            return end.value
+
+
+def making_complete(
+    param: Tensor, entry: Entry, mode: Mode, like: Like, new_state: NewState
+) -> Generator[None, None, tuple[str, ...]]:
+    """`complete`, one tensor at a time."""
     likes = {name: template for name in mode.names if (template := like(name)) is not None}
     stored = {}
     for name, template in likes.items():
@@ -195,10 +208,12 @@ def complete(param: Tensor, entry: Entry, mode: Mode, like: Like, new_state: New
         or step.device != param.device
     ):
         entry["step"] = as_step(step, param)
+    yield
     for name, template in likes.items():
         if entry.get(name) is None:
             entry[name] = new_state(name, template, entry)
         keep(entry, name, template, stored[name])
+        yield
     if wants_master:
         keep_master(entry, param, mode.master_weights)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .layout import STATE_DTYPES, fitted
+from .layout import STATE_DTYPES, fitted, in_turns
 from .slot import as_step
 from .storage import DEFAULTS, check_shape, has_master, keep, need_storable, scale_name, stored_dtype
 
@@ -58,21 +58,29 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
         optimizer._check_group(f"{where} group {g}:", {**optimizer.defaults, **converted_groups[-1]})
         for index, param in zip(saved["params"], group["params"], strict=True):
             owners[index] = (param, {**optimizer.defaults, **converted_groups[-1]})
-    state = {}
-    for index, entry in state_dict["state"].items():
+    state, makers = dict(state_dict["state"]), []
+    for index, saved in state_dict["state"].items():
         if index in owners:
-            try:
-                entry = _Converted(_converted(optimizer, entry, *owners[index]))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{where} state[{index!r}] {error}") from error
-        state[index] = entry
+            entry = {name: value for name, value in saved.items() if value is not None}
+            makers.append(_converting(f"{where} state[{index!r}]", optimizer, entry, *owners[index]))
+            state[index] = _Converted(entry)
+    in_turns(makers)
     return {**state_dict, "state": state, "param_groups": converted_groups}
 
 
-def _converted(
-    optimizer: FusedOptimizer, saved: dict[str, Any], param: Tensor, group: dict[str, Any]
-) -> dict[str, Any]:
-    entry = {name: value for name, value in saved.items() if value is not None}
+def _converting(
+    where: str, optimizer: FusedOptimizer, entry: dict[str, Any], param: Tensor, group: dict[str, Any]
+) -> Iterator[None]:
+    """Makes the saved ``entry`` that of ``param``, in place and one tensor at a time."""
+    try:
+        yield from _convert_tensors(optimizer, entry, param, group)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where} {error}") from error
+
+
+def _convert_tensors(
+    optimizer: FusedOptimizer, entry: dict[str, Any], param: Tensor, group: dict[str, Any]
+) -> Iterator[None]:
     optimizer._upgrade_state(entry)
     likes = {name: optimizer._like(name, param, group) for name in optimizer.state_names}
     required = [name for name in optimizer.required_state if likes.get(name, param) is not None]
@@ -88,9 +96,7 @@ def _converted(
     for name, value in list(entry.items()):
         if name == "step":
             entry[name] = as_step(value, param)
-        elif (
-            name == "master"
-        ):  # whether split or whole: its weight may come later, and then the step converts it
+        elif name == "master":  # split or whole: its weight may come later, and then the step converts it
             check_shape(name, value, param)
             entry[name] = fitted(value, param, torch.int16 if value.dtype == torch.int16 else None)
         elif (like := likes.get(name)) is not None:
@@ -102,13 +108,13 @@ def _converted(
                 dtype = stored_dtype(param.dtype, group["state_dtype"], name in optimizer.nonnegative_states)
             keep(entry, name, like, dtype)
         elif name in scales:
-            if name in entry and value is saved[name]:  # of a state that comes as it is
+            if entry.get(name) is value:  # of a state that came as it is; others have new ones
                 entry[name] = value.detach().to(param.device, copy=True)
         elif isinstance(value, Tensor):
             entry[name] = value.detach().to(param.device, copy=True)
         else:
             entry[name] = copy.deepcopy(value)
-    return entry
+        yield
 
 
 def _unwrap(optimizer: Any) -> None:
