@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "fields.h"
+#include "pages.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -40,6 +41,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("versions", &fusedamp::versions, "tensors"_a, "Their version counters as int64, in bytes.");
   m.def("same_items", &fusedamp::same_items, "lists"_a, "items"_a,
         "Whether the items of all lists, one after the other, are the very objects in a list.");
+  m.def("advise_huge_pages", &fusedamp::advise_huge_pages, "address"_a, "bytes"_a,
+        "Ask the system for huge pages in memory that nobody has written yet.");
   m.def("same_values", &fusedamp::same_values, "dicts"_a, "values"_a,
         "Whether the values of all dicts, one after the other, are the very objects in a list.");
 }

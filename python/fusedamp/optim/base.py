@@ -17,7 +17,7 @@ from ..packed import read
 from ..sharding import local
 from . import state_io
 from .hyper import check_common, is_compressed
-from .layout import STATE_DTYPES, gradient_of, in_turns
+from .layout import STATE_DTYPES, gradient_of, in_turns, memory_like
 from .replay import Replay
 from .slot import Mode, Slot, check, check_aliasing, check_dtype, complete, making_complete
 from .storage import Entry, Storage, spelled_out, with_storage
@@ -148,7 +148,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return param
 
     def _new_state(self, name: str, like: Tensor, entry: Entry) -> Tensor:
-        return torch.zeros_like(like, dtype=STATE_DTYPES[like.dtype])
+        return memory_like(like, STATE_DTYPES[like.dtype]).zero_()
 
     def _launch(self, batch: Batch) -> None:
         """Update the parameters of ``batch``; all that can be refused was refused before."""

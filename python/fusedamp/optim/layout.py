@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._C import advise_huge_pages
 from ..sharding import local
 
 # Parameter dtype -> dtype of its states and of its master; also the list of what can be optimized.
@@ -37,6 +38,14 @@ def gradient_of(param: Tensor) -> Tensor | None:
     """``.grad``, else the ``main_grad`` that some trainers accumulate into."""
     grad = param.grad
     return getattr(param, "main_grad", None) if grad is None else grad
+
+
+def memory_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new tensor with unspecified values; large ones on the CPU lie in huge pages where there are any."""
+    new = torch.empty_like(tensor, dtype=dtype)
+    if type(new) is Tensor and new.device.type == "cpu":
+        advise_huge_pages(new.data_ptr(), new.nbytes)
+    return new
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -95,7 +104,7 @@ def fitted(value: Tensor, param: Tensor, dtype: torch.dtype | None = None) -> Te
     FP64).
     """
     dtype = STATE_DTYPES[param.dtype] if dtype is None else dtype
-    return torch.empty_like(param, dtype=dtype).copy_(placed_like(value.detach(), param))
+    return memory_like(param, dtype).copy_(placed_like(value.detach(), param))
 
 
 def fits(value: object, param: Tensor, dtype: torch.dtype) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .layout import memory_like
+
 SCALE_BLOCK = 128  # neighbours in memory that share a scale
 
 
@@ -58,7 +60,7 @@ def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
 
 def quantized(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """FP32 values as codes, to the nearest, and their block scales."""
-    codes = torch.empty_like(values, dtype=dtype)
+    codes = memory_like(values, dtype)
     nonnegative = dtype == torch.uint8
     flat = _flat(values)
     padded = torch.zeros(

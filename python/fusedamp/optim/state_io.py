@@ -101,14 +101,14 @@ def _convert_tensors(
             entry[name] = fitted(value, param, torch.int16 if value.dtype == torch.int16 else None)
         elif (like := likes.get(name)) is not None:
             check_shape(name, value, like)
-            entry[name] = value.detach().clone()
+            entry[name] = fitted(value, value, value.dtype)
             dtype = STATE_DTYPES[like.dtype]
             if like is param:
                 need_storable(param, group["state_dtype"])
                 dtype = stored_dtype(param.dtype, group["state_dtype"], name in optimizer.nonnegative_states)
             keep(entry, name, like, dtype)
         elif name in scales:
-            if entry.get(name) is value:  # of a state that came as it is; others have new ones
+            if name in entry and entry[name] is value:  # of a state that came as it is; others have new ones
                 entry[name] = value.detach().to(param.device, copy=True)
         elif isinstance(value, Tensor):
             entry[name] = value.detach().to(param.device, copy=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sharding import local
-from .layout import STATE_DTYPES, fits, fitted
+from .layout import STATE_DTYPES, fits, fitted, memory_like
 from .recoding import SCALE_BLOCK, dequantized, joined, quantized, rounded_away, split
 
 Entry = dict[str, Any]  # optimizer.state[param]
@@ -124,7 +124,7 @@ def keep_master(entry: Entry, param: Tensor, master_weights: str) -> None:
     dtype = torch.int16 if is_split else STATE_DTYPES[param.dtype]
     value = entry.get("master")
     if value is None:
-        entry["master"] = torch.zeros_like(param, dtype=dtype) if is_split else fitted(param, param)
+        entry["master"] = memory_like(param, dtype).zero_() if is_split else fitted(param, param)
         return
     if fits(value, param, dtype):
         return
@@ -139,7 +139,7 @@ def keep_master(entry: Entry, param: Tensor, master_weights: str) -> None:
             rounds |= rounded_away(master) == source
         weight, remainder = split(torch.where(rounds, master, source.float()), source.dtype)
         source.copy_(weight)  # which differs only where ties were rounded to even
-        value = torch.zeros_like(param, dtype=dtype)
+        value = memory_like(param, dtype)
         local(value).copy_(remainder)
     elif was_split and not is_split:
         remainder = local(value)
