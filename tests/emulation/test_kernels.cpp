@@ -64,8 +64,11 @@ Shape shape_of(RuleId rule) {
 void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, Alignment alignment) {
   std::vector<StepTensor> tensors;
   const Shape shape = shape_of(rule);
+  std::vector<Mix> mixes = every_mix(states_of(rule));  // fewer than there are sizes: each occurs
+  std::shuffle(mixes.begin(), mixes.end(), random);
   for (const int64_t numel : sizes) {
-    tensors.push_back(step_tensor(random, numel, states_of(rule), alignment));
+    const Mix mix = mixes[tensors.size() % mixes.size()];
+    tensors.push_back(step_tensor(random, numel, states_of(rule), mix, alignment));
     for (int s = 0; s < shape.scalars; ++s) {
       tensors.back().states.emplace_back(DType::f64, 1, 0);
       tensors.back().states.back().set(0, double(below(random, 1000)) / 1001.0);
@@ -256,7 +259,7 @@ void test_reads(Random& random, int64_t largest) {
 // Tensor i is not finite at its element i only, for every i of a chunk and a little more.
 void test_every_position(Random& random) {
   const int64_t length = std::min<int64_t>(cuda::kChunk, 1024) + 9;
-  for (const DType dtype : {DType::f16, DType::f32, DType::f64}) {
+  for (const DType dtype : {DType::f16, DType::bf16, DType::f32, DType::f64}) {
     now_testing = std::string("every position, ") + kDTypeNames[int(dtype)];
     std::vector<Twins> grads;
     for (int64_t i = 0; i < length; ++i) {
@@ -321,6 +324,9 @@ int main(int argc, char** argv) {
   test_beyond_32_bits(random);
   test_every_position(random);
   test_update_scale(random);
+  // By their distance from here, of which a symbol table makes names.
+  for (const void* kernel : emulation::executed)
+    printf("ran %td\n", static_cast<const char*>(kernel) - reinterpret_cast<const char*>(&main));
   printf("%ld checks, %ld failures, blocks of %d, chunks of %d\n", checks, failures, cuda::kBlock, int(cuda::kChunk));
   return failures != 0;
 }
