@@ -154,6 +154,60 @@ void test_beyond_32_bits(Random& random) {
   for (const Twins* t : {&grad, &param, &buffer}) t->expect_equal("tensor", 0);
 }
 
+// The same for 8-bit states, whose scales and random numbers go by the index: what they become is typed out here.
+void test_compressed_beyond_32_bits(Random& random) {
+  now_testing = "2^32 elements, 8-bit states";
+  const int64_t chunk = (int64_t{1} << 32) / cuda::kChunk + 1, first = chunk * cuda::kChunk;
+  const int block = static_cast<int>(kScaleBlock), count = block + 3;
+  Twins grad(DType::f16, count, 0), param(DType::f32, count, 0), codes(DType::i8, count, 0), scales(DType::f32, 2, 0);
+  for (Twins* t : {&grad, &param}) t->fill(random, 1.0);
+  for (int i = 0; i < count; ++i) codes.set(i, double(below(random, 255) - 127));
+  for (int b = 0; b < 2; ++b) scales.set(b, 0.5 + b);
+  float steps = 5.0f;
+  StepRow row = {};
+  row.step = &steps;
+  row.seed = 7;
+  row.numel = first + count;
+  row.grad_dtype = DType::f16;
+  row.param_dtype = row.master_dtype = DType::f32;
+  row.state_dtype = DType::i8;
+  row.grad = static_cast<char*>(grad.cuda()) - first * 2;
+  row.param = static_cast<char*>(param.cuda()) - first * 4;
+  row.states[0] = static_cast<char*>(codes.cuda()) - first;
+  row.scales[0] = static_cast<float*>(scales.cuda()) - first / block;
+  StepScalars scalars = {};
+  set_hyper(kLion, false, scalars.hyper);
+  scalars.lr = 0.1;
+  const auto coeffs = cuda::coeffs_for<Lion, float>(row, scalars, nullptr);
+  steps = 6.0f;
+
+  const RandomKey key = random_key(random_stream(row.seed, 6), 0, first);
+  for (int b = 0; b < 2; ++b) {
+    const int end = std::min((b + 1) * block, count);
+    std::vector<float> momenta;
+    uint32_t largest = 0;
+    for (int i = b * block; i < end; ++i) {
+      float weight = static_cast<float>(get(param.cpu(), DType::f32, i));
+      const int code = static_cast<int>(get(codes.cpu(), DType::i8, i));
+      float state[1] = {Codes<false>::value(code, 0.5f + static_cast<float>(b))};
+      lane<Lion, float>(coeffs, 1.0f, static_cast<float>(get(grad.cpu(), DType::f16, i)), weight, state);
+      put(param.cpu(), DType::f32, i, weight);
+      momenta.push_back(state[0]);
+      largest = std::max(largest, bits_of(state[0]) & 0x7fffffffu);
+    }
+    const float scale = Codes<false>::scale(largest), inverse = Codes<false>::inverse(scale);
+    put(scales.cpu(), DType::f32, b, scale);
+    for (int i = b * block; i < end; ++i) {
+      const uint32_t dither = random_half(random_bits(key, static_cast<uint32_t>(first + i)), 0);
+      put(codes.cpu(), DType::i8, i, Codes<false>::code(momenta[i - b * block], inverse, dither));
+    }
+  }
+  const cuda::Placed<StepRow> placed = {row, -chunk};
+  cuda::launch("step", &cuda::step_kernel<Lion, cuda::Kind::kCompressed>, 1, cuda::kBlock, nullptr,
+               cuda::Table<StepRow>{&placed, 1, 1}, scalars, &coeffs);
+  for (const Twins* t : {&param, &codes, &scales}) t->expect_equal("tensor", 0);
+}
+
 // ---- reads and unscale_
 
 std::vector<GradRow> rows_of(const std::vector<Twins>& grads, void* (Twins::*side)() const) {
@@ -322,6 +376,7 @@ int main(int argc, char** argv) {
   }
   Random random(1);
   test_beyond_32_bits(random);
+  test_compressed_beyond_32_bits(random);
   test_every_position(random);
   test_update_scale(random);
   // By their distance from here, of which a symbol table makes names.
