@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from fusedamp.optim.storage import Storage
@@ -74,6 +75,7 @@ PAIRS: list[tuple[str, str | Format]] = [
     *[("W4 7B", SPLIT_INT8), ("W4 GPT-2 XL", SPLIT_INT8), ("W4 GPT-2 XL", "P3"), ("W4 GPT-2 XL", "P1")],
 ]
 COPY_TARGET = 0.9  # of copy speed, on W1 and W4
+MAKING_STATES = 40  # bytes per element, for a moment
 
 
 def bytes_held(row: Row, form: Format | None) -> float:
@@ -106,6 +108,8 @@ def run(place: Place) -> None:
         if place.device == "cuda":
             torch.cuda.empty_cache()
             need, free = bytes_held(row, form) * numel(shapes), torch.cuda.mem_get_info()[0]
+            if form is not None:  # the first step makes the states in FP32, one tensor at a time
+                need += MAKING_STATES * max(map(prod, shapes))
             if need > 0.95 * free:
                 why = f"needs {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
                 rows.append({**about, "skipped": why})
