@@ -23,13 +23,53 @@ OPTIMIZERS = {
     "Adam": lambda p, **options: optim.Adam(p, capturable=True, **options),
     "SGD": lambda p, **options: optim.SGD(p, **options),
     "SGD momentum": lambda p, **options: optim.SGD(p, momentum=0.9, **options),
+    "Lion": optim.Lion,
+    "Adagrad": optim.Adagrad,
+    "RMSprop": lambda p, **options: optim.RMSprop(p, momentum=0.9, capturable=True, **options),
+    "RMSprop centered": lambda p, **options: optim.RMSprop(p, centered=True, capturable=True, **options),
+    "RAdam": lambda p, **options: optim.RAdam(p, capturable=True, **options),
+    "NAdam": lambda p, **options: optim.NAdam(p, capturable=True, **options),
+    "LAMB": optim.LAMB,
+    "LARS": optim.LARS,
+    "NovoGrad": optim.NovoGrad,
 }
 COMPOSED = {  # of torch's operations: captured as they are, never repeated from addresses
     "Adafactor": lambda p, **options: optim.Adafactor(p, weight_decay=0.1, **options),
     "Muon": lambda p, **options: optim.Muon(p, **options),
 }
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+MASTERS = {mode: {"master_weights": mode} for mode in ("auto", "fp32", "none")}
+COMPRESSED = {  # how else masters and states are kept; FP64 parameters refuse some of it
+    "split": {"master_weights": "split"},
+    "split, BF16 states": {"master_weights": "split", "state_dtype": torch.bfloat16},
+    "8-bit states": {"state_dtype": "int8"},
+    "8-bit states, rounded at random": {
+        "master_weights": "none",
+        "state_dtype": "int8",
+        "stochastic_rounding": True,
+    },
+}
+FORMATS = MASTERS | COMPRESSED
+
+
+def formats_of(name):
+    """What this optimizer takes: a centered variance needs FP32 states, composed ones FP32 masters too."""
+    if name in COMPOSED:
+        return MASTERS
+    return {key: s for key, s in FORMATS.items() if "centered" not in name or "state_dtype" not in s}
+
+
+def combinations(optimizers):
+    return [
+        pytest.param(make, storage, id=f"{name}-{key}")
+        for name, make in optimizers.items()
+        for key, storage in formats_of(name).items()
+    ]
+
+
+def test_every_optimizer_is_here():
+    known = " ".join(OPTIMIZERS | COMPOSED).split()
+    assert set(optim.__all__) <= set(known)
 
 
 class HostRead(AssertionError):
@@ -129,23 +169,21 @@ def tails(scaler, optimizer, params):
     )
 
 
-@pytest.mark.parametrize("make", (OPTIMIZERS | COMPOSED).values(), ids=OPTIMIZERS | COMPOSED)
-@pytest.mark.parametrize("master_weights", ["auto", "fp32", "none"])
-@pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
-def test_tail_on_fake_cuda(make, master_weights, capturing, fake_cuda):
+@pytest.mark.parametrize(("make", "storage"), combinations(OPTIMIZERS | COMPOSED))
+def test_tail_on_fake_cuda(make, storage, fake_cuda):
     """unscale_, clip_grad_norm_, step and update, with everything on the device, learning rate included."""
-    params = [torch.nn.Parameter(torch.ones(4, 3, device="cuda", dtype=dtype)) for dtype in DTYPES]
+    dtypes = DTYPES if "state_dtype" not in storage else DTYPES[:3]
+    params = [torch.nn.Parameter(torch.ones(4, 3, device="cuda", dtype=dtype)) for dtype in dtypes]
     lr = torch.full((), 1e-2, device="cuda")
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": torch.full((), 1e-3, device="cuda")}]
-    optimizer = make(groups, lr=lr, master_weights=master_weights)
+    optimizer = make(groups, lr=lr, **storage)
     scaler = GradScaler("cuda", hysteresis=2)
     assert scaler.is_enabled()
     scaler.scale(torch.ones((), device="cuda"))
     scaler.attach(optimizer, min_numel=0)
     with Watch() as watch:
         for tail in tails(scaler, optimizer, params):
-            for watch.strict in (False, True):
-                fake_cuda.capturing = capturing and watch.strict
+            for watch.strict, fake_cuda.capturing in ((False, False), (True, False), (True, True)):
                 give_gradients(params)
                 tail()
                 assert scaler.last_step_skipped.is_cuda
@@ -167,14 +205,13 @@ def test_a_scale_made_while_capturing_is_refused(fake_cuda):
     scaler.scale(loss)
 
 
-@each_optimizer
-@pytest.mark.parametrize("master_weights", ["auto", "fp32", "none"])
+@pytest.mark.parametrize(("make", "storage"), combinations(OPTIMIZERS))
 @pytest.mark.parametrize("attached", [False, True])
-def test_repeated_steps_read_nothing(make, master_weights, attached):
+def test_repeated_steps_read_nothing(make, storage, attached):
     """The replayed step, which passes addresses; good and skipped steps alike, as backward makes them."""
     dtypes = [torch.float16, torch.bfloat16, torch.float32]
     params = [torch.nn.Parameter(torch.ones(4, 3, dtype=dtype)) for dtype in dtypes]
-    optimizer = make(params, master_weights=master_weights)
+    optimizer = make(params, **storage)
     scaler = GradScaler("cpu", init_scale=64.0, growth_interval=2)
     if attached:
         scaler.attach(optimizer, min_numel=0)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fusedamp import optim
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the package
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 from benchmarks.evidence import part, process, report, run  # noqa: E402
-from benchmarks.evidence.parts import PARTS, bitwise, counters, graphs, large, suite  # noqa: E402
+from benchmarks.evidence.borrowed import cases  # noqa: E402
+from benchmarks.evidence.parts import PARTS, bandwidth, bitwise, counters, graphs, large, suite  # noqa: E402
 from benchmarks.evidence.place import Place, Skip  # noqa: E402
 
 NOTHING = {"checks": 0, "failures": [], "findings": {}, "seconds": 1.0, "tail": "", "reason": ""}
@@ -142,6 +144,44 @@ def test_parts_that_fail_or_are_left_out_are_in_the_report(monkeypatch, tmp_path
     assert run.main(["--out", str(tmp_path), "--limit", "3"]) == 0
     assert next(tmp_path.glob("x-*.md")).read_text().count("3 s were over") == len(PARTS)
     capsys.readouterr()
+
+
+def test_a_part_that_runs_out_of_time_says_what_it_left_out():
+    place = Place("cpu", rehearse=True, seconds=60)
+    assert list(place.all_in_time("abc")) == ["a", "b", "c"]
+    assert place.failures == []
+    place = Place("cpu", rehearse=True, seconds=3)
+    assert list(place.all_in_time("abc")) == []
+    assert place.failures == ["finished in time: 3 of 3 jobs were left out"]
+
+
+def test_every_optimizer_and_format_is_proved():
+    for part_of in (bitwise, graphs):
+        names = {name for case in cases.MAIN for name in part_of.formats(case, torch.bfloat16)}
+        assert {"master_weights=auto", "master_weights=none", "split, 8-bit states"} <= names
+    assert {type(case.ours([torch.zeros(2, 2)], **case.options)).__name__ for case in cases.CASES} == set(
+        optim.__all__
+    )
+
+
+def test_floors_of_formats():
+    """The bytes of performance tables, by hand: read pass, gradient, weight, remainder, two states."""
+    assert bandwidth.SPLIT.floor == 2 + (2 + 2 + 2 + 4 + 4) + (2 + 2 + 4 + 4)
+    assert bandwidth.SPLIT_BF16.floor == 2 + (2 + 2 + 2 + 2 + 2) + (2 + 2 + 2 + 2)
+    assert bandwidth.SPLIT_INT8.floor == 2 + (2 + 2 + 2 + 1 + 1) + (2 + 2 + 1 + 1) + 4 * 4 / 128
+
+
+def test_it_builds_for_the_gpu_that_is_there(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;12.0")
+    assert run.environment(False, "9.0")["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+def test_tools_are_found_beside_the_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert process.find_tool("no-such-tool") is None
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "no-such-tool").touch(mode=0o755)
+    assert process.find_tool("no-such-tool") == str(tmp_path / "bin" / "no-such-tool")
 
 
 def test_a_part_that_skips_or_raises(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,27 @@ from .process import ROOT
 sys.path.insert(0, str(ROOT / "tests"))
 
 import cases
+import on_device
 import op_calls
 
-__all__ = ["cases", "copies", "differing", "op_calls"]
+__all__ = ["COMPRESSED", "cases", "compressible", "copies", "differing", "on_device", "op_calls"]
+
+# How else masters and states may be kept: name -> options; for weights of 16 bits, and of 32.
+COMPRESSED: dict[str, dict[str, Any]] = {
+    "split": {"master_weights": "split"},
+    "split, BF16 states": {"master_weights": "split", "state_dtype": torch.bfloat16},
+    "split, 8-bit states": {"master_weights": "split", "state_dtype": "int8"},
+    "8-bit states, rounded at random": {
+        "master_weights": "none",
+        "state_dtype": "int8",
+        "stochastic_rounding": True,
+    },
+}
+
+
+def compressible(case: cases.Case) -> bool:
+    """Whether every format is for this optimizer; variants of options show nothing new in them."""
+    return case in cases.MAIN and not case.options.get("centered")
 
 
 def copies(device: str, misaligned: bool) -> Callable[[Tensor], Tensor]:

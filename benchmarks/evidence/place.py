@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Job = TypeVar("Job")
 
 
 class Skip(Exception):
@@ -38,6 +40,15 @@ class Place:
     def sized(self, real: Any, tiny: Any) -> Any:
         """``tiny`` in a rehearsal."""
         return tiny if self.rehearse else real
+
+    def all_in_time(self, jobs: Iterable[Job], spare: float = 5.0) -> Iterator[Job]:
+        """``jobs``, until only ``spare`` seconds are left; it is a failure if some were left out."""
+        jobs = list(jobs)
+        for done, job in enumerate(jobs):
+            if self.seconds_left < spare:
+                self.check("finished in time", False, f"{len(jobs) - done} of {len(jobs)} jobs were left out")
+                return
+            yield job
 
     def note(self, key: str, value: Any) -> None:
         """A finding: anything that JSON holds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -14,6 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 TAIL = 4_000  # characters of output that a report keeps
 FAREWELL = 10  # seconds between an interrupt and the end
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, which need not be on the PATH."""
+    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"))
+    found = (shutil.which(name, path=f"{home}/bin") for home in homes)
+    return shutil.which(name) or next(filter(None, found), None)
 
 
 @dataclass(frozen=True)

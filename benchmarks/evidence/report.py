@@ -66,7 +66,15 @@ def _cell(value: Any) -> str:
 
 
 def _bandwidth(found: dict[str, Any]) -> str:
-    heads = ("workload", "weights", "against", "ours ms", "theirs ms", "times as fast", "on the device alone")
+    heads = (
+        "workload",
+        "weights",
+        "against, or alone in",
+        "ours ms",
+        "theirs ms",
+        "times as fast",
+        "on the device alone",
+    )
     heads += ("bytes ours / theirs", "GB/s (floor bytes)", "of copy")
     rows = []
     for row in found.get("rows", []):
@@ -82,7 +90,7 @@ def _bandwidth(found: dict[str, Any]) -> str:
                 row["seen"].get("theirs", {}).get("ms"),
                 row["ratio_seen"],
                 row["ratio_device"],
-                f"{row['our_bytes']} / {row['rival_bytes'] or '-'}",
+                f"{row['our_bytes']:.3g} / {row['rival_bytes'] or '-'}",
                 row["gb_s"],
                 f"{row['share_of_copy']:.0%}",
             )

@@ -24,7 +24,7 @@ if not __package__:  # run as a file: make the folder a package, so that its mod
     __package__ = "benchmarks.evidence"
 
 from benchmarks.evidence.parts import PARTS
-from benchmarks.evidence.process import ROOT, execute
+from benchmarks.evidence.process import ROOT, execute, find_tool
 from benchmarks.evidence.report import markdown
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -72,7 +72,7 @@ def environment(rehearse: bool, arch: str | None) -> dict[str, str]:
     if rehearse:
         return {}
     paths = [str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or arch or ""
+    chosen = arch or os.environ.get("TORCH_CUDA_ARCH_LIST", "")  # images set it to every GPU there is
     return {"PYTHONPATH": os.pathsep.join(paths), "TORCH_CUDA_ARCH_LIST": chosen}
 
 
@@ -109,7 +109,9 @@ def commit() -> str:
 
 def nvcc_version() -> str:
     try:
-        text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, timeout=20).stdout
+        text = subprocess.run(
+            [find_tool("nvcc") or "nvcc", "--version"], capture_output=True, text=True, timeout=20
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
     return next(iter(re.findall(r"V([\d.]+)", text)), "")

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from fusedamp.optim.storage import Storage
 from torch import Tensor
 
-from ..contenders import DTYPES, INIT_SCALE, Contender, Fusedamp, torch_side
+from ..contenders import DTYPES, INIT_SCALE, PLAIN, Contender, Fusedamp, torch_side
 from ..duel import NO_CLIPPING
 from ..rows import Row
 from ..workloads import Shapes
@@ -43,11 +44,12 @@ def ours(
     device: str,
     grads: list[Tensor] | None = None,
     optimizer: str = "adamw",
+    storage: Storage = PLAIN,
 ) -> Side:
     """fusedamp leaves gradients as they are: nothing to restore."""
     grads = gradients(shapes, dtype, device) if grads is None else grads
     weights = _starts(shapes, dtype, device)
-    return Side(Fusedamp(optimizer, weights, grads, NO_CLIPPING), lambda: None)
+    return Side(Fusedamp(optimizer, weights, grads, NO_CLIPPING, storage), lambda: None)
 
 
 def theirs(row: Row, shapes: Shapes, device: str, grads: list[Tensor]) -> Side:

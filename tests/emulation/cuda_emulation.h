@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <set>
 #include <tuple>
 #include <type_traits>
 
@@ -41,7 +42,8 @@ void may_switch();                 // a possible switch to another thread of the
 void after_atomic(void* address);  // bookkeeping for ThreadSanitizer
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void run_grid(const char* name, unsigned blocks, unsigned threads, void (*entry)(void*), void* argument);
-void set_schedule(uint64_t seed);  // order of threads and blocks, and preemption
+inline std::set<const void*> executed;  // the kernels that were launched
+void set_schedule(uint64_t seed);       // order of threads and blocks, and preemption
 
 template <class Tag>
 inline char shared_key = 0;
@@ -141,6 +143,11 @@ template <class T>
 T __ldcg(const T* address) {
   return *address;
 }
+// An ordinary store, which nvcc leaves in one piece.
+template <class T>
+void __stwb(T* address, T value) {
+  *address = value;
+}
 
 using std::max;
 using std::min;
@@ -155,7 +162,7 @@ namespace fusedamp::cuda {
 #endif
 constexpr int kBlock = EMULATED_BLOCK;
 constexpr int64_t kChunk = EMULATED_CHUNK;
-constexpr int kPacketWords = EMULATED_PACKET_WORDS, kSmallPacketWords = kPacketWords / 8;
+constexpr int kPacketWords = EMULATED_PACKET_WORDS, kSmallPacketWords = kPacketWords * 12 / 100;
 
 template <class T>
 T* in_global(T* address) {
@@ -169,6 +176,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
     void (*kernel)(Parameters...);
     std::tuple<std::decay_t<Parameters>...> arguments;
   } call = {kernel, {arguments...}};
+  emulation::executed.insert(reinterpret_cast<const void*>(kernel));
   emulation::run_grid(
       name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
       [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->arguments); }, &call);

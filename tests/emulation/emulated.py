@@ -1,8 +1,10 @@
 """Builds the emulated kernels: the same sources as nvcc compiles, with a host compiler, in three kinds."""
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +103,34 @@ def is_fresh(target: Path) -> bool:
         return False
     sources = depends.read_text().replace("\\\n", " ").partition(":")[2].split()
     return all(Path(s).exists() and Path(s).stat().st_mtime < target.stat().st_mtime for s in sources)
+
+
+def kernel_names(mangled: Iterable[str]) -> set[str]:
+    """Kernels with their template arguments, of symbols that nvcc or a host compiler made."""
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    ).stdout
+    return set(re.findall(r"(\w+_kernel(?:<.*>)?)\(", text))
+
+
+def kernels_of(library: Path, kind: Kind) -> set[str]:
+    """What a CUDA object registers, whose packets have the size that they have in ``kind``."""
+    found = re.findall(rb"\0(_ZN8fusedamp4cuda\w*_kernel\w*)(?=\0)", library.read_bytes())
+    names = kernel_names(name.decode() for name in found)
+    words, small = kind.geometry[2], kind.geometry[2] * 12 // 100
+    sizes = {"<4000>": f"<{words}>", "<480>": f"<{small}>"}
+    return {re.sub("|".join(sizes), lambda size: sizes[size.group()], name) for name in names}
+
+
+def kernels_run(binary: Path, output: str) -> set[str]:
+    """What test_kernels says that it ran."""
+    table = subprocess.run(["nm", str(binary)], capture_output=True, text=True, check=True).stdout
+    names: dict[int, list[str]] = {}
+    for address, name in re.findall(r"^([0-9a-f]+) \w (\w+)$", table, re.M):
+        names.setdefault(int(address, 16), []).append(name)
+    (main,) = (address for address, known in names.items() if "main" in known)
+    ran = [names[main + int(distance)] for distance in re.findall(r"^ran (-?\d+)$", output, re.M)]
+    return kernel_names(name for known in ran for name in known)
 
 
 def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:

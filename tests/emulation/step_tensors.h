@@ -60,13 +60,28 @@ inline void add_codes(StepTensor& t, Random& random, int64_t numel, bool never_n
   }
 }
 
-inline StepTensor step_tensor(Random& random, int64_t numel, RuleStates rule, Alignment alignment) {
-  const auto param_dtype = static_cast<DType>(below(random, 4));
-  const auto grad_dtype = static_cast<DType>(below(random, param_dtype == DType::f64 ? 4 : 3));
-  const DType compressed[] = {DType::f32, DType::bf16, DType::i8};
-  const DType state_dtype = param_dtype == DType::f64 ? DType::f64
-                            : rule.count              ? compressed[below(random, 3)]
-                                                      : DType::f32;
+// How a tensor's lists are stored; `master` is f64 where there is none.
+struct Mix {
+  DType grad, param, master, state;
+};
+inline std::vector<Mix> every_mix(RuleStates rule) {
+  constexpr DType kNone = DType::f64;
+  std::vector<Mix> mixes;
+  for (const DType grad : {DType::f16, DType::bf16, DType::f32, DType::f64}) {
+    mixes.push_back({grad, DType::f64, kNone, DType::f64});
+    if (grad == DType::f64) continue;
+    for (const DType state : {DType::f32, DType::bf16, DType::i8}) {
+      if (state != DType::f32 && rule.count == 0) continue;
+      mixes.push_back({grad, DType::f32, kNone, state});
+      for (const DType param : {DType::f16, DType::bf16})
+        for (const DType master : {kNone, DType::f32, DType::i16}) mixes.push_back({grad, param, master, state});
+    }
+  }
+  return mixes;
+}
+
+inline StepTensor step_tensor(Random& random, int64_t numel, RuleStates rule, Mix mix, Alignment alignment) {
+  const DType grad_dtype = mix.grad, param_dtype = mix.param, state_dtype = mix.state;
   const Offsets offsets(alignment, random);
   StepTensor t = {{grad_dtype, numel, offsets.next()},
                   {param_dtype, numel, offsets.next()},
@@ -79,14 +94,14 @@ inline StepTensor step_tensor(Random& random, int64_t numel, RuleStates rule, Al
   t.grad.fill(random, 50.0);
   t.param.fill(random, 1.0);
   t.step.set(0, below(random, 3) ? 4.0 : double(below(random, 2000)));
-  if (is_16bit(param_dtype) && below(random, 2)) {
+  if (mix.master == DType::f32) {
     t.master.emplace_back(DType::f32, numel, offsets.next());
     for (int64_t i = 0; i < numel; ++i) {
       const float master = static_cast<float>(normal(random, 1.0));
       t.master[0].set(i, master);
       if (below(random, 50)) t.param.set(i, master);  // else somebody wrote the weight
     }
-  } else if (is_16bit(param_dtype) && below(random, 2)) {
+  } else if (mix.master == DType::i16) {
     t.master.emplace_back(DType::i16, numel, offsets.next());
     for (int64_t i = 0; i < numel; ++i) {
       t.master[0].set(i, double(below(random, 65536) - 32768));

@@ -8,10 +8,11 @@ mutants.py shows that it can fail.
 import sys
 from pathlib import Path
 
+import fusedamp
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from emulated import KINDS, Kind, build, cuda_include
+from emulated import KINDS, Kind, build, cuda_include, kernels_of, kernels_run
 
 pytestmark = [
     pytest.mark.emulation,
@@ -57,5 +58,11 @@ def test_emulation_does_what_cuda_documents_and_stops_defects(name: str, tmp_pat
 )
 def test_kernels_equal_the_cpu_engine(name: str, rounds: int, largest: int, tmp_path: Path) -> None:
     kind = kind_or_skip(name)
-    done = kind.run([str(build(kind, "test_kernels", tmp_path)), str(rounds), str(largest)])
+    binary = build(kind, "test_kernels", tmp_path)
+    done = kind.run([str(binary), str(rounds), str(largest)])
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    library = Path(fusedamp.__file__).parent / "libfusedamp_cuda.so"
+    if library.exists():  # nothing that it holds was left out
+        wanted = kernels_of(library, kind)
+        assert len(wanted) > 50
+        assert kernels_run(binary, done.stdout) == wanted

@@ -16,8 +16,8 @@ PARTS = {
     part.name: part
     for part in (
         Part("build", "Build for this GPU", 200),
-        Part("bitwise", "CPU = CUDA, bit for bit", 75),
-        Part("graphs", "CUDA graphs: capture and replay against eager", 60),
+        Part("bitwise", "CPU = CUDA, bit for bit", 80),
+        Part("graphs", "CUDA graphs: capture and replay against eager", 80),
         Part("sync", "No host synchronisation in the tail of a step", 40),
         Part("large", "More than 2^31 elements", 60),
         Part("bandwidth", "Bandwidth and time of the optimizer phase", 120),

@@ -1,5 +1,7 @@
 """W1 to W4: the optimizer phase beside torch's, its floor in bytes, and the device's own copy speed.
 
+Formats of less memory have no rival: their floor in bytes is what they are held to.
+
 Two times each: as a user sees it (from a quiet device, host included), and the device's alone (the host ran
 ahead).
 """
@@ -7,10 +9,13 @@ ahead).
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
+from math import prod
 
 import torch
+from fusedamp.optim.storage import Storage
 
-from ...contenders import DTYPES
+from ...contenders import DTYPES, PLAIN
 from ...rows import RIVALS, Row
 from ...workloads import WORKLOADS, Shapes, gpt2, many_small, numel
 from ..clock import Clock, copy_speed
@@ -40,18 +45,48 @@ TINY: dict[str, Shapes] = {
     "W4 GPT-2 XL": gpt2(60, 16, 8, 2),
     "W4 7B": [(10, 10)] * 3,
 }
-PAIRS = [(w, rival) for w in ("W1", "W2", "W3") for rival in ("P1", "P3", "P2", "P4")]
-PAIRS += [("W4 GPT-2 XL", "P3"), ("W4 GPT-2 XL", "P1"), ("W4 7B", None)]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How AdamW's masters and states of BF16 weights are kept."""
+
+    name: str
+    storage: Storage
+    kept: float  # bytes per parameter beside the weight
+
+    @property
+    def floor(self) -> float:
+        """Bytes moved per parameter: the read pass; gradient read, weight and the rest read and written."""
+        return 2 + 2 + 2 * (2 + self.kept)
+
+
+SPLIT = Format("split masters", Storage(master_weights="split"), 2 + 8)
+SPLIT_BF16 = Format(
+    "split masters, BF16 states", Storage(master_weights="split", state_dtype=torch.bfloat16), 2 + 4
+)
+SPLIT_INT8 = Format(
+    "split masters, 8-bit states", Storage(master_weights="split", state_dtype="int8"), 2 + 2 * (1 + 4 / 128)
+)
+# The workload, and its rival or, alone, its format.
+PAIRS: list[tuple[str, str | Format]] = [
+    *[("W1", what) for what in ("P1", "P3", SPLIT_INT8, "P2", "P4", SPLIT, SPLIT_BF16)],
+    *[(workload, rival) for workload in ("W2", "W3") for rival in ("P1", "P3", "P2", "P4")],
+    *[("W4 7B", SPLIT_INT8), ("W4 GPT-2 XL", SPLIT_INT8), ("W4 GPT-2 XL", "P3"), ("W4 GPT-2 XL", "P1")],
+]
 COPY_TARGET = 0.9  # of copy speed, on W1 and W4
+MAKING_STATES = 40  # bytes per element, for a moment
 
 
-def bytes_held(row: Row, alone: bool) -> int:
+def bytes_held(row: Row, form: Format | None) -> float:
     """Per parameter on the device: shared gradients, both sides' weights and states, what torch allocates
     meanwhile."""
+    if form is not None:
+        return 2 + 2 + form.kept
     fp32 = row.dtype == "fp32"
     our, their = (12, 12) if fp32 else (14, 18)
     temporary = 8 if row.rival.implementation == "foreach" else 0
-    return (4 if fp32 else 2) + our + (0 if alone else their + temporary)
+    return (4 if fp32 else 2) + our + their + temporary
 
 
 def run(place: Place) -> None:
@@ -61,21 +96,26 @@ def run(place: Place) -> None:
     place.note("copy_gb_s", copied)
     gc.collect()
     rows: list[dict] = []
-    for workload, rival in place.sized(PAIRS, PAIRS[2::3]):
+    for workload, other in place.sized(PAIRS, PAIRS[2::3]):
         shapes = place.sized(REAL, TINY)[workload]
-        row = Row("adamw", workload, RIVALS[rival or "P3"])
+        form = other if isinstance(other, Format) else None
+        row = Row("adamw", workload, RIVALS["P3" if isinstance(other, Format) else other])
+        rival = other if form is None else form.name
+        about = {"workload": workload, "dtype": row.dtype, "rival": rival}
         if place.seconds_left < 8:
-            rows.append({"workload": workload, "dtype": row.dtype, "rival": rival, "skipped": "no time left"})
+            rows.append({**about, "skipped": "no time left"})
             continue
         if place.device == "cuda":
             torch.cuda.empty_cache()
-            need, free = bytes_held(row, rival is None) * numel(shapes), torch.cuda.mem_get_info()[0]
+            need, free = bytes_held(row, form) * numel(shapes), torch.cuda.mem_get_info()[0]
+            if form is not None:  # the first step makes the states in FP32, one tensor at a time
+                need += MAKING_STATES * max(map(prod, shapes))
             if need > 0.95 * free:
                 why = f"needs {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-                rows.append({"workload": workload, "dtype": row.dtype, "rival": rival, "skipped": why})
+                rows.append({**about, "skipped": why})
                 continue
         with place.attempt(f"{workload} {row.dtype} against {rival}"):
-            rows.append(measure(place, clock, row, shapes, copied, alone=rival is None))
+            rows.append(measure(place, clock, row, shapes, copied, form))
         gc.collect()
         place.note("rows", rows)
     place.note("rows", rows)
@@ -83,9 +123,11 @@ def run(place: Place) -> None:
     place.note("state_after", driver() if not place.rehearse else "")
 
 
-def measure(place: Place, clock: Clock, row: Row, shapes: Shapes, copied: float, alone: bool) -> dict:
-    grads = gradients(shapes, DTYPES[row.dtype], place.device)
-    sides: dict[str, Side] = {"ours": ours(shapes, DTYPES[row.dtype], place.device, grads)}
+def measure(place: Place, clock: Clock, row: Row, shapes: Shapes, copied: float, form: Format | None) -> dict:
+    alone, dtype = form is not None, DTYPES[row.dtype]
+    grads = gradients(shapes, dtype, place.device)
+    storage = PLAIN if form is None else form.storage
+    sides: dict[str, Side] = {"ours": ours(shapes, dtype, place.device, grads, storage=storage)}
     if not alone:
         sides["theirs"] = theirs(row, shapes, place.device, grads)
     calls, before = ({name: getattr(s, what) for name, s in sides.items()} for what in ("phase", "restore"))
@@ -96,17 +138,18 @@ def measure(place: Place, clock: Clock, row: Row, shapes: Shapes, copied: float,
     for name, side in sides.items():
         finite = all(bool(weight.isfinite().all()) for weight in side.weights)
         place.check(f"{row.name}: {name} stays finite", finite)
-    gb_s = row.floor_bytes * numel(shapes) / device["ours"]["ms"] / 1e6
+    floor = row.floor_bytes if form is None else form.floor
+    gb_s = floor * numel(shapes) / device["ours"]["ms"] / 1e6
     return {
         "workload": row.workload,
         "tensors": len(shapes),
         "numel": numel(shapes),
         "dtype": row.dtype,
-        "rival": None if alone else f"{row.rival.key} {row.rival.title}",
+        "rival": f"{row.rival.key} {row.rival.title}" if form is None else form.name,
         "seen": seen,
         "device": device,
-        "floor_bytes": row.floor_bytes,
-        "our_bytes": row.our_bytes,
+        "floor_bytes": floor,
+        "our_bytes": row.our_bytes if form is None else floor,
         "rival_bytes": None if alone else row.rival_bytes,
         "gb_s": gb_s,
         "share_of_copy": gb_s / copied,
@@ -121,10 +164,10 @@ def targets(rows: list[dict]) -> dict[str, bool]:
     for row in rows:
         if "skipped" in row:
             continue
-        name = f"{row['workload']} {row['dtype']}"
+        name = f"{row['workload']} {row['dtype']}" + ("" if row["rival_bytes"] else f", {row['rival']}")
         if not row["workload"].startswith(("W2", "W3")):
             met[f"{name}: {COPY_TARGET:.0%} of copy speed"] = row["share_of_copy"] >= COPY_TARGET
-        if row["rival"] and row["rival"].startswith("P1"):
+        if row["rival"].startswith("P1"):
             wanted = row["rival_bytes"] / row["our_bytes"]
             met[f"{name}: {wanted:.2f} times as fast as torch fused"] = row["ratio_seen"] >= wanted
     return met

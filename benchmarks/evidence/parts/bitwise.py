@@ -1,36 +1,28 @@
-"""Every optimizer, mix of dtypes, master mode and odd size, aligned and not: 20 steps, the CPU's bits.
+"""Every optimizer, mix of dtypes, storage format and odd size, aligned and not: 12 steps, the CPU's bits.
 
 In a rehearsal the CPU plays both sides, on one thread and on two.
 """
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import torch
 from fusedamp import GradScaler, ops
 from torch import Tensor
 
-from ..borrowed import cases, copies, differing, op_calls
+from ..borrowed import COMPRESSED, cases, compressible, copies, differing, op_calls
 from ..place import Place
 
 SIZES = [(), (0,), (1,), (7,), (255,), (3, 5, 7), (4_097,), (16_383,), (16_384,), (16_385,), (100_003,)]
 TINY_SIZES = [(), (0,), (1,), (7,), (257,)]
-STEPS, SKIPPED, WRITTEN = 20, 7, 11
+STEPS, SKIPPED, WRITTEN = 12, 5, 8
 # In read passes a thread adds at most this many terms in FP32, on either side, before it goes on in FP64.
 STATS_ROUNDINGS = 512
 
 
 def run(place: Place) -> None:
-    compared = 0
-    variants = place.sized(list(op_calls.VARIANTS), ["adamw", "adam-amsgrad", "sgd-nesterov"])
-    for variant in variants:
-        for masters in (False, True):
-            for grad_dtype in (None, torch.float16, torch.bfloat16, torch.float32):
-                for misaligned in (False, True):
-                    name = f"{variant}, masters={masters}, grads={grad_dtype}, misaligned={misaligned}"
-                    with place.attempt(name):
-                        steps(place, variant, masters, grad_dtype, misaligned)
-                    compared += 1
-    place.note("op_combinations", compared)
     for dtype in op_calls.DTYPES:
         with place.attempt(f"unscale_ {dtype}"):
             unscale(place, dtype)
@@ -39,12 +31,36 @@ def run(place: Place) -> None:
     with place.attempt("update_scale_"):
         scale(place)
     optimizers = place.sized([case for case in cases.CASES if case.bitwise], cases.MAIN[:1])
-    for case in optimizers:
-        for dtype in op_calls.DTYPES:
-            for mode in ("auto", "none") if dtype in op_calls.HALVES else ("auto",):
-                with place.attempt(f"optim {case.name} {dtype} master_weights={mode}"):
-                    through_the_scaler(place, case, dtype, mode)
+    jobs = [
+        (case, dtype, name, storage)
+        for case in optimizers
+        for dtype in op_calls.DTYPES
+        for name, storage in formats(case, dtype).items()
+    ]
+    for case, dtype, name, storage in place.all_in_time(jobs):
+        with place.attempt(f"optim {case.name} {dtype} {name}"):
+            through_the_scaler(place, case, dtype, storage)
     place.note("optimizers", [case.name for case in optimizers])
+    place.note("optimizers_in_formats", len(jobs))
+
+    variants = place.sized(list(op_calls.VARIANTS), ["adamw", "adam-amsgrad", "sgd-nesterov"])
+    grad_dtypes = (None, torch.float16, torch.bfloat16, torch.float32)
+    calls = list(product(variants, (False, True), grad_dtypes, (False, True)))
+    for call in place.all_in_time(calls):
+        with place.attempt("{}, masters={}, grads={}, misaligned={}".format(*call)):
+            steps(place, *call)
+    place.note("op_combinations", len(calls))
+
+
+def formats(case: cases.Case, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """How the weights of ``dtype`` and their states may be kept."""
+    if dtype == torch.float64:
+        return {"as is": {}}
+    if dtype == torch.float32:
+        states = {"BF16 states": {"state_dtype": torch.bfloat16}, "8-bit states": {"state_dtype": "int8"}}
+        return {"as is": {}, **(states if compressible(case) else {})}
+    modes = {f"master_weights={mode}": {"master_weights": mode} for mode in ("auto", "none")}
+    return {**modes, **(COMPRESSED if compressible(case) else {})}
 
 
 def same(ones: list[Tensor], others: list[Tensor], when: str) -> None:
@@ -134,15 +150,17 @@ def scale(place: Place) -> None:
     assert [int(t) for t in states[0][1:]] == [int(t) for t in states[1][1:]], "trackers"
 
 
-def through_the_scaler(place: Place, case: cases.Case, dtype: torch.dtype, mode: str) -> None:
+def through_the_scaler(
+    place: Place, case: cases.Case, dtype: torch.dtype, storage: dict[str, Any], steps: int = STEPS
+) -> None:
     """The public way, without clipping: a norm may differ in its last bits."""
     seen = []
     for device in ("cpu", place.device):
         params = [torch.nn.Parameter(p.detach().to(device)) for p in cases.make_params(dtype)]
-        optimizer = case.ours(params, **case.options, master_weights=mode)
+        optimizer = case.ours(params, **case.options, **storage)
         scaler = GradScaler(device, init_scale=8.0, growth_interval=4)
         scaler.scale(torch.ones((), device=device))
-        for step in range(place.sized(STEPS, 4)):
+        for step in range(place.sized(steps, 4)):
             cases.set_grads(
                 twins := [torch.nn.Parameter(p.detach().cpu()) for p in params], step, scaler.get_scale()
             )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import shutil
 import sys
 
 from ..place import Place, Skip
-from ..process import execute
+from ..process import execute, find_tool
 
 METRICS = {
     "gpu__time_duration.sum": "time",
@@ -24,9 +23,9 @@ def run(place: Place) -> None:
         done = execute([*one_phase, "--rehearse"], place.seconds_left)
         place.check("one phase without a profiler", not done.verdict, done.tail)
         return
-    tool = shutil.which("ncu")
+    tool = find_tool("ncu")
     if tool is None:
-        raise Skip("ncu is not on the PATH (it comes with the CUDA toolkit)")
+        raise Skip("ncu was not found (it comes with the CUDA toolkit); set CUDA_HOME")
     options = ["--clock-control", "none", "--csv", "--metrics", ",".join(METRICS), "-k", KERNELS]
     done = execute([tool, *options, *one_phase], place.seconds_left - 5)
     kernels = read(done.output)

@@ -1,5 +1,5 @@
-"""One graph holds the whole tail: unscaling, clipping, step, scale update. 100 replays against eager steps,
-with overflows: the same bits in weights, masters, states, step counts, scale and trackers.
+"""One graph holds the whole tail: unscaling, clipping, step, scale update. 25 to 100 replays against eager
+steps, with overflows: the same bits in weights, masters, states, step counts, scale and trackers.
 
 In a rehearsal a "replay" calls the captured function again.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fusedamp import GradScaler
 from torch import Tensor
 
-from ..borrowed import cases, differing
+from ..borrowed import COMPRESSED, cases, compressible, differing
 from ..place import Place
 
 SHAPES = [(1,), (7,), (33, 31), (257,), (16_385,), (0,), (64, 64)]
+FEEDS = 8
 WARM_UP = 3  # steps before a capture: they make the states, and the calls that are then repeated
 OVERFLOWS = {0, 1, 9, 17, 18, 19, 40, 77}  # which of the replayed steps
 
@@ -30,6 +32,7 @@ class Training:
     scaler: GradScaler
     flow: str
     norms: Tensor
+    feeds: list[list[Tensor]]  # gradients to come, in turns
 
     def tail(self) -> None:
         if self.flow == "unscale_":
@@ -48,26 +51,29 @@ class Training:
         return [*(p.detach() for p in self.params), *state, self.scaler._scale, *trackers, self.norms]
 
 
-def training(place: Place, case: cases.Case, dtype: torch.dtype, mode: str, flow: str) -> Training:
+def training(
+    place: Place, case: cases.Case, dtype: torch.dtype, storage: dict[str, Any], flow: str
+) -> Training:
     params = cases.make_params(dtype, SHAPES)
     params = [torch.nn.Parameter(p.detach().to(place.device)) for p in params]
     for param in params:
         param.grad = torch.zeros_like(param)
     lr = torch.tensor(1e-2, device=place.device)  # a schedule moves it between replays
-    options = case.options | {"lr": lr, "master_weights": mode}
+    options = case.options | storage | {"lr": lr}
     if "capturable" in case.ours([torch.zeros(1)], **case.options).defaults:
         options["capturable"] = True
     optimizer = case.ours(params, **options)
     scaler = GradScaler(place.device, init_scale=64.0, growth_interval=5, hysteresis=2)
     scaler.scale(torch.ones((), device=place.device))
-    return Training(params, optimizer, scaler, flow, torch.zeros((), device=place.device))
+    draw = torch.Generator().manual_seed(1)
+    feeds = [[torch.randn(p.shape, generator=draw).mul_(64).to(p) for p in params] for _ in range(FEEDS)]
+    return Training(params, optimizer, scaler, flow, torch.zeros((), device=place.device), feeds)
 
 
 def feed(model: Training, step: int) -> None:
-    """New gradients, in place."""
-    draw = torch.Generator().manual_seed(step)
-    for param in model.params:
-        param.grad.copy_(torch.randn(param.shape, generator=draw) * 64)
+    """New gradients, in place, without a copy from the host."""
+    with torch.no_grad():
+        torch._foreach_copy_([param.grad for param in model.params], model.feeds[step % FEEDS])
     if step - WARM_UP in OVERFLOWS:
         model.params[step % 3].grad.view(-1)[-1] = float("inf") if step % 2 else float("nan")
     model.optimizer.param_groups[0]["lr"].fill_(1e-2 / (1 + step))
@@ -82,8 +88,10 @@ def captured(place: Place, tail: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def compare(place: Place, case: cases.Case, dtype: torch.dtype, mode: str, flow: str) -> None:
-    eager, graphed = (training(place, case, dtype, mode, flow) for _ in range(2))
+def compare(
+    place: Place, case: cases.Case, dtype: torch.dtype, storage: dict[str, Any], flow: str, replays: int
+) -> None:
+    eager, graphed = (training(place, case, dtype, storage, flow) for _ in range(2))
     for step in range(WARM_UP):
         for model in (eager, graphed):
             feed(model, step)
@@ -93,7 +101,7 @@ def compare(place: Place, case: cases.Case, dtype: torch.dtype, mode: str, flow:
     if place.device == "cuda":
         bumped = [p._version > v for p, v in zip(graphed.params, versions, strict=True)]
         assert all(bumped), "version counters did not move while capturing"
-    steps = place.sized(100, 6)
+    steps = place.sized(replays, 6)
     for step in range(WARM_UP, WARM_UP + steps):
         for model, run in ((eager, eager.tail), (graphed, replay)):
             feed(model, step)
@@ -110,18 +118,29 @@ def compare(place: Place, case: cases.Case, dtype: torch.dtype, mode: str, flow:
 
 
 def run(place: Place) -> None:
-    done = 0
-    for case in place.sized(cases.CASES, cases.MAIN[:1]):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for mode in ("auto",) if dtype == torch.float32 else ("auto", "none"):
-                for flow in ("unscale_", "fused"):
-                    with place.attempt(f"{case.name} {dtype} master_weights={mode} {flow}"):
-                        compare(place, case, dtype, mode, flow)
-                    done += 1
-    place.note("graphs", done)
-    place.note("replays_each", place.sized(100, 6))
     with place.attempt("two graphs beside each other, and eager steps between their replays"):
         interleaved(place)
+    main = [*cases.MAIN, *cases.COMPOSED]
+    variants = [case for case in cases.CASES if case not in main]
+    jobs = [
+        (case, dtype, name, storage, flow)
+        for case in place.sized([*main, *variants], cases.MAIN[:1])
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for name, storage in formats(case, dtype).items()
+        for flow in ("unscale_", "fused")
+    ]
+    for case, dtype, name, storage, flow in place.all_in_time(jobs):
+        with place.attempt(f"{case.name} {dtype} {name} {flow}"):
+            compare(place, case, dtype, storage, flow, 100 if case in main and flow == "fused" else 25)
+    place.note("graphs", len(jobs))
+    place.note("replays_each", place.sized("100; with unscale_, and of variants of options, 25", "6"))
+
+
+def formats(case: cases.Case, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    if dtype == torch.float32:
+        return {"as is": {}}
+    modes = {f"master_weights={mode}": {"master_weights": mode} for mode in ("auto", "none")}
+    return {**modes, **(COMPRESSED if dtype == torch.bfloat16 and compressible(case) else {})}
 
 
 def interleaved(place: Place) -> None:
@@ -129,7 +148,7 @@ def interleaved(place: Place) -> None:
     case = cases.BY_NAME["adamw"]
     pairs = []
     for flow in ("unscale_", "fused"):
-        eager, graphed = (training(place, case, torch.bfloat16, "auto", flow) for _ in range(2))
+        eager, graphed = (training(place, case, torch.bfloat16, {}, flow) for _ in range(2))
         for step in range(WARM_UP):
             for model in (eager, graphed):
                 feed(model, step)

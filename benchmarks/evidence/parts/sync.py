@@ -11,7 +11,7 @@ from fusedamp import clip_grad_norm_
 
 from ..borrowed import cases, differing
 from ..place import Place
-from .graphs import Training, feed, training
+from .graphs import Training, feed, formats, training
 
 ASLEEP_CYCLES = 400_000_000  # 0.2 s and more
 
@@ -45,30 +45,31 @@ def run(place: Place) -> None:
                 except RuntimeError:
                     heard = True
             assert heard, "torch did not raise at .item()"
+    with place.attempt("gradients read in backward: no wait, and the same bits"):
+        attached(place)
+    with place.attempt("the host is free while the device sleeps"):
+        place.note("host_ms_beside_sleeping_device", free_host(place))
     flows = [
-        (case, dtype, mode, flow)
+        (case, dtype, name, storage, flow)
         for case in place.sized(cases.CASES, cases.MAIN[:1])
-        for dtype, mode in ((torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.float16, "none"))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for name, storage in formats(case, dtype).items()
         for flow in ("unscale_", "fused")
     ]
-    for case, dtype, mode, flow in flows:
-        with place.attempt(f"{case.name} {dtype} master_weights={mode} {flow}"):
-            model = training(place, case, dtype, mode, flow)
+    for case, dtype, name, storage, flow in place.all_in_time(flows):
+        with place.attempt(f"{case.name} {dtype} {name} {flow}"):
+            model = training(place, case, dtype, storage, flow)
             for step in range(place.sized(6, 4)):  # the first makes states, later ones repeat it
                 feed(model, step)
                 with alarmed(place):
                     tails(model)
     place.note("flows", len(flows))
-    with place.attempt("gradients read in backward: no wait, and the same bits"):
-        attached(place)
-    with place.attempt("the host is free while the device sleeps"):
-        place.note("host_ms_beside_sleeping_device", free_host(place))
 
 
 def attached(place: Place) -> None:
     """Backward with and without hooks that read the gradients as they appear, on a stream of its own."""
     case = cases.BY_NAME["adamw"]
-    plain, hooked = (training(place, case, torch.bfloat16, "auto", "fused") for _ in range(2))
+    plain, hooked = (training(place, case, torch.bfloat16, {}, "fused") for _ in range(2))
     hooked.scaler.attach(hooked.optimizer, min_numel=1)
     side = torch.cuda.Stream() if place.device == "cuda" else None
     if side is not None:
@@ -93,7 +94,7 @@ def attached(place: Place) -> None:
 
 def free_host(place: Place) -> float:
     """Milliseconds of host time of a tail that is queued behind a long sleep; catches waits of any kind."""
-    model = training(place, cases.BY_NAME["adamw"], torch.bfloat16, "auto", "fused")
+    model = training(place, cases.BY_NAME["adamw"], torch.bfloat16, {}, "fused")
     for step in range(5):
         feed(model, step)
         model.tail()

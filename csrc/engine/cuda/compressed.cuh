@@ -21,49 +21,68 @@ inline bool is_compressed(const StepRow& row, const StepScalars& scalars) {
   return split || dithered || row.state_dtype != DType::f32;
 }
 
-// A lane's elements as they are stored, one to a word; those past the end are 0.
+// A lane's elements as they lie in memory: the first one, two or four words, by their size. What is loaded is not
+// looked at before every list is under way: the first use waits for memory.
+struct Words {
+  uint32_t v[kPerLane];
+};
+// The same elements, one to a word; those past the end are 0.
 struct Stored {
   uint32_t v[kPerLane];
 };
+static_assert(kPerLane == 4, "a list of R has sizeof(R) words of 4 bytes in a lane");
 
 template <class R>
 __device__ __forceinline__ bool in_one_access(const R* list, int count) {
   return count == kPerLane && reinterpret_cast<uintptr_t>(list) % (kPerLane * sizeof(R)) == 0;
 }
 template <class R>
-__device__ __forceinline__ Stored fetch(const void* list, int64_t at, int count) {
+__device__ __forceinline__ Words fetch(const void* list, int64_t at, int count) {
+  constexpr int kSize = sizeof(R);
   const R* from = in_global(static_cast<const R*>(list) + at);
-  Stored stored;
+  Words words = {};
   if (in_one_access(from, count)) {
-    const Pack<R, kPerLane> pack = load<kPerLane>(from);
+    const Pack<uint32_t, kSize> pack = load<kSize>(reinterpret_cast<const uint32_t*>(from));
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e) stored.v[e] = pack.v[e];
+    for (int w = 0; w < kSize; ++w) words.v[w] = pack.v[w];
   } else {
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e) stored.v[e] = e < count ? from[e] : R(0);
+    for (int e = 0; e < kPerLane; ++e)
+      if (e < count) words.v[e * kSize / 4] |= static_cast<uint32_t>(from[e]) << 8 * kSize * e % 32;
   }
-  return stored;
+  return words;
 }
-__device__ __forceinline__ Stored fetch(const void* list, DType dtype, int64_t at, int count) {
+__device__ __forceinline__ Words fetch(const void* list, DType dtype, int64_t at, int count) {
   if (dtype == DType::f32) return fetch<uint32_t>(list, at, count);
   if (is_8bit(dtype)) return fetch<uint8_t>(list, at, count);
   return fetch<uint16_t>(list, at, count);
 }
 template <class R>
+__device__ __forceinline__ Stored unpacked(const Words& words) {
+  Stored stored;
+#pragma unroll
+  for (int e = 0; e < kPerLane; ++e)
+    stored.v[e] = static_cast<R>(words.v[e * static_cast<int>(sizeof(R)) / 4] >> 8 * sizeof(R) * e % 32);
+  return stored;
+}
+__device__ __forceinline__ Stored unpacked(const Words& words, DType dtype) {
+  if (dtype == DType::f32) return unpacked<uint32_t>(words);
+  if (is_8bit(dtype)) return unpacked<uint8_t>(words);
+  return unpacked<uint16_t>(words);
+}
+template <class R>
 __device__ __forceinline__ void put(void* list, int64_t at, int count, const Stored& stored) {
+  constexpr int kSize = sizeof(R);
   R* to = in_global(static_cast<R*>(list) + at);
-  if (in_one_access(to, count)) {  // in words wider than R, or the compiler merges both branches into narrow stores
-    using Word = std::conditional_t<sizeof(R) == 1, uint32_t, uint64_t>;
-    constexpr int kPerWord = sizeof(Word) / sizeof(R), kWords = kPerLane / kPerWord;
-    Pack<Word, kWords> pack;
+  if (in_one_access(to, count)) {
+    uint32_t words[kSize] = {};
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      pack.v[w] = 0;
-#pragma unroll
-      for (int e = 0; e < kPerWord; ++e)
-        pack.v[w] |= static_cast<Word>(static_cast<R>(stored.v[w * kPerWord + e])) << (8 * sizeof(R) * e);
-    }
-    store<kWords>(reinterpret_cast<Word*>(to), pack);
+    for (int e = 0; e < kPerLane; ++e)
+      words[e * kSize / 4] |= static_cast<uint32_t>(static_cast<R>(stored.v[e])) << 8 * kSize * e % 32;
+    // By intrinsic: an ordinary store the compiler splits, to share its parts with the branch below.
+    if constexpr (kSize == 4) __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+    if constexpr (kSize == 2) __stwb(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
+    if constexpr (kSize == 1) __stwb(reinterpret_cast<unsigned*>(to), words[0]);
   } else {
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e)
@@ -173,15 +192,22 @@ __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span 
     const int64_t block = (span.first + first) / kScaleBlock, at = span.first + first + lane_first;
     const auto index = static_cast<uint32_t>(at);
 
-    const Stored grad = fetch(row.grad, row.grad_dtype, at, count);
-    Stored param = fetch(row.param, row.param_dtype, at, count), master = {}, stored[kStates];
+    const StepRow lists = row;  // one wait for all addresses, before the loads that need them
+    const Words grad_words = fetch(lists.grad, lists.grad_dtype, at, count);
+    const Words param_words = fetch(lists.param, lists.param_dtype, at, count);
+    Words master_words = {}, state_words[kStates];
     float scales[kStates], state[kStates][kPerLane];
-    if (row.master) master = fetch(row.master, row.master_dtype, at, count);
+    if (lists.master) master_words = fetch(lists.master, lists.master_dtype, at, count);
     for_each_state<Rule>([&](auto j) {
-      stored[j] = fetch(row.states[j], row.state_dtype, at, count);
-      scales[j] = row.state_dtype == DType::i8 ? row.scales[j][block] : 0.0f;
+      state_words[j] = fetch(lists.states[j], lists.state_dtype, at, count);
+      scales[j] = lists.state_dtype == DType::i8 ? lists.scales[j][block] : 0.0f;
     });
     __syncwarp();  // every lane has the scale before one writes it
+
+    const Stored grad = unpacked(grad_words, row.grad_dtype);
+    Stored param = unpacked(param_words, row.param_dtype), master = unpacked(master_words, row.master_dtype);
+    Stored stored[kStates];
+    for_each_state<Rule>([&](auto j) { stored[j] = unpacked(state_words[j], row.state_dtype); });
 
     const RandomKey weight_key = random_key(stream, kWeightList, at);
 #pragma unroll
