@@ -97,7 +97,7 @@ def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def bits(t: Tensor) -> Tensor:
-    return t.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+    return t.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
