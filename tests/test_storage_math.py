@@ -1,5 +1,6 @@
 """Storage formats by value: every FP32 number through split masters, 8-bit codes by their definition."""
 
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -93,9 +94,30 @@ def test_random_bits_depend_on_seed_step_and_place_alone():
     assert torch.equal(codes[:896], stored(values[:896].clone())[0])
     for other in (stored(values, seed=1), stored(values, step=1)):
         assert 0.1 < (codes != other[0]).double().mean() < 0.9
-    flat = torch.full((4096,), 1.03)
-    up = (stored(flat)[0] != stored(flat)[0].min()).double()
-    assert abs(np.corrcoef(up[:-1].numpy(), up[1:].numpy())[0, 1]) < 6 / 4096**0.5
+    codes, _ = stored(torch.full((4096,), 1.03))
+    up = (codes != codes.min()).double()
+    for lag in (1, 16, reference.BLOCK, 512, 1024):
+        assert_unrelated(up[:-lag], up[lag:])
+
+
+def assert_unrelated(one, other):
+    """Whether each was rounded up says nothing about the other."""
+    assert 0.1 < one.mean() < 0.9
+    assert abs(np.corrcoef(one.numpy(), other.numpy())[0, 1]) < 6 / one.numel() ** 0.5
+
+
+def test_lists_draw_apart():
+    """States and a weight of one element are rounded by numbers that have nothing to do with each other."""
+    numel = 2**16
+    grad, weight = torch.full((numel,), 1.3), torch.full((numel,), 1.0, dtype=torch.bfloat16)
+    states = [torch.zeros(numel, dtype=torch.bfloat16) for _ in range(3)]
+    ops.adamw_(
+        [weight], [grad], *([state] for state in states), [], [scalar(0.0)], lr=1e-3, betas=(0.9, 0.99),
+        eps=1e-8, weight_decay=0.0, amsgrad=True, stochastic_rounding=True,
+    )  # fmt: skip
+    ups = [(rounded != rounded.min()).double() for rounded in (*states, weight)]
+    for one, other in itertools.combinations(ups, 2):
+        assert_unrelated(one, other)
 
 
 @pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])
