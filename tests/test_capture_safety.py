@@ -28,6 +28,15 @@ COMPOSED = {  # of torch's operations: captured as they are, never repeated from
     "Adafactor": lambda p, **options: optim.Adafactor(p, weight_decay=0.1, **options),
     "Muon": lambda p, **options: optim.Muon(p, **options),
 }
+STORAGE = {
+    "auto": {},
+    "fp32": {"master_weights": "fp32"},
+    "none": {"master_weights": "none"},
+}
+COMPRESSED = {
+    "split, int8": {"master_weights": "split", "state_dtype": "int8"},
+    "random, bf16": {"master_weights": "none", "stochastic_rounding": True, "state_dtype": torch.bfloat16},
+}
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
@@ -129,15 +138,19 @@ def tails(scaler, optimizer, params):
     )
 
 
-@pytest.mark.parametrize("make", (OPTIMIZERS | COMPOSED).values(), ids=OPTIMIZERS | COMPOSED)
-@pytest.mark.parametrize("master_weights", ["auto", "fp32", "none"])
+MODES = [(name, how) for how in STORAGE for name in OPTIMIZERS | COMPOSED]
+MODES += [(name, how) for how in COMPRESSED for name in OPTIMIZERS]
+
+
+@pytest.mark.parametrize(("name", "how"), MODES)
 @pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
-def test_tail_on_fake_cuda(make, master_weights, capturing, fake_cuda):
+def test_tail_on_fake_cuda(name, how, capturing, fake_cuda):
     """unscale_, clip_grad_norm_, step and update, with everything on the device, learning rate included."""
-    params = [torch.nn.Parameter(torch.ones(4, 3, device="cuda", dtype=dtype)) for dtype in DTYPES]
+    make, dtypes = (OPTIMIZERS | COMPOSED)[name], DTYPES[:3] if how in COMPRESSED else DTYPES
+    params = [torch.nn.Parameter(torch.ones(4, 3, device="cuda", dtype=dtype)) for dtype in dtypes]
     lr = torch.full((), 1e-2, device="cuda")
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": torch.full((), 1e-3, device="cuda")}]
-    optimizer = make(groups, lr=lr, master_weights=master_weights)
+    optimizer = make(groups, lr=lr, **(STORAGE | COMPRESSED)[how])
     scaler = GradScaler("cuda", hysteresis=2)
     assert scaler.is_enabled()
     scaler.scale(torch.ones((), device="cuda"))
@@ -168,13 +181,13 @@ def test_a_scale_made_while_capturing_is_refused(fake_cuda):
 
 
 @each_optimizer
-@pytest.mark.parametrize("master_weights", ["auto", "fp32", "none"])
+@pytest.mark.parametrize("storage", (STORAGE | COMPRESSED).values(), ids=STORAGE | COMPRESSED)
 @pytest.mark.parametrize("attached", [False, True])
-def test_repeated_steps_read_nothing(make, master_weights, attached):
+def test_repeated_steps_read_nothing(make, storage, attached):
     """The replayed step, which passes addresses; good and skipped steps alike, as backward makes them."""
     dtypes = [torch.float16, torch.bfloat16, torch.float32]
     params = [torch.nn.Parameter(torch.ones(4, 3, dtype=dtype)) for dtype in dtypes]
-    optimizer = make(params, master_weights=master_weights)
+    optimizer = make(params, **storage)
     scaler = GradScaler("cpu", init_scale=64.0, growth_interval=2)
     if attached:
         scaler.attach(optimizer, min_numel=0)

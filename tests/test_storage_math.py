@@ -177,3 +177,46 @@ def test_split_conversions_are_exact(dtype):
     assert same_bits(back[finite], masters[finite])
     assert back[~finite].isnan().all()
     assert weight[~finite].isnan().all()
+
+
+def test_split_float16_below_and_above_its_exact_range():
+    """As documented: multiples of 2^-39 below 2^-16, to nearest; from 65520 on, infinity."""
+    random = torch.rand(2**16, generator=torch.Generator().manual_seed(0))
+    steps = torch.arange(2**16).double() / 4  # quarters of 2^-39, with all ties
+    beside = (torch.arange(64).double() + 0.5) * 2.0**15  # and what lies close to the ties between weights
+    steps = torch.cat([steps, *(beside + off for off in (-1.0, -0.75, -0.5, 0.0, 0.5, 0.75, 1.0))])
+    small = torch.cat(
+        [(steps * 2.0**-39).float(), random * 2.0**-16, random * 2.0**-30, torch.tensor([1e-40])]
+    )
+    small = torch.cat([small, -small])
+    back = recoding.joined(*recoding.split(small, torch.float16))
+    units = small.double() * 2.0**39
+    nearest = units.round()
+    # Beside an odd weight a tie is none of its own: what would round to it stays one step nearer.
+    weight = (small.to(torch.float16).double() * 2.0**39).round()
+    kept = weight + (nearest - weight).clamp(-16383, 16383)
+    odd = (weight / 2.0**15).remainder(2) == 1
+    assert torch.equal(back.double(), torch.where(odd, kept, nearest) * 2.0**-39)
+    assert (odd & (kept != nearest)).any()
+    large = torch.tensor([65519.99, 65520.0, 1e30, torch.inf])
+    weight, remainder = recoding.split(torch.cat([large, -large]), torch.float16)
+    assert weight.isinf().tolist() == [False, True, True, True] * 2
+    assert remainder.tolist()[1:4] == [0, 0, 0]
+    assert torch.equal(recoding.joined(weight, remainder)[:1], large[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_split_conversions_are_what_a_step_makes(dtype):
+    """Checkpoints and steps mean the same: a step that moves nothing leaves converted masters as they are."""
+    generator = torch.Generator().manual_seed(0)
+    masters = (
+        torch.randint(-(2**31), 2**31, (2**18,), generator=generator).to(torch.int32).view(torch.float32)
+    )
+    masters = torch.cat([masters, torch.randn(2**16, generator=generator) * 2.0**-12])
+    masters = masters[masters.isfinite()]
+    weight, remainder = recoding.split(masters, dtype)
+    stepped, kept = weight.clone(), remainder.clone()
+    ops.sgd_([stepped], [torch.ones(masters.shape)], [], [kept], [scalar(0.0)], lr=0.0)
+    finite = weight.isfinite()
+    assert same_bits(stepped[finite], weight[finite])
+    assert torch.equal(kept[finite], remainder[finite])
