@@ -30,11 +30,16 @@ static inline bool good_bf16(uint32_t bits) {
 }
 
 static inline bool good_f16(uint32_t bits) {
-  const float x = float_of(bits), wide = f16_to_float(float_to_f16(x)), back = f16_joined(wide, f16_remainder(x, wide));
+  const float x = float_of(bits), wide = f16_to_float(float_to_f16(x));
+  const int16_t remainder = f16_remainder(x, wide);
+  const float joined = f16_joined(wide, remainder);
+  const bool fits = bits_of(f16_to_float(float_to_f16(joined))) == bits_of(wide);  // else it would count as written
+  const float back = fits ? joined : wide;
   const uint32_t magnitude = bits & 0x7fffffffu, infinity = 0x7f800000u | (bits & 0x80000000u);
   const float off = x - back;  // exact where it is small
+  const float most = (remainder == 16383) | (remainder == -16383) ? 0x1p-39f : 0x1p-40f;
   const bool nan = back != back, infinite = bits_of(back) == infinity, exact = bits_of(back) == bits;
-  const bool near = (off <= 0x1p-40f) & (off >= -0x1p-40f);
+  const bool near = (off <= most) & (off >= -most);
   return magnitude > 0x7f800000u ? nan : magnitude >= 0x477ff000u ? infinite : magnitude >= 0x37800000u ? exact : near;
 }
 

@@ -41,3 +41,22 @@ def decoded(codes: Tensor, scales: Tensor) -> Tensor:
     flat = codes.flatten().long()
     magnitudes = values[flat.abs()] * torch.where(flat < 0, -1.0, 1.0)
     return magnitudes * scales.double().repeat_interleave(BLOCK)[: flat.numel()]
+
+
+def are_neighbours(codes: Tensor, scales: Tensor, wanted: Tensor) -> bool:
+    """Whether each code is one of the two around its value, and each scale the one that it should be."""
+    nonnegative = codes.dtype == torch.uint8
+    values, found = wanted.flatten().double().numpy(), decoded(codes, scales).numpy()
+    for b, scale in zip(range(0, values.size, BLOCK), scales.tolist(), strict=True):
+        block, stored = values[b : b + BLOCK], found[b : b + BLOCK]
+        if scale != scale_of(block, nonnegative):
+            return False
+        if scale == 0.0:
+            if (stored != 0.0).any():
+                return False
+            continue
+        below, above = neighbours(np.abs(block) / scale, nonnegative)
+        magnitude = np.abs(stored) / scale
+        if not ((magnitude == below) | (magnitude == above)).all() or (stored * block < 0).any():
+            return False
+    return True

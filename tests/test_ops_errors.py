@@ -36,7 +36,8 @@ ADAM = {
         put("grads", 0, lambda t: t + 0j), "grads[0] is ComplexFloat; expected", "view_as_real"
     ),
     "integers": bad_value(
-        put("params", 1, Tensor.int), "params[1] is Int; expected float16, bfloat16, float32 or float64. Cast"
+        put("params", 1, Tensor.int),
+        "params[1] is int32; expected float16, bfloat16, float32 or float64. Cast",
     ),
     "shape": bad_value(
         put("grads", 1, Tensor.flatten), "grads[1] has shape [6]; expected [2, 3], like params[1]"
@@ -71,7 +72,7 @@ ADAM = {
         "exp_avgs[0] is float64; expected float32, bfloat16, or int8 with scales, because params[0]",
     ),
     "integer step": bad_value(
-        put("steps", 1, Tensor.int), "steps[1] is Int of shape []; expected one float32 element"
+        put("steps", 1, Tensor.int), "steps[1] is int32 of shape []; expected one float32 element"
     ),
     "long step": bad_value(
         put("steps", 1, lambda t: t.repeat(2)), "steps[1] is float32 of shape [2]; expected one float32"
@@ -99,7 +100,7 @@ ADAM = {
     "long lr": bad_value(
         option(lr=torch.ones(2)), "lr is float32 of shape [2]; expected one float32 or float64 element"
     ),
-    "integer lr": bad_value(option(lr=torch.ones((), dtype=torch.int64)), "lr is Long"),
+    "integer lr": bad_value(option(lr=torch.ones((), dtype=torch.int64)), "lr is int64"),
     "float16 lr": bad_value(option(lr=scalar(1.0, torch.float16)), "lr is float16 of shape []; expected one"),
     "betas": bad_type(option(betas=0.9), "betas is 0.9; expected a pair of numbers"),
     "eps": bad_type(option(eps=None), "eps is None; expected a number"),

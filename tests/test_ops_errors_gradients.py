@@ -14,7 +14,7 @@ GRADIENTS = {
     "sparse": bad_value(Tensor.to_sparse, "is sparse (torch.sparse_coo); expected a strided tensor", "dense"),
     "csr": bad_value(Tensor.to_sparse_csr, "is sparse (torch.sparse_csr); expected a strided tensor"),
     "complex": bad_value(lambda g: g + 0j, "is ComplexFloat; expected float16, bfloat16, float32 or float64"),
-    "integers": bad_value(Tensor.long, "is Long; expected float16, bfloat16, float32 or float64. Cast it"),
+    "integers": bad_value(Tensor.long, "is int64; expected float16, bfloat16, float32 or float64. Cast it"),
     "bool": bad_value(Tensor.bool, "is Bool; expected float16, bfloat16, float32 or float64"),
     "float8": bad_value(lambda g: g.to(torch.float8_e4m3fn), "is Float8_e4m3fn; expected float16"),
     "gaps": bad_value(with_gaps, "(shape [2, 3], strides [6, 2]) has gaps or overlaps in memory"),
@@ -87,7 +87,7 @@ FOUND_INF = {
     "None": bad_type(None, "found_inf is None; expected a tensor"),
     "long": bad_value(torch.zeros(2), "found_inf is float32 of shape [2]; expected one float32 element"),
     "int": bad_value(
-        torch.zeros((), dtype=torch.int32), "found_inf is Int of shape []; expected one float32"
+        torch.zeros((), dtype=torch.int32), "found_inf is int32 of shape []; expected one float32"
     ),
 }
 

@@ -24,6 +24,15 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SPLIT = {"master_weights": "split", "state_dtype": torch.bfloat16}
+CODES = {"master_weights": "split", "state_dtype": "int8"}  # of plain tensors only
+RANDOM = {"master_weights": "none", "stochastic_rounding": True}
+SOME = [BY_NAME[name] for name in ("adamw", "sgd-nesterov", "lamb")]  # in formats other than FP32
+CHECKPOINTS = [
+    *((case, {}, sharded) for case in MAIN for sharded in (False, True)),
+    *((case, SPLIT, sharded) for case in SOME for sharded in (False, True)),
+    *((case, CODES, False) for case in SOME),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,6 +80,39 @@ def test_dtensors_step_as_plain_tensors(case, dtype, placement, mesh):
                 assert value.placements == (placement,)
                 assert torch.equal(value.full_tensor(), expected.state[q][name])
     assert torch.equal(params[2], plain[2])
+
+
+@pytest.mark.parametrize("storage", [SPLIT, RANDOM], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_compressed_dtensors_step_as_plain_tensors(case, dtype, storage, mesh):
+    """Guards split masters, BF16 states and random numbers of shards: the bits of the whole tensor, here."""
+    plain = make_params(dtype, [(6, 4), (5,)])
+    params = as_dtensors(plain, mesh, Shard(0))
+    optimizer, expected = (case.ours(p, **case.options, **storage) for p in (params, plain))
+    for s in range(3):
+        for p, grad in zip(params, set_grads(plain, s), strict=True):
+            p.grad = distribute_tensor(grad, mesh, [Shard(0)])
+        optimizer.step()
+        expected.step()
+    for p, q in zip(params, plain, strict=True):
+        assert torch.equal(p.full_tensor(), q)
+        for name, value in optimizer.state[p].items():
+            found = value.full_tensor() if isinstance(value, DTensor) else value
+            assert found.dtype == expected.state[q][name].dtype
+            assert torch.equal(found, expected.state[q][name]), name
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_8_bit_states_of_dtensors_are_refused(case, mesh):
+    """Guards resharding: scales belong to blocks of a shard's memory."""
+    params = as_dtensors(make_params(torch.bfloat16, [(6, 4)]), mesh, Shard(0))
+    params[0].grad, before = torch.ones_like(params[0]), params[0].full_tensor().clone()
+    with pytest.raises(
+        ValueError, match=r"params\[0\] is bfloat16 .* a DTensor, .* Use state_dtype=torch.bf"
+    ):
+        case.ours(params, **case.options, **CODES).step()
+    assert torch.equal(params[0].full_tensor(), before)
 
 
 def test_fully_sharded_module(mesh):
@@ -139,9 +181,8 @@ def test_state_moves_between_plain_and_sharded(mesh, to_dtensor):
 
 
 @pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("case", MAIN, ids=str)
-def test_distributed_checkpoint(case, sharded, flatten, mesh, tmp_path):
+@pytest.mark.parametrize(("case", "storage", "sharded"), CHECKPOINTS, ids=str)
+def test_distributed_checkpoint(case, storage, sharded, flatten, mesh, tmp_path):
     """Guards DCP: fresh optimizers get their state by its zero step, save and load round-trip, training
     resumes.
     """
@@ -154,7 +195,7 @@ def test_distributed_checkpoint(case, sharded, flatten, mesh, tmp_path):
                 for name, p in list(module.named_parameters()):
                     shard = torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
                     setattr(module, name, shard)
-        return model, case.ours(model.parameters(), **case.options)
+        return model, case.ours(model.parameters(), **case.options, **storage)
 
     def train(model, optimizer, seeds):
         for seed in seeds:
@@ -190,7 +231,8 @@ def test_distributed_checkpoint(case, sharded, flatten, mesh, tmp_path):
         assert optimizer.state[p].keys() == other.state[q].keys()
         for name, value in optimizer.state[p].items():
             assert torch.equal(value, other.state[q][name]), name
-            assert other.state[q][name].dtype == (torch.float64 if name in case.scalars else torch.float32)
+            wide = torch.float64 if name in case.scalars else torch.float32
+            assert other.state[q][name].dtype == (value.dtype if storage else wide)
 
 
 def test_shards_of_matrices_are_refused(mesh):

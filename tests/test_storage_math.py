@@ -1,5 +1,6 @@
 """Storage formats by value: every FP32 number through split masters, 8-bit codes by their definition."""
 
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -61,20 +62,9 @@ def test_codes_are_neighbours_of_the_value(numel, sigma, nonnegative):
     """Each code is one of the two around its value, and its block's scale the one that it should be."""
     values = spread(numel, sigma)
     codes, scales = stored(values, nonnegative=nonnegative)
-    wanted = (values * values if nonnegative else values).double().numpy()
-    found = reference.decoded(codes, scales).numpy()
-    for b in range(0, numel, reference.BLOCK):
-        block, stored_block = wanted[b : b + reference.BLOCK], found[b : b + reference.BLOCK]
-        scale = reference.scale_of(block, nonnegative)
-        assert scales[b // reference.BLOCK] == scale
-        if scale == 0.0:
-            assert (stored_block == 0.0).all()
-            continue
-        below, above = reference.neighbours(np.abs(block) / scale, nonnegative)
-        magnitude = np.abs(stored_block) / scale
-        assert ((magnitude == below) | (magnitude == above)).all()
-        assert (np.sign(stored_block) * np.sign(block) >= 0).all()
-        assert not nonnegative or (stored_block > 0).all()  # zero is excluded
+    wanted = values * values if nonnegative else values
+    assert reference.are_neighbours(codes, scales, wanted)
+    assert not nonnegative or (codes > 0).all()  # zero is excluded
 
 
 @pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])
@@ -104,9 +94,30 @@ def test_random_bits_depend_on_seed_step_and_place_alone():
     assert torch.equal(codes[:896], stored(values[:896].clone())[0])
     for other in (stored(values, seed=1), stored(values, step=1)):
         assert 0.1 < (codes != other[0]).double().mean() < 0.9
-    flat = torch.full((4096,), 1.03)
-    up = (stored(flat)[0] != stored(flat)[0].min()).double()
-    assert abs(np.corrcoef(up[:-1].numpy(), up[1:].numpy())[0, 1]) < 6 / 4096**0.5
+    codes, _ = stored(torch.full((4096,), 1.03))
+    up = (codes != codes.min()).double()
+    for lag in (1, 16, reference.BLOCK, 512, 1024):
+        assert_unrelated(up[:-lag], up[lag:])
+
+
+def assert_unrelated(one, other):
+    """Whether each was rounded up says nothing about the other."""
+    assert 0.1 < one.mean() < 0.9
+    assert abs(np.corrcoef(one.numpy(), other.numpy())[0, 1]) < 6 / one.numel() ** 0.5
+
+
+def test_lists_draw_apart():
+    """States and a weight of one element are rounded by numbers that have nothing to do with each other."""
+    numel = 2**16
+    grad, weight = torch.full((numel,), 1.3), torch.full((numel,), 1.0, dtype=torch.bfloat16)
+    states = [torch.zeros(numel, dtype=torch.bfloat16) for _ in range(3)]
+    ops.adamw_(
+        [weight], [grad], *([state] for state in states), [], [scalar(0.0)], lr=1e-3, betas=(0.9, 0.99),
+        eps=1e-8, weight_decay=0.0, amsgrad=True, stochastic_rounding=True,
+    )  # fmt: skip
+    ups = [(rounded != rounded.min()).double() for rounded in (*states, weight)]
+    for one, other in itertools.combinations(ups, 2):
+        assert_unrelated(one, other)
 
 
 @pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])
@@ -166,3 +177,46 @@ def test_split_conversions_are_exact(dtype):
     assert same_bits(back[finite], masters[finite])
     assert back[~finite].isnan().all()
     assert weight[~finite].isnan().all()
+
+
+def test_split_float16_below_and_above_its_exact_range():
+    """As documented: multiples of 2^-39 below 2^-16, to nearest; from 65520 on, infinity."""
+    random = torch.rand(2**16, generator=torch.Generator().manual_seed(0))
+    steps = torch.arange(2**16).double() / 4  # quarters of 2^-39, with all ties
+    beside = (torch.arange(64).double() + 0.5) * 2.0**15  # and what lies close to the ties between weights
+    steps = torch.cat([steps, *(beside + off for off in (-1.0, -0.75, -0.5, 0.0, 0.5, 0.75, 1.0))])
+    small = torch.cat(
+        [(steps * 2.0**-39).float(), random * 2.0**-16, random * 2.0**-30, torch.tensor([1e-40])]
+    )
+    small = torch.cat([small, -small])
+    back = recoding.joined(*recoding.split(small, torch.float16))
+    units = small.double() * 2.0**39
+    nearest = units.round()
+    # Beside an odd weight a tie is none of its own: what would round to it stays one step nearer.
+    weight = (small.to(torch.float16).double() * 2.0**39).round()
+    kept = weight + (nearest - weight).clamp(-16383, 16383)
+    odd = (weight / 2.0**15).remainder(2) == 1
+    assert torch.equal(back.double(), torch.where(odd, kept, nearest) * 2.0**-39)
+    assert (odd & (kept != nearest)).any()
+    large = torch.tensor([65519.99, 65520.0, 1e30, torch.inf])
+    weight, remainder = recoding.split(torch.cat([large, -large]), torch.float16)
+    assert weight.isinf().tolist() == [False, True, True, True] * 2
+    assert remainder.tolist()[1:4] == [0, 0, 0]
+    assert torch.equal(recoding.joined(weight, remainder)[:1], large[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_split_conversions_are_what_a_step_makes(dtype):
+    """Checkpoints and steps mean the same: a step that moves nothing leaves converted masters as they are."""
+    generator = torch.Generator().manual_seed(0)
+    masters = (
+        torch.randint(-(2**31), 2**31, (2**18,), generator=generator).to(torch.int32).view(torch.float32)
+    )
+    masters = torch.cat([masters, torch.randn(2**16, generator=generator) * 2.0**-12])
+    masters = masters[masters.isfinite()]
+    weight, remainder = recoding.split(masters, dtype)
+    stepped, kept = weight.clone(), remainder.clone()
+    ops.sgd_([stepped], [torch.ones(masters.shape)], [], [kept], [scalar(0.0)], lr=0.0)
+    finite = weight.isfinite()
+    assert same_bits(stepped[finite], weight[finite])
+    assert torch.equal(kept[finite], remainder[finite])

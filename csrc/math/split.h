@@ -36,11 +36,15 @@ FUSEDAMP_FN uint32_t f16_unit_bits(float half) {
   const uint32_t exponent = bits_of(half) & 0x7f800000u, least = 0x38800000u;
   return (exponent < least ? least : exponent) - (25u << 23);
 }
+// What rounds to an odd half lies nearer to it than half a unit, as ties go to even ones; so must its remainder.
 FUSEDAMP_FN int16_t f16_remainder(float master, float half) {
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, ties to even
-  const float units = (master - half) * float_of((254u << 23) - f16_unit_bits(half));
+  const float per_unit = float_of((254u << 23) - f16_unit_bits(half));
+  const auto whole = [](float x) { return static_cast<int32_t>(bits_of(x + kRounder) - bits_of(kRounder)); };
+  const int32_t units = whole((master - half) * per_unit), odd = whole(half * (per_unit * 0x1p-15f)) & 1;
+  const int32_t most = 16384 - odd, below = units < most ? units : most, kept = below > -most ? below : -most;
   const bool finite = (bits_of(half) & 0x7f800000u) != 0x7f800000u;
-  return static_cast<int16_t>(finite ? bits_of(units + kRounder) - bits_of(kRounder) : 0u);
+  return static_cast<int16_t>(finite ? kept : 0);
 }
 // Right if it rounds to the half again; else the weight was written, and the master is the half.
 FUSEDAMP_FN float f16_joined(float half, int16_t remainder) {

@@ -69,12 +69,12 @@ std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLis
   need_length(op, "grads", lists.grads.size(), n, "one per param");
   need_length(op, "steps", lists.steps.size(), n, "one per param");
   if (!lists.masters.empty()) need_length(op, "masters", lists.masters.size(), n, "one per param, or none at all");
-  if (lists.scales.size() % n != 0 || lists.scales.size() > lists.states.size())
-    fail(op, "scales has ", lists.scales.size(), " tensors; expected one per 8-bit state, or none at all");
   if (!lists.seeds.empty() && lists.seeds.size() != n)
     fail(op, "seeds has ", lists.seeds.size(), " numbers; expected ", n, ", one per param, or none at all");
 
   const size_t all_lists = lists.states.size() / n, tensor_lists = all_lists - scalar_lists(op);
+  if (lists.scales.size() % n != 0 || lists.scales.size() > tensor_lists * n)
+    fail(op, "scales has ", lists.scales.size(), " tensors; expected one per 8-bit state, or none at all");
   std::vector<StepRow> rows(n);
   std::vector<Span> spans;
   spans.reserve(n * 7);
@@ -116,7 +116,12 @@ std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLis
       row.state_dtype = found;
       row.states[j] = data_like(op, "states", k, state, param);
       add_span(spans, true, at("states", k), state, row.states[j], size_of(found));
-      if (found != DType::i8) continue;
+      if (found != DType::i8) {
+        if (k < lists.scales.size() && lists.scales[k].numel() != 0)
+          fail(op, at("scales", k), " has shape ", list_text(lists.scales[k].sizes()), "; expected none, or an empty ",
+               "tensor, as ", at("states", k), " is ", dtype_name(state), ". Pass scales of 8-bit states only");
+        continue;
+      }
       if (k >= lists.scales.size())
         fail(op, at("states", k), " is ", dtype_name(state), " without scales; expected one float32 for each ",
              kScaleBlock, " of its elements. Pass scales");

@@ -37,6 +37,18 @@ def pair(op: str, name: str, value: Any) -> tuple[float, float]:
     return number(op, f"{name}[0]", value[0]), number(op, f"{name}[1]", value[1])
 
 
+def need_seeds(op: str, seeds: Any) -> None:
+    low, high = "-2**63", "2**63 - 1"
+    if not isinstance(seeds, (list, tuple)):
+        raise TypeError(f"[{op}] seeds is {seeds!r}; expected a list of whole numbers from {low} to {high}")
+    for i, seed in enumerate(seeds):
+        text = f"[{op}] seeds[{i}] is {seed!r}; expected a whole number from {low} to {high}"
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(text)
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(text)
+
+
 def explain(op: str, error: RuntimeError, args: tuple, kwargs: dict[str, Any], built: str) -> NoReturn:
     """Raises what a refused call is about; ``error`` itself where its arguments are of the right kinds."""
     say = op.removeprefix("packed_")

@@ -113,8 +113,7 @@ def step_lists(
     arguments.need_lists(
         op, params=params, grads=grads, **states, masters=masters, steps=steps, scales=scales
     )
-    if not all(isinstance(seed, int) for seed in seeds):
-        raise TypeError(f"[{op}] seeds is {seeds!r}; expected a list of whole numbers")
+    arguments.need_seeds(op, seeds)
     lengths = dict(grads=grads, **states, masters=masters, steps=steps)
     for name, tensors in lengths.items():
         if len(tensors) != len(params) and (tensors or name not in OPTIONAL):

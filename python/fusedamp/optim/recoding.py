@@ -30,7 +30,9 @@ def split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         bits = master.view(torch.int32)
         return rounded_away(master), torch.where(master.isnan(), 0, bits).to(torch.int16)
     weight = master.to(dtype)
-    units = ((master - weight.float()) / _half_unit(weight.float())).round()
+    unit = _half_unit(weight.float())
+    most = 16384 - (weight.float() / (unit * 2**15)).remainder(2)  # ties belong to the even neighbour
+    units = ((master - weight.float()) / unit).round().clamp(-most, most)
     return weight, torch.where(weight.isfinite(), units, 0.0).to(torch.int16)
 
 
@@ -63,14 +65,13 @@ def quantized(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     codes = memory_like(values, dtype)
     nonnegative = dtype == torch.uint8
     flat = _flat(values)
-    padded = torch.nn.functional.pad(flat.float(), (0, -flat.numel() % SCALE_BLOCK))
-    blocks = padded.view(-1, SCALE_BLOCK)
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
     largest = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
     power = (largest.view(torch.int32) + (1 << (18 if nonnegative else 19))) & 0x7F800000
     scales = power.clamp(max=0x7E800000).view(torch.float32)
     scales = torch.where(largest.isfinite(), scales, torch.nan)
-    column = scales.unsqueeze(1)
-    x = torch.where(column > 0, blocks.abs() / column, 0.0)
+    rows = scales.unsqueeze(1)
+    x = torch.where(rows > 0, blocks.abs() / rows, 0.0)
     bits = x.view(torch.int32).clamp(max=0x3FFFFFFF)
     tapered = ((bits >> 2) + _bias(nonnegative)).view(torch.float32)
     y = torch.minimum(tapered, bits.view(torch.float32) * 2.0 ** (25 if nonnegative else 21))

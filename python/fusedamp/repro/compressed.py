@@ -10,15 +10,14 @@ from torch import Tensor
 
 from fusedamp import optim
 from fusedamp.demo.options import DTYPES
-from fusedamp.optim.hyper import STORAGE
 
-from .stalls import WEIGHT_STEPS, Stall, as_fp32
+from .stalls import STATE_NAMES, WEIGHT_STEPS, Stall, as_fp32
 
 ELEMENTS = 4096
 LARGE_EVERY = 16  # elements; all others have small gradients
 SIGMAS = (1e-5, 1e-9)
 UPDATES = 300
-STATES: list[Any] = [dtype for dtype in STORAGE["state_dtype"] if dtype != torch.float32]
+COARSE = [dtype for dtype in STATE_NAMES if dtype != torch.float32]
 
 
 def compressed(steps: int) -> Iterator[Stall]:
@@ -28,10 +27,6 @@ def compressed(steps: int) -> Iterator[Stall]:
     yield from _rounded_weights()
     yield from _decays(steps)
     yield from _magnitudes()
-
-
-def _label(state_dtype: Any) -> str:
-    return f'state_dtype="{state_dtype}"' if isinstance(state_dtype, str) else f"state_dtype={state_dtype}"
 
 
 def _rounded_weights() -> Iterator[Stall]:
@@ -44,7 +39,7 @@ def _rounded_weights() -> Iterator[Stall]:
             optimizer.step()
         # An element wanders by sqrt(steps * 1e-4 * unit), less than 0.03; the mean by a 64th of it.
         mean = param.detach().double().mean().item()
-        who = f'fusedamp, {name.upper()} weight, master_weights="none", stochastic_rounding=True'
+        who = f"fusedamp, {name.upper()} weight, no master, stochastic rounding"
         yield Stall(f"{WEIGHT_STEPS} steps of 1e-4 down from 1.0", who, 0.9, mean, True, 0.003)
 
 
@@ -52,7 +47,7 @@ def _decays(steps: int) -> Iterator[Stall]:
     """One large gradient, then small ones beside neighbours that stay large: v must fall."""
     ends: dict[Any, float] = {}
     large = torch.arange(ELEMENTS) % LARGE_EVERY == 0
-    for state_dtype in STORAGE["state_dtype"]:
+    for state_dtype in STATE_NAMES:
         param = torch.nn.Parameter(torch.zeros(ELEMENTS))
         param.grad = torch.ones_like(param)
         optimizer = optim.AdamW([param], lr=0.0, state_dtype=state_dtype)
@@ -61,9 +56,9 @@ def _decays(steps: int) -> Iterator[Stall]:
                 param.grad.fill_(1e-2).masked_fill_(large, 1.0)
             optimizer.step()
         ends[state_dtype] = as_fp32(optimizer, param, "exp_avg_sq")[~large].double().mean().item()
-    for state_dtype in STATES:
+    for state_dtype in COARSE:
         story = f"second moment of 1e-2 after one gradient of 1, {steps} steps, beside neighbours of 1"
-        who = f"fusedamp, {_label(state_dtype)}"
+        who = f"fusedamp, {STATE_NAMES[state_dtype]}"
         yield Stall(story, who, ends[torch.float32], ends[state_dtype], True, 0.02)
 
 
@@ -71,7 +66,7 @@ def _magnitudes() -> Iterator[Stall]:
     """How far Adam's weights are from those with FP32 states: as far for tiny gradients as for small ones."""
     random = torch.Generator().manual_seed(0)
     grads = [torch.randn(ELEMENTS, generator=random) for _ in range(UPDATES)]
-    for state_dtype in STATES:
+    for state_dtype in COARSE:
         errors: list[float] = []
         for sigma in SIGMAS:
             ours, exact = _moved(grads, sigma, state_dtype), _moved(grads, sigma, torch.float32)
@@ -80,7 +75,7 @@ def _magnitudes() -> Iterator[Stall]:
             f"relative error of {UPDATES} updates, gradients of {SIGMAS[1]:g}; wanted: as at {SIGMAS[0]:g}"
         )
         wanted, got = errors
-        yield Stall(story, f"fusedamp, {_label(state_dtype)}", wanted, got, True, 0.3)
+        yield Stall(story, f"fusedamp, {STATE_NAMES[state_dtype]}", wanted, got, True, 0.3)
 
 
 def _moved(grads: list[Tensor], sigma: float, state_dtype: Any) -> Tensor:

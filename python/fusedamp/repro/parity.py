@@ -60,7 +60,7 @@ class Mode:
         """Masters match in every state format and on every seed; 16-bit weights alone fall behind where they
         are rounded to nearest. Rounded stochastically they are shown without a claim."""
         matches = self.variant.masters
-        held = all(self.within) if matches else not any(self.within)
+        held = all(self.within) if matches else not any(self.within) and not any(gap < 0 for gap in self.gaps)
         claim = "matches FP32" if matches else "falls behind FP32"
         verdict = claim if held else f'does not show "{claim}"'
         return Finding(f"{self.variant.name} {verdict} (mean gap {mean(self.gaps):+.4f})", held)

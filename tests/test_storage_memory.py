@@ -1,0 +1,57 @@
+"""A compressed step needs no memory beside what it steps: no FP32 copies of states, masters or gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fusedamp import optim
+
+NUMEL = 2**23  # of which an FP32 copy is 32 MiB
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MODES = [
+    dict(master_weights="fp32", state_dtype=torch.float32),
+    dict(master_weights="split", state_dtype=torch.bfloat16),
+    dict(master_weights="split", state_dtype="int8"),
+    dict(master_weights="none", state_dtype="int8", stochastic_rounding=True),
+]
+
+
+def resident_bytes(name: str) -> int:
+    """VmRSS is what the process holds now, VmHWM the most that it held since `RESET` was written to."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def peak_growth(action) -> int:
+    """By how many bytes the process was larger at its largest while ``action`` ran than before."""
+    RESET.write_text("5")
+    before = resident_bytes("VmRSS")
+    action()
+    return resident_bytes("VmHWM") - before
+
+
+@pytest.fixture(autouse=True)
+def _measurable():
+    try:
+        RESET.write_text("5")
+    except OSError as error:
+        pytest.skip(f"the peak of resident memory cannot be reset here: {error}")
+
+
+def test_copies_are_seen():
+    """Guards the measurement: a temporary copy that is gone afterwards counts."""
+    state = torch.ones(NUMEL, dtype=torch.bfloat16)
+    assert peak_growth(lambda: state.float().add_(1).bfloat16()) >= 4 * NUMEL
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: " ".join(map(str, mode.values())))
+@pytest.mark.parametrize("make", [optim.AdamW, optim.Lion, optim.LAMB], ids=lambda make: make.__name__)
+def test_a_step_makes_no_copies(make, mode):
+    """Guards peak memory, which states that are widened into FP32 lists raise: less than 2 % of one copy."""
+    for numel in (2**18, NUMEL):  # the first loads code and starts threads
+        param = torch.nn.Parameter(torch.ones(numel, dtype=torch.bfloat16))
+        param.grad = torch.ones_like(param)
+        optimizer = make([param], **mode)
+        optimizer.step()  # which makes the states
+        grown = [peak_growth(optimizer.step) for _ in range(3)]  # checked, remembered, replayed
+    assert max(grown) < 4 * NUMEL // 50
