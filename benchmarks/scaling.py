@@ -45,10 +45,10 @@ class Point:
 
 
 def plan(quick: bool, cores: int) -> list[Job]:
-    most_tensors, most_elements = (2, 5) if quick else (4, 8)
+    most_tensors, most_elements = (2, 5) if quick else (5, 8)
     flat = THREADS_ELEMENTS // (20 if quick else 1)
     tensors = [10**e for e in range(most_tensors + 1)]
-    elements = [10**e for e in range(3, most_elements + 1)]
+    elements = [10**e for e in range(3, most_elements + 1)] + [3 * 10**most_elements]
     return [
         *[Job("tensors", count, [(TENSOR_ELEMENTS,)] * count, 1) for count in tensors],
         *[Job("elements", count, [(count,)], 1) for count in elements],

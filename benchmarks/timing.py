@@ -68,7 +68,7 @@ class Timing:
 class Limits:
     samples: int  # clean pairs wanted
     seconds: float  # about how long one measurement may take
-    warm_up: int = 2
+    warm_up: int = 4  # ours reads addresses in its second step, and proves in its fourth whose the state is
 
 
 class Budget:

@@ -76,29 +76,51 @@ bool is_negated(PyObject* tensor) {
   return answer.ptr() != Py_False;
 }
 
-// Calls visit(i, fields) for every tensor until it answers false, or one is not plain, or on another device than the
-// first. False then.
-template <class Visit>
-bool for_each_plain(const py::list& tensors, bool stored, Visit visit) {
-  DLDevice device = {};
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors.ptr()); ++i) {
-    PyObject* item = PyList_GET_ITEM(tensors.ptr(), i);
-    if (!is_plain_type(item)) return false;
+// Reads plain tensors that are all on the same device.
+class Reader {
+ public:
+  // False for what is not plain, or on another device than the first.
+  bool read(PyObject* item, bool stored, Plain& fields) {
+    if (!describe || !is_plain_type(item)) return false;
     DLTensor t;
     if (describe(item, &t) != 0) {  // sparse, meta ...
       PyErr_Clear();
       return false;
     }
-    if (i == 0) device = t.device;
-    if (t.device.device_type != device.device_type || t.device.device_id != device.device_id) return false;
-    if (device.device_type != kDLCPU && device.device_type != kDLCUDA) return false;
-    const Plain fields = {static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) + t.byte_offset),
-                          contiguous_numel(t), dtype_code(t.dtype, stored)};
-    if (fields.numel < 0 || fields.dtype < 0 || (fields.numel > 0 && !t.data)) return false;
-    if (!visit(i, fields)) return false;
+    if (!started_) device_ = t.device;
+    started_ = true;
+    if (t.device.device_type != device_.device_type || t.device.device_id != device_.device_id) return false;
+    if (device_.device_type != kDLCPU && device_.device_type != kDLCUDA) return false;
+    fields = {static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) + t.byte_offset), contiguous_numel(t),
+              dtype_code(t.dtype, stored)};
+    return fields.numel >= 0 && fields.dtype >= 0 && (fields.numel == 0 || t.data);
   }
-  return true;
-}
+
+ private:
+  DLDevice device_ = {};
+  bool started_ = false;
+};
+
+// int64 [3, n], as Python gets it.
+struct Columns {
+  py::bytearray bytes;
+  Py_ssize_t n;
+
+  explicit Columns(Py_ssize_t n) : bytes(nullptr, 0), n(n) {
+    if (PyByteArray_Resize(bytes.ptr(), n * kBytes) != 0) throw py::error_already_set();
+  }
+  explicit Columns(py::bytearray of) : bytes(of), n(PyByteArray_GET_SIZE(of.ptr()) / kBytes) {}
+
+  int64_t* words() const { return reinterpret_cast<int64_t*>(PyByteArray_AS_STRING(bytes.ptr())); }
+  void put(Py_ssize_t i, const Plain& tensor) const {
+    words()[i] = tensor.address;
+    words()[n + i] = tensor.numel;
+    words()[2 * n + i] = tensor.dtype;
+  }
+  bool has(Py_ssize_t i, const Plain& tensor) const {
+    return words()[i] == tensor.address && words()[n + i] == tensor.numel && words()[2 * n + i] == tensor.dtype;
+  }
+};
 
 }  // namespace
 
@@ -115,26 +137,41 @@ bool bind_tensors(py::type tensor, py::type parameter, py::capsule exchange) {
 
 py::object read_fields(py::list tensors, bool stored) {
   const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
-  if (n == 0 || !describe) return py::none();
-  py::bytearray fields(nullptr, 0);
-  if (PyByteArray_Resize(fields.ptr(), n * kBytes) != 0) throw py::error_already_set();
-  auto* words = reinterpret_cast<int64_t*>(PyByteArray_AS_STRING(fields.ptr()));
-  const bool all = for_each_plain(tensors, stored, [&](Py_ssize_t i, const Plain& tensor) {
-    words[i] = tensor.address;
-    words[n + i] = tensor.numel;
-    words[2 * n + i] = tensor.dtype;
-    return tensor.numel != 1 || !is_negated(PyList_GET_ITEM(tensors.ptr(), i));
-  });
-  return all ? py::object(fields) : py::none();
+  if (n == 0) return py::none();
+  const Columns fields(n);
+  Reader reader;
+  Plain found;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    if (!reader.read(tensor, stored, found) || (found.numel == 1 && is_negated(tensor))) return py::none();
+    fields.put(i, found);
+  }
+  return fields.bytes;
 }
 
 bool same_fields(py::list tensors, py::bytearray fields) {
-  const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
-  if (PyByteArray_GET_SIZE(fields.ptr()) != n * kBytes) return false;
-  const auto* words = reinterpret_cast<const int64_t*>(PyByteArray_AS_STRING(fields.ptr()));
-  return for_each_plain(tensors, true, [&](Py_ssize_t i, const Plain& tensor) {
-    return words[i] == tensor.address && words[n + i] == tensor.numel && words[2 * n + i] == tensor.dtype;
-  });
+  const Columns known(fields);
+  if (PyList_GET_SIZE(tensors.ptr()) != known.n) return false;
+  Reader reader;
+  Plain found;
+  for (Py_ssize_t i = 0; i < known.n; ++i)
+    if (!reader.read(PyList_GET_ITEM(tensors.ptr(), i), true, found) || !known.has(i, found)) return false;
+  return true;
+}
+
+py::object read_grads(py::list params, py::bytearray fields) {
+  const Columns known(fields), grads(known.n);
+  if (PyList_GET_SIZE(params.ptr()) != known.n) return py::none();
+  Reader reader;
+  Plain found;
+  for (Py_ssize_t i = 0; i < known.n; ++i) {
+    PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+    if (!reader.read(param, false, found) || !known.has(i, found)) return py::none();
+    const py::object its = grad.of(param);
+    if (!reader.read(its.ptr(), false, found) || (found.numel == 1 && is_negated(its.ptr()))) return py::none();
+    grads.put(i, found);
+  }
+  return grads.bytes;
 }
 
 py::object grads_of(py::list params) {

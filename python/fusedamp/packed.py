@@ -90,19 +90,19 @@ class StepTable:
         self._grad_kinds = grads[len(params) * _WORD :]
         self._rows = self._packed_rows(rows(fields), rows(grads), bool(masters), seeds)
 
-    def accepts(self, grads: Fields) -> bool:
-        """Whether parameters and ``grads`` differ from the first ones in nothing but values, and in the
-        addresses of ``grads``.
+    def grads(self) -> Fields | None:
+        """The fields of the parameters' gradients; None where these or the parameters differ from the first
+        ones in more than values, and the addresses of gradients.
         """
-        same_kinds = grads[len(self.params) * _WORD :] == self._grad_kinds
-        return same_kinds and _C.same_fields(self.params, self._param_fields)
+        grads = _C.read_grads(self.params, self._param_fields) if _can_read() else None
+        return grads if grads is not None and grads[len(self.params) * _WORD :] == self._grad_kinds else None
 
     def has_same_state(self) -> bool:
         """Whether steps, masters, states and scales are where they were."""
         return _C.same_fields(self.state, self._state_fields)
 
     def launch(self, grads: Fields, scalars: dict[str, Any]) -> None:
-        """The step, on gradients that were accepted just now."""
+        """The step, on what `grads` has just returned."""
         torch.ops.fusedamp.packed_step_(
             self._rows, rows(grads)[0], self.params[0], self.op, self.states_per_param, **scalars
         )

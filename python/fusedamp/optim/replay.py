@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .._C import same_items, same_values
-from ..packed import Fields, StepTable, grads_of, read
+from ..packed import Fields, StepTable
 from .ownership import Watch, nobody_else_holds
 from .slot import Mode, Slot
 
@@ -80,9 +80,7 @@ class Replay:
             return None
         prepared = []
         for group, table in self._calls:
-            found = grads_of(table.params)
-            grads = None if found is None or found[1] else read(found[0])
-            if grads is None or not table.accepts(grads):
+            if (grads := table.grads()) is None:
                 return None
             prepared.append((group, table, grads))
         if not self._watch.is_private(looks):
