@@ -42,7 +42,7 @@ def nobody_else_holds(*held: tuple[list[Any], int], tensors: Sequence[Tensor]) -
         _counts(objects) != {_ONLY_THE_LIST + known} for objects, known in held if objects
     ):
         return False
-    return set(map(_beyond_python, tensors)) <= {_beyond_python(torch.empty(1))}
+    return set(map(_beyond_python, tensors)) <= {_beyond_python(torch.empty(1, device="cpu"))}
 
 
 class Watch:
