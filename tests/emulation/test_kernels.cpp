@@ -332,6 +332,11 @@ void test_every_position(Random& random) {
       cuda::unscale(*EmulatedDevice(4), {{g.cuda(), g.numel(), g.dtype()}}, &inv_scale, &found_inf);
       expect(found_inf == 1.0f, "unscale_, element %ld", long(i));
     }
+    float found_inf = 0.0f;  // which several blocks want to set
+    std::vector<GradRow> many = rows_of(grads, &Twins::cuda);
+    many.resize(64);
+    cuda::unscale(*EmulatedDevice(4), many, &inv_scale, &found_inf);
+    expect(found_inf == 1.0f, "unscale_ of many");
   }
 }
 
