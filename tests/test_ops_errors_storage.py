@@ -134,12 +134,15 @@ SEEDS = {
 }
 
 
+BOTH = [*(pytest.param(r, id=f"scales, {name}") for name, r in SCALES.items())]
+BOTH += [*(pytest.param(r, id=f"seeds, {name}") for name, r in SEEDS.items())]
+
+
 @pytest.mark.parametrize("op", ["adamw", "adam"])
-@pytest.mark.parametrize("name", SCALES | SEEDS)
-def test_scales_and_seeds(name, op):
+@pytest.mark.parametrize("refusal", BOTH)
+def test_scales_and_seeds(refusal, op):
     call = in_8_bits(op, [(300,), (5,)])
     tensors = [*call.tensors(), *call.options["scales"]]
-    refusal = (SCALES | SEEDS)[name]
     refusal.change(call)
     op_refusals.check(call.run, tensors, f"{op}_", refusal)
 
