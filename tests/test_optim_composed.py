@@ -13,6 +13,7 @@ from fusedamp.optim.muon import orthogonalized
 from test_optim_layout import with_gaps
 from test_optim_skip import amp, everything, step
 from tolerances import unit
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PAIRS = [(optim.Adafactor, torch.optim.Adafactor), (optim.Muon, torch.optim.Muon)]
 MATRICES = [(3, 5), (16, 16), (31, 7)]
@@ -268,13 +269,38 @@ def test_gradients_are_not_written(case):
 def test_autocast_changes_nothing(case):
     """Guards a step inside torch.autocast: no product of ours is narrowed."""
     ends = []
+    narrow = {"ns_dtype": torch.float32} if case.ours is optim.Muon else {}  # FP64 is out of autocast's reach
     for enabled in (False, True):
         params = make_params(torch.float32)
-        optimizer = case.ours(params, **{**case.options})
+        optimizer = case.ours(params, **{**case.options, **narrow})
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             train(optimizer, params, range(2))
         ends.append([bits(p) for p in params])
     assert ends[0] == ends[1]
+
+
+class Products(TorchDispatchMode):
+    """Notes the number of elements of each matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "addmm"):
+            self.sizes.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("shape", [(64, 4), (4, 64)], ids=str)
+def test_muon_multiplies_on_the_short_side(shape):
+    """Guards its cost: 4 x 4 products for a matrix of 64 x 4, whichever way it lies."""
+    param = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    param.grad = torch.ones_like(param)
+    with Products() as products:
+        optim.Muon([param], ns_steps=3).step()
+    assert products.sizes == [16, 16, 256] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
