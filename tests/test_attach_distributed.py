@@ -6,14 +6,14 @@ communication hook reduces them, no version counter moves.
 """
 
 import math
-import traceback
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from fusedamp import GradScaler, optim
+from ranks import run_scenarios
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -113,17 +113,8 @@ SCENARIOS = {
 
 
 def run_all(rank, world, folder):
-    """One rank: every scenario in a process group of its own; what fails is written down."""
-    torch.set_num_threads(1)
-    for name, (body, options) in SCENARIOS.items():
-        torch.distributed.init_process_group(
-            "gloo", f"file://{folder / name}", timedelta(seconds=60), rank=rank, world_size=world
-        )
-        try:
-            body(rank, *options)
-        except Exception:
-            (folder / f"{name}.failed on {rank}").write_text(traceback.format_exc())
-        torch.distributed.destroy_process_group()
+    calls = {name: partial(body, rank, *options) for name, (body, options) in SCENARIOS.items()}
+    run_scenarios(calls, rank, world, folder)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])

@@ -5,8 +5,7 @@ apart; custom ops get no handler at all.
 """
 
 import math
-import traceback
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import fusedamp
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from fusedamp import GradScaler, optim
+from ranks import run_scenarios
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -176,17 +176,8 @@ SCENARIOS = {
 
 
 def run_all(rank, folder):
-    """One rank: every scenario in a process group of its own; what fails is written down."""
-    torch.set_num_threads(1)
-    for name, (body, options) in SCENARIOS.items():
-        torch.distributed.init_process_group(
-            "gloo", f"file://{folder / name}", timedelta(seconds=60), rank=rank, world_size=WORLD
-        )
-        try:
-            body(rank, **options)
-        except Exception:
-            (folder / f"{name}.failed on {rank}").write_text(traceback.format_exc())
-        torch.distributed.destroy_process_group()
+    calls = {name: partial(body, rank, **options) for name, (body, options) in SCENARIOS.items()}
+    run_scenarios(calls, rank, WORLD, folder)
 
 
 @pytest.fixture(scope="module")
