@@ -41,7 +41,8 @@ def _measurable():
 def test_copies_are_seen():
     """Guards the measurement: a temporary copy that is gone afterwards counts."""
     state = torch.ones(NUMEL, dtype=torch.bfloat16)
-    assert peak_growth(lambda: state.float().add_(1).bfloat16()) >= 4 * NUMEL
+    grown = peak_growth(lambda: state.float().add_(1).bfloat16())
+    assert grown >= 0.9 * 4 * NUMEL  # some of it may lie in memory that was free before
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: " ".join(map(str, mode.values())))

@@ -13,7 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <set>
 #include <tuple>
 #include <type_traits>
 
@@ -42,8 +41,9 @@ void may_switch();                 // a possible switch to another thread of the
 void after_atomic(void* address);  // bookkeeping for ThreadSanitizer
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void run_grid(const char* name, unsigned blocks, unsigned threads, void (*entry)(void*), void* argument);
-inline std::set<const void*> executed;  // the kernels that were launched
-void set_schedule(uint64_t seed);       // order of threads and blocks, and preemption
+void note(const void* kernel);            // that it was launched
+void print_launched(const void* origin);  // "ran", and how far from there each kernel that was launched lies
+void set_schedule(uint64_t seed);         // order of threads and blocks, and preemption
 
 template <class Tag>
 inline char shared_key = 0;
@@ -176,7 +176,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
     void (*kernel)(Parameters...);
     std::tuple<std::decay_t<Parameters>...> arguments;
   } call = {kernel, {arguments...}};
-  emulation::executed.insert(reinterpret_cast<const void*>(kernel));
+  emulation::note(reinterpret_cast<const void*>(kernel));
   emulation::run_grid(
       name, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
       [](void* p) { std::apply(static_cast<Call*>(p)->kernel, static_cast<Call*>(p)->arguments); }, &call);

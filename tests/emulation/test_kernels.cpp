@@ -387,9 +387,7 @@ int main(int argc, char** argv) {
   test_compressed_beyond_32_bits(random);
   test_every_position(random);
   test_update_scale(random);
-  // By their distance from here, of which a symbol table makes names.
-  for (const void* kernel : emulation::executed)
-    printf("ran %td\n", static_cast<const char*>(kernel) - reinterpret_cast<const char*>(&main));
+  emulation::print_launched(reinterpret_cast<const void*>(&main));  // a symbol table makes names of it
   printf("%ld checks, %ld failures, blocks of %d, chunks of %d\n", checks, failures, cuda::kBlock, int(cuda::kChunk));
   return failures != 0;
 }
