@@ -1,5 +1,7 @@
 """A compressed step needs no memory beside what it steps: no FP32 copies of states, masters or gradients."""
 
+import ctypes
+import gc
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,8 @@ def resident_bytes(name: str) -> int:
 
 def peak_growth(action) -> int:
     """By how many bytes the process was larger at its largest while ``action`` ran than before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before, and is still resident, would hide a copy
     RESET.write_text("5")
     before = resident_bytes("VmRSS")
     action()
@@ -42,7 +46,7 @@ def test_copies_are_seen():
     """Guards the measurement: a temporary copy that is gone afterwards counts."""
     state = torch.ones(NUMEL, dtype=torch.bfloat16)
     grown = peak_growth(lambda: state.float().add_(1).bfloat16())
-    assert grown >= 0.9 * 4 * NUMEL  # some of it may lie in memory that was free before
+    assert grown >= 0.9 * 4 * NUMEL  # a few pages of it may have been resident before
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: " ".join(map(str, mode.values())))
