@@ -3,6 +3,7 @@
 And what the installed build says of itself and links to.
 """
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -185,13 +186,19 @@ def test_a_compiler_error_is_shown(tmp_path):
 
 def test_build_info():
     info = _C.build_info()
-    assert info["version"] == fusedamp.__version__
+    assert info["version"] == fusedamp.__version__ == importlib.metadata.version("fusedamp")
     assert info["torch_abi_target"] == "2.11"
     assert tuple(map(int, info["torch"].split(".")[:2])) >= (2, 11)
     assert "baseline" in info["cpu_targets"]
     assert _library.cpu_target() in info["cpu_targets"]
     assert bool(info["nvcc"]) == bool(info["cuda_archs"]) == (PACKAGE / "libfusedamp_cuda.so").exists()
     assert info["compiler"].startswith("g++ ")
+
+
+def test_a_build_in_place_needs_no_metadata():
+    """It is what a machine without pip's network has."""
+    code = "import torch, importlib.metadata as m; m.distribution = m.version = None; import fusedamp"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 OBJECTS = sorted(PACKAGE.glob("*.so"))

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "benchmarks" / "evidence").is_dir(), reason="not a source checkout"
 )
 
-from benchmarks.evidence import part, process, report, run  # noqa: E402
+from benchmarks.evidence import part, parts, process, report, run  # noqa: E402
 from benchmarks.evidence.borrowed import cases  # noqa: E402
 from benchmarks.evidence.parts import PARTS, bandwidth, bitwise, counters, graphs, large, suite  # noqa: E402
 from benchmarks.evidence.place import Place, Skip  # noqa: E402
@@ -162,6 +162,17 @@ def test_every_optimizer_and_format_is_proved():
     assert {type(case.ours([torch.zeros(2, 2)], **case.options)).__name__ for case in cases.CASES} == set(
         optim.__all__
     )
+
+
+def test_proofs_may_run_together_and_measurements_alone():
+    together = [[part.name for part in stage] for stage in parts.stages(PARTS)]
+    assert [name for stage in together for name in stage] == list(PARTS)
+    assert [stage for stage in together if len(stage) > 1] == [[n for n, p in PARTS.items() if p.proves]]
+    assert [[p.name for p in stage] for stage in parts.stages(["training", "build", "launches"])] == [
+        ["build"],
+        ["launches"],
+        ["training"],
+    ]
 
 
 def test_floors_of_formats():

@@ -1,8 +1,8 @@
 """``make evidence``: proves and measures fusedamp on this machine's GPU, in at most 10 minutes.
 
 Every part runs in a process of its own within a time limit, so that a crash or a hang in one is recorded and
-the others go on. The report is rewritten after each part. Needs torch, nvcc and a C++ compiler; fetches
-nothing.
+the others go on. Proofs run at the same time where there are processors for it. The report is rewritten
+after each part. Needs torch, nvcc and a C++ compiler; fetches nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ if not __package__:  # run as a file: make the folder a package, so that its mod
     sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
     __package__ = "benchmarks.evidence"
 
-from benchmarks.evidence.parts import PARTS
+from benchmarks.evidence.parts import PARTS, Part, stages
 from benchmarks.evidence.process import ROOT, execute, find_tool
 from benchmarks.evidence.report import markdown
 
 RESULTS = ROOT / "benchmarks" / "results"
 PARTIAL = ROOT / "benchmarks" / "partial"  # of rehearsals and selected parts; not for the record
 LIMIT = 580  # seconds in all
+AT_ONCE = max(1, (os.cpu_count() or 1) // 4)  # proofs
 LEAST = 8  # seconds with which a part is started at all
 
 
@@ -133,6 +135,12 @@ def skipped(reason: str) -> dict[str, Any]:
     return {"outcome": "skipped", "reason": reason, **nothing}
 
 
+def show(part: Part, result: dict[str, Any]) -> None:
+    print(f"{part.title}: {result['outcome']} ({result['seconds']:.0f} s) {result['reason']}", flush=True)
+    for failure in result["failures"][:5]:
+        print(f"    {' '.join(failure.split())[:300]}", flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     end = time.monotonic() + options.limit
@@ -153,21 +161,22 @@ def main(arguments: list[str] | None = None) -> int:
     }
     env = environment(options.rehearse, machine.get("arch"))
     results: dict[str, Any] = {}
-    for name, part in PARTS.items():
-        if options.only and name not in options.only:
-            continue
+
+    def attempt(part: Part) -> tuple[Part, dict[str, Any]]:
         seconds = min(part.seconds, end - time.monotonic())
         if results.get("build", {}).get("outcome") == "failed":
-            results[name] = skipped("the build failed")
-        elif seconds < LEAST:
-            results[name] = skipped(f"{options.limit:g} s were over")
-        else:
-            results[name] = perform(name, seconds, options.rehearse, env)
-        result = results[name]
-        stem = write(options.out, about, results)
-        print(f"{part.title}: {result['outcome']} ({result['seconds']:.0f} s) {result['reason']}", flush=True)
-        for failure in result["failures"][:5]:
-            print(f"    {' '.join(failure.split())[:300]}", flush=True)
+            return part, skipped("the build failed")
+        if seconds < LEAST:
+            return part, skipped(f"{options.limit:g} s were over")
+        return part, perform(part.name, seconds, options.rehearse, env)
+
+    for stage in stages(options.only or PARTS):
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for done in as_completed([pool.submit(attempt, part) for part in stage]):
+                part, result = done.result()
+                results[part.name] = result
+                stem = write(options.out, about, {name: results[name] for name in PARTS if name in results})
+                show(part, result)
     print(f"Written: {stem}.json and .md")
     return 1 if any(result["outcome"] == "failed" for result in results.values()) else 0
 

@@ -1,8 +1,11 @@
-"""The parts of the evidence, in the order in which they run: what matters most comes first."""
+"""The parts of the evidence, in the order in which they start: what matters most comes first."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 
 @dataclass(frozen=True)
@@ -10,21 +13,29 @@ class Part:
     name: str  # of the module
     title: str
     seconds: int  # that it may take on a GPU
+    proves: bool = False  # so proofs may run beside it; what builds or measures has the machine to itself
 
 
 PARTS = {
     part.name: part
     for part in (
         Part("build", "Build for this GPU", 200),
-        Part("bitwise", "CPU = CUDA, bit for bit", 80),
-        Part("graphs", "CUDA graphs: capture and replay against eager", 80),
-        Part("sync", "No host synchronisation in the tail of a step", 40),
-        Part("large", "More than 2^31 elements", 60),
+        Part("bitwise", "CPU = CUDA, bit for bit", 150, proves=True),
+        Part("graphs", "CUDA graphs: capture and replay against eager", 150, proves=True),
+        Part("suite", "The test suite on the device", 180, proves=True),
+        Part("sync", "No host synchronisation in the tail of a step", 60, proves=True),
+        Part("large", "More than 2^31 elements", 90, proves=True),
+        Part("sanitizer", "compute-sanitizer: memcheck and racecheck", 120, proves=True),
         Part("bandwidth", "Bandwidth and time of the optimizer phase", 120),
         Part("launches", "Launches per step, host time per tensor", 45),
         Part("training", "A GPT-2-size training step", 75),
-        Part("suite", "The test suite on the device", 150),
-        Part("sanitizer", "compute-sanitizer: memcheck and racecheck", 90),
         Part("counters", "Nsight Compute: bytes and throughput of each kernel", 45),
     )
 }
+
+
+def stages(chosen: Iterable[str]) -> list[list[Part]]:
+    """The chosen parts, in their order; those of one stage may run at the same time."""
+    parts = [part for name, part in PARTS.items() if name in set(chosen)]
+    keys = [0 if part.proves else index for index, part in enumerate(parts, start=1)]
+    return [[part for _, part in group] for _, group in groupby(zip(keys, parts, strict=True), itemgetter(0))]

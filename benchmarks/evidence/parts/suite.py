@@ -26,7 +26,7 @@ def run(place: Place) -> None:
     whole = ["tests", "--ignore=tests/emulation", *left_out, "--continue-on-collection-errors"]
     command += place.sized(whole, TINY)
     if importlib.util.find_spec("xdist") is not None and not place.rehearse:
-        command += ["-n", str(max(1, min(14, (os.cpu_count() or 1) - 1)))]
+        command += ["-n", str(max(1, min(14, (os.cpu_count() or 1) * 3 // 4)))]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += ["--timeout=60"]
     with tempfile.TemporaryDirectory() as folder:
