@@ -1,11 +1,12 @@
 // Every FP32 value through the split masters of csrc/math/split.h, and the stochastic roundings of rounding.h over all
-// of their random bits. usage: rounding_exhaustive [first of 2^32] [end]
+// of their random bits; and every value through the vectors that the CPU's engine rounds by. usage: rounding_exhaustive
+// [first of 2^32] [end]
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
 
-#include "../csrc/math/split.h"
+#include "../csrc/engine/cpu/storage.h"
 
 using namespace fusedamp;
 
@@ -87,6 +88,22 @@ static void check_written() {
   }
 }
 
+// Vectors of one kind, and (mixed) of all kinds: where one element takes the exact way, so do its neighbours.
+static void check_vectors(uint32_t first, bool mixed) {
+  constexpr int n = 64;
+  float from[n];
+  uint16_t random[n], to[n];
+  for (uint32_t i = 0; i < n; ++i) from[i] = float_of(first + i + (mixed ? i * i * 0x00345000u : 0u));
+  draw(random_key(random_stream(first, 0), 0, 0), first, n, random);
+  for (const DType half : {DType::f16, DType::bf16}) {
+    narrow(half, from, to, n - mixed, random);  // an odd end, too
+    for (int i = 0; i < n - mixed; ++i) {
+      const uint16_t wanted = half == DType::f16 ? float_to_f16(from[i], random[i]) : float_to_bf16(from[i], random[i]);
+      expect(to[i] == wanted, half == DType::f16 ? "FP16, in a vector" : "BF16, in a vector", bits_of(from[i]));
+    }
+  }
+}
+
 int main(int argc, char** argv) {
   const uint64_t first = argc > 1 ? strtoull(argv[1], nullptr, 0) : 0;
   const uint64_t end = argc > 2 ? strtoull(argv[2], nullptr, 0) : uint64_t{1} << 32;
@@ -97,6 +114,8 @@ int main(int argc, char** argv) {
 #pragma omp simd reduction(+ : bad)
     for (uint32_t i = 0; i < 4096; ++i) bad += !good_f16(static_cast<uint32_t>(at) + i);
     expect(bad == 0, "split masters from", static_cast<uint32_t>(at));
+    for (uint32_t i = 0; i < 4096; i += 64) check_vectors(static_cast<uint32_t>(at) + i, false);
+    check_vectors(static_cast<uint32_t>(at), true);
   }
   uint32_t bits = 12345;
   for (int i = 0; i < 60; ++i) check_stochastic(bits = bits * 1664525u + 1013904223u);

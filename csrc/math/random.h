@@ -26,24 +26,23 @@ struct RandomKey {
 
 constexpr int kWeightList = 3;  // states are lists 0, 1 and 2
 
-// Of one list of the tensor, for the elements whose index has the same upper 32 bits as `index`. Two lists share a key:
-// each takes half of the bits.
+// Of one list of the tensor, for the elements whose index has the same upper 31 bits as `index`.
 FUSEDAMP_FN RandomKey random_key(uint64_t stream, int list, int64_t index) {
-  const uint64_t pairs = 2, which = (static_cast<uint64_t>(index) >> 32) * pairs + static_cast<uint64_t>(list / 2);
+  const uint64_t lists = 4, which = (static_cast<uint64_t>(index) >> 33) * lists + static_cast<uint64_t>(list);
   const uint64_t key = mix(stream ^ ((which + 1) * 0x9e3779b97f4a7c15u));
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
-// 32 random bits for the element whose index has these lower 32 bits.
-FUSEDAMP_FN uint32_t random_bits(RandomKey key, uint32_t index) {
-  uint32_t x = index ^ key.outer;
+// 32 random bits, for two neighbours: `pair` is the lower 32 bits of half of the even one's index.
+FUSEDAMP_FN uint32_t random_bits(RandomKey key, uint32_t pair) {
+  uint32_t x = pair ^ key.outer;
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = ((x ^ (x >> 15)) + key.inner) * 0x846ca68bu;
   return x ^ (x >> 16);
 }
 
-// The 16 of them that are for this list.
-FUSEDAMP_FN uint32_t random_half(uint32_t bits, int list) { return bits >> (list % 2 * 16) & 0xffffu; }
+// The 16 of them that are for this element: the lower ones if its index is even.
+FUSEDAMP_FN uint32_t random_half(uint32_t bits, int64_t index) { return bits >> (index % 2 * 16) & 0xffffu; }
 
 }  // namespace FUSEDAMP_TARGET
 }  // namespace fusedamp

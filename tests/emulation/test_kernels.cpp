@@ -198,7 +198,8 @@ void test_compressed_beyond_32_bits(Random& random) {
     const float scale = Codes<false>::scale(largest), inverse = Codes<false>::inverse(scale);
     put(scales.cpu(), DType::f32, b, scale);
     for (int i = b * block; i < end; ++i) {
-      const uint32_t dither = random_half(random_bits(key, static_cast<uint32_t>(first + i)), 0);
+      const uint32_t bits = random_bits(key, static_cast<uint32_t>((first + i) / 2));
+      const uint32_t dither = random_half(bits, first + i);
       put(codes.cpu(), DType::i8, i, Codes<false>::code(momenta[i - b * block], inverse, dither));
     }
   }

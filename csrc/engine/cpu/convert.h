@@ -36,6 +36,45 @@ FUSEDAMP_FN void narrow_f16(const float* from, uint16_t* to, int64_t n) {
   for (; i < n; ++i) to[i] = float_to_f16(from[i]);
 }
 
+// Stochastically. A normal half is the bits and the random ones, cut off. Where one comes out that is not normal, or is
+// the largest, which others are cut to, its vector takes the exact way.
+FUSEDAMP_FN void narrow_f16(const float* from, uint16_t* to, int64_t n, const uint16_t* random) {
+  const auto exactly = [=](int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) to[i] = float_to_f16(from[i], random[i]);
+  };
+  int64_t i = 0;
+#if defined(__F16C__)
+  constexpr int kCut = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+  constexpr short kMagnitude = 0x7fff, kLeast = 0x0400, kNormals = 0x7bff - kLeast;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(random + i));
+    const __m512i dither = _mm512_srli_epi32(_mm512_cvtepu16_epi32(halves), 3);
+    const __m512i up = _mm512_add_epi32(_mm512_loadu_si512(from + i), dither);
+    const __m256i cut = _mm512_cvtps_ph(_mm512_castsi512_ps(up), kCut);
+    const __m256i above =
+        _mm256_sub_epi16(_mm256_and_si256(cut, _mm256_set1_epi16(kMagnitude)), _mm256_set1_epi16(kLeast));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), cut);
+    if (_mm256_cmpge_epu16_mask(above, _mm256_set1_epi16(kNormals))) exactly(i, i + 16);
+  }
+#else
+  for (; i + 8 <= n; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(random + i));
+    const __m256i dither = _mm256_srli_epi32(_mm256_cvtepu16_epi32(halves), 3);
+    const __m256i up = _mm256_add_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)), dither);
+    const __m128i cut = _mm256_cvtps_ph(_mm256_castsi256_ps(up), kCut);
+    const __m128i above = _mm_sub_epi16(_mm_and_si128(cut, _mm_set1_epi16(kMagnitude)), _mm_set1_epi16(kLeast));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), cut);
+    const __m128i normal =
+        _mm_cmpeq_epi16(_mm_max_epu16(above, _mm_set1_epi16(kNormals - 1)), _mm_set1_epi16(kNormals - 1));
+    if (_mm_movemask_epi8(normal) != 0xffff) exactly(i, i + 8);
+  }
+#endif
+#endif
+  exactly(i, n);
+}
+
 FUSEDAMP_FN void widen_bf16(const uint16_t* from, float* to, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) to[i] = bf16_to_float(from[i]);

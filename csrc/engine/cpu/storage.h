@@ -50,33 +50,29 @@ FUSEDAMP_FN void split(DType dtype, const float* master, uint16_t* param, int16_
   for (int64_t i = 0; i < n; ++i) remainder[i] = f16_remainder(master[i], wide[i]);
 }
 
-// The random numbers of one block, for two lists in each word.
-struct RandomBlock {
-  alignas(64) uint32_t bits[kBlock];
-};
-static __attribute__((noinline)) void draw(RandomKey key, int64_t first, int64_t n, RandomBlock& random) {
-  const auto index = static_cast<uint32_t>(first);
+// 16 random bits for each element of a block, as they lie in the words of its pairs.
+static __attribute__((noinline)) void draw(RandomKey key, int64_t first, int64_t n, uint16_t* halves) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the lower half of a word comes first");
+  const auto pair = static_cast<uint32_t>(first / 2), pairs = static_cast<uint32_t>(n + 1) / 2;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) random.bits[i] = random_bits(key, index + static_cast<uint32_t>(i));
+  for (uint32_t i = 0; i < pairs; ++i) {
+    const uint32_t bits = random_bits(key, pair + i);
+    __builtin_memcpy(halves + 2 * i, &bits, sizeof bits);
+  }
 }
 
 // As narrow(), stochastically.
-FUSEDAMP_FN void narrow(DType dtype, const float* from, uint16_t* to, int64_t n, const RandomBlock& random, int list) {
-  const uint32_t* bits = random.bits;
-  if (dtype == DType::f16) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = float_to_f16(from[i], random_half(bits[i], list));
-    return;
-  }
+FUSEDAMP_FN void narrow(DType dtype, const float* from, uint16_t* to, int64_t n, const uint16_t* random) {
+  if (dtype == DType::f16) return narrow_f16(from, to, n, random);
   uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t u = bits_of(from[i]), magnitude = u & 0x7fffffffu;
     largest = largest > magnitude ? largest : magnitude;
-    to[i] = static_cast<uint16_t>((u + random_half(bits[i], list)) >> 16);
+    to[i] = static_cast<uint16_t>((u + random[i]) >> 16);
   }
   if (largest < 0x7f7f0000u) return;  // what was added cannot have reached infinity
-  for (int64_t i = 0; i < n; ++i) to[i] = float_to_bf16(from[i], random_half(bits[i], list));
+  for (int64_t i = 0; i < n; ++i) to[i] = float_to_bf16(from[i], random[i]);
 }
 
 template <bool kNonNegative, class C>
@@ -90,8 +86,7 @@ FUSEDAMP_FN void dequantize(const C* codes, const float* scales, float* to, int6
 }
 
 template <bool kNonNegative, class C>
-FUSEDAMP_FN void quantize(const float* from, C* codes, float* scales, int64_t n, const RandomBlock& random, int list) {
-  const uint32_t* bits = random.bits;
+FUSEDAMP_FN void quantize(const float* from, C* codes, float* scales, int64_t n, const uint16_t* random) {
   for (int64_t b = 0; b < n; b += kScaleBlock) {
     const int64_t end = b + kScaleBlock < n ? b + kScaleBlock : n;
     uint32_t largest = 0;
@@ -103,8 +98,7 @@ FUSEDAMP_FN void quantize(const float* from, C* codes, float* scales, int64_t n,
     const float scale = *scales++ = Codes<kNonNegative>::scale(largest);
     const float inverse = Codes<kNonNegative>::inverse(scale);
 #pragma omp simd
-    for (int64_t i = b; i < end; ++i)
-      codes[i] = static_cast<C>(Codes<kNonNegative>::code(from[i], inverse, random_half(bits[i], list)));
+    for (int64_t i = b; i < end; ++i) codes[i] = static_cast<C>(Codes<kNonNegative>::code(from[i], inverse, random[i]));
   }
 }
 
@@ -129,9 +123,9 @@ static __attribute__((noinline)) float* load_weight(const StepRow& row, int64_t 
 }
 
 // After the step. `weight` is what load_weight returned. `random` is null for rounding to nearest.
-FUSEDAMP_FN void store_weight(const StepRow&, int64_t, int64_t, const double*, const RandomBlock*) {}
+FUSEDAMP_FN void store_weight(const StepRow&, int64_t, int64_t, const double*, const uint16_t*) {}
 static __attribute__((noinline)) void store_weight(const StepRow& row, int64_t at, int64_t n, const float* weight,
-                                                   const RandomBlock* random) {
+                                                   const uint16_t* random) {
   if (!is_16bit(row.param_dtype)) return;
   uint16_t* param = static_cast<uint16_t*>(row.param) + at;
   if (row.master && row.master_dtype == DType::i16) {
@@ -139,7 +133,7 @@ static __attribute__((noinline)) void store_weight(const StepRow& row, int64_t a
   } else if (!random) {
     narrow(row.param_dtype, weight, param, n);
   } else {
-    narrow(row.param_dtype, weight, param, n, *random, kWeightList);
+    narrow(row.param_dtype, weight, param, n, random);
   }
 }
 
@@ -162,17 +156,16 @@ static __attribute__((noinline)) float* load_state(const StepRow& row, int j, in
 
 // After the step. `state` is what load_state returned.
 template <bool kNonNegative>
-FUSEDAMP_FN void store_state(const StepRow&, int, int64_t, int64_t, const double*, const RandomBlock&) {}
+FUSEDAMP_FN void store_state(const StepRow&, int, int64_t, int64_t, const double*, const uint16_t*) {}
 template <bool kNonNegative>
 static __attribute__((noinline)) void store_state(const StepRow& row, int j, int64_t at, int64_t n, const float* state,
-                                                  const RandomBlock& random) {
+                                                  const uint16_t* random) {
   if (row.state_dtype == DType::f32) return;
   if (row.state_dtype == DType::bf16) {
-    narrow(DType::bf16, state, static_cast<uint16_t*>(row.states[j]) + at, n, random, j);
+    narrow(DType::bf16, state, static_cast<uint16_t*>(row.states[j]) + at, n, random);
   } else {
     using Code = CodeOf<kNonNegative>;
-    quantize<kNonNegative>(state, static_cast<Code*>(row.states[j]) + at, row.scales[j] + at / kScaleBlock, n, random,
-                           j);
+    quantize<kNonNegative>(state, static_cast<Code*>(row.states[j]) + at, row.scales[j] + at / kScaleBlock, n, random);
   }
 }
 

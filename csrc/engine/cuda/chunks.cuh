@@ -36,9 +36,14 @@ Table<Row> place(const Device& device, const std::vector<Row>& rows) {
   return {static_cast<const Placed<Row>*>(resident), static_cast<int64_t>(rows.size()), chunks};
 }
 
-// Blocks for `units` of work: enough to fill the device several times over, each taking every blocks-th unit.
-inline int64_t grid_for(const Device& device, int64_t units) {
-  return std::max<int64_t>(1, std::min<int64_t>(units, 8 * device.multiprocessors));
+// Launches a kernel whose blocks take every gridDim-th of `units`: as many blocks as run at the same time. Were there
+// more, the last ones would have the device to themselves and leave its memory idle.
+template <class... Parameters, class... Arguments>
+void launch_over(int64_t units, const Device& device, const char* name, void (*kernel)(Parameters...),
+                 const Arguments&... arguments) {
+  const int64_t resident = int64_t{resident_blocks(kernel)} * device.multiprocessors;
+  const int64_t blocks = std::max<int64_t>(1, std::min(units, resident));
+  launch(name, kernel, blocks, kBlock, device.stream, arguments...);
 }
 
 // The row that holds `chunk`: the last one that starts at or before it. Every thread of the block calls it; `hint` is

@@ -65,11 +65,6 @@ __device__ __forceinline__ Stored unpacked(const Words& words) {
     stored.v[e] = static_cast<R>(words.v[e * static_cast<int>(sizeof(R)) / 4] >> 8 * sizeof(R) * e % 32);
   return stored;
 }
-__device__ __forceinline__ Stored unpacked(const Words& words, DType dtype) {
-  if (dtype == DType::f32) return unpacked<uint32_t>(words);
-  if (is_8bit(dtype)) return unpacked<uint8_t>(words);
-  return unpacked<uint16_t>(words);
-}
 template <class R>
 __device__ __forceinline__ void put(void* list, int64_t at, int count, const Stored& stored) {
   constexpr int kSize = sizeof(R);
@@ -89,83 +84,142 @@ __device__ __forceinline__ void put(void* list, int64_t at, int count, const Sto
       if (e < count) to[e] = static_cast<R>(stored.v[e]);
   }
 }
-__device__ __forceinline__ void put(void* list, DType dtype, int64_t at, int count, const Stored& stored) {
-  if (dtype == DType::f32) return put<uint32_t>(list, at, count, stored);
-  if (is_8bit(dtype)) return put<uint8_t>(list, at, count, stored);
-  put<uint16_t>(list, at, count, stored);
-}
-
-__device__ __forceinline__ float widen_word(uint32_t word, DType dtype) {
-  return dtype == DType::f32 ? float_of(word) : widen<float>(static_cast<uint16_t>(word), dtype);
-}
-__device__ __forceinline__ uint16_t narrow_half(float x, DType dtype) { return narrow<uint16_t>(x, dtype); }
-
-// What is stepped, from the weight and, where there is one, the master or remainder beside it.
-__device__ __forceinline__ float weight_of(const StepRow& row, uint32_t param, uint32_t master) {
-  const float weight = widen_word(param, row.param_dtype);
-  if (!row.master) return weight;
-  const auto half = static_cast<uint16_t>(param);
-  if (row.master_dtype == DType::f32)  // a weight that is not its master rounded was written: the master follows
-    return narrow_half(float_of(master), row.param_dtype) == half ? float_of(master) : weight;
-  const auto remainder = static_cast<int16_t>(master);
-  if (row.param_dtype == DType::bf16) return bf16_joined(half, remainder);
-  const float joined = f16_joined(weight, remainder);
-  return narrow_half(joined, DType::f16) == half ? joined : weight;
-}
-// The weight as it is stored; `master` becomes what is stored beside it.
-__device__ __forceinline__ uint32_t weight_stored(const StepRow& row, float weight, bool stochastic, uint32_t random,
-                                                  uint32_t& master) {
-  if (row.param_dtype == DType::f32) return bits_of(weight);
-  if (row.master && row.master_dtype == DType::i16) {
-    if (row.param_dtype == DType::bf16) {
-      master = static_cast<uint16_t>(bf16_remainder(weight));
-      return float_to_bf16_away(weight);
-    }
-    const uint16_t half = narrow_half(weight, DType::f16);
-    master = static_cast<uint16_t>(f16_remainder(weight, widen<float>(half, DType::f16)));
-    return half;
-  }
-  master = bits_of(weight);
-  if (row.master || !stochastic) return narrow_half(weight, row.param_dtype);
-  return row.param_dtype == DType::bf16 ? float_to_bf16(weight, random) : float_to_f16(weight, random);
-}
-
-template <bool kNonNegative>
-__device__ __forceinline__ float state_of(DType dtype, uint32_t word, float scale) {
-  if (dtype == DType::f32) return float_of(word);
-  if (dtype == DType::bf16) return bf16_to_float(static_cast<uint16_t>(word));
-  return Codes<kNonNegative>::value(static_cast<CodeOf<kNonNegative>>(word), scale);
-}
-
-// Every lane of the warp calls it. Writes the block's scale, returns what the lane has to store.
-template <bool kNonNegative>
-__device__ __forceinline__ Stored state_stored(DType dtype, const float (&state)[kPerLane], int count, RandomKey key,
-                                               uint32_t index, int list, float* scale_at) {
-  Stored stored;
-  if (dtype == DType::f32) {
+// A lane's elements as numbers. What reads and writes them takes one branch for all of them.
+struct Numbers {
+  float v[kPerLane];
+};
+__device__ __forceinline__ Stored bits_of(const Numbers& x) {
+  Stored bits;
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e) stored.v[e] = bits_of(state[e]);
-    return stored;
+  for (int e = 0; e < kPerLane; ++e) bits.v[e] = fusedamp::bits_of(x.v[e]);
+  return bits;
+}
+template <DType kDType>
+__device__ __forceinline__ Numbers widened(const Words& words) {
+  const Stored stored = unpacked<std::conditional_t<kDType == DType::f32, uint32_t, uint16_t>>(words);
+  Numbers x;
+#pragma unroll
+  for (int e = 0; e < kPerLane; ++e)
+    x.v[e] = kDType == DType::f32 ? float_of(stored.v[e]) : widen<float>(static_cast<uint16_t>(stored.v[e]), kDType);
+  return x;
+}
+__device__ __forceinline__ Numbers widened(const Words& words, DType dtype) {
+  if (dtype == DType::f32) return widened<DType::f32>(words);
+  if (dtype == DType::bf16) return widened<DType::bf16>(words);
+  return widened<DType::f16>(words);
+}
+
+// What is stepped, from halves and the masters or remainders beside them.
+template <DType kHalf, bool kSplit>
+__device__ __forceinline__ Numbers joined(const Words& halves, const Words& masters) {
+  const Stored half = unpacked<uint16_t>(halves);
+  const Stored kept = kSplit ? unpacked<uint16_t>(masters) : unpacked<uint32_t>(masters);
+  Numbers x;
+#pragma unroll
+  for (int e = 0; e < kPerLane; ++e) {
+    const auto bits = static_cast<uint16_t>(half.v[e]);
+    const auto remainder = static_cast<int16_t>(kept.v[e]);
+    if (kSplit && kHalf == DType::bf16) {
+      x.v[e] = bf16_joined(bits, remainder);
+      continue;
+    }
+    const float weight = widen<float>(bits, kHalf);
+    const float master = kSplit ? f16_joined(weight, remainder) : float_of(kept.v[e]);
+    // A weight that is not its master rounded was written by somebody: the master follows it.
+    x.v[e] = narrow<uint16_t>(master, kHalf) == bits ? master : weight;
   }
-  if (dtype == DType::bf16) {
+  return x;
+}
+__device__ __forceinline__ Numbers weights_of(const StepRow& row, const Words& params, const Words& masters) {
+  if (!row.master) return widened(params, row.param_dtype);
+  const bool split = row.master_dtype == DType::i16;
+  if (row.param_dtype == DType::bf16)
+    return split ? joined<DType::bf16, true>(params, masters) : joined<DType::bf16, false>(params, masters);
+  return split ? joined<DType::f16, true>(params, masters) : joined<DType::f16, false>(params, masters);
+}
+
+// 16 random bits for each of the elements from `at`, which is even.
+__device__ __forceinline__ Stored draw(RandomKey key, int64_t at) {
+  const auto pair = static_cast<uint32_t>(at / 2);
+  Stored random;
+#pragma unroll
+  for (int e = 0; e < kPerLane; ++e) random.v[e] = random_half(random_bits(key, pair + e / 2), e);
+  return random;
+}
+
+template <DType kHalf>
+__device__ __forceinline__ void put_halves(const StepRow& row, int64_t at, int count, const Numbers& weight,
+                                           bool stochastic, RandomKey key) {
+  Stored half;
+  if (row.master && row.master_dtype == DType::i16) {
+    Stored remainder;
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e) {
+      const float x = weight.v[e];
+      if (kHalf == DType::bf16) {
+        half.v[e] = float_to_bf16_away(x);
+        remainder.v[e] = static_cast<uint16_t>(bf16_remainder(x));
+      } else {
+        const auto bits = narrow<uint16_t>(x, DType::f16);
+        half.v[e] = bits;
+        remainder.v[e] = static_cast<uint16_t>(f16_remainder(x, widen<float>(bits, DType::f16)));
+      }
+    }
+    put<uint16_t>(row.master, at, count, remainder);
+  } else if (stochastic && !row.master) {
+    const Stored random = draw(key, at);
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e)
-      stored.v[e] = float_to_bf16(state[e], random_half(random_bits(key, index + e), list));
-    return stored;
+      half.v[e] =
+          kHalf == DType::bf16 ? float_to_bf16(weight.v[e], random.v[e]) : float_to_f16(weight.v[e], random.v[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e) half.v[e] = narrow<uint16_t>(weight.v[e], kHalf);
+    if (row.master) put<uint32_t>(row.master, at, count, bits_of(weight));
+  }
+  put<uint16_t>(row.param, at, count, half);
+}
+__device__ __forceinline__ void put_weights(const StepRow& row, int64_t at, int count, const Numbers& weight,
+                                            bool stochastic, RandomKey key) {
+  if (row.param_dtype == DType::f32) return put<uint32_t>(row.param, at, count, bits_of(weight));
+  if (row.param_dtype == DType::bf16) return put_halves<DType::bf16>(row, at, count, weight, stochastic, key);
+  put_halves<DType::f16>(row, at, count, weight, stochastic, key);
+}
+
+template <bool kNonNegative>
+__device__ __forceinline__ Numbers states_of(const Words& words, DType dtype, float scale) {
+  if (!is_8bit(dtype)) return widened(words, dtype);
+  const Stored codes = unpacked<uint8_t>(words);
+  Numbers x;
+#pragma unroll
+  for (int e = 0; e < kPerLane; ++e)
+    x.v[e] = Codes<kNonNegative>::value(static_cast<CodeOf<kNonNegative>>(codes.v[e]), scale);
+  return x;
+}
+
+// Every lane of the warp calls it.
+template <bool kNonNegative>
+__device__ __forceinline__ void put_states(void* list, DType dtype, int64_t at, int count, const Numbers& state,
+                                           RandomKey key, float* scale_at) {
+  if (dtype == DType::f32) return put<uint32_t>(list, at, count, bits_of(state));
+  const Stored random = draw(key, at);
+  Stored stored;
+  if (dtype == DType::bf16) {
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e) stored.v[e] = float_to_bf16(state.v[e], random.v[e]);
+    return put<uint16_t>(list, at, count, stored);
   }
   uint32_t largest = 0;  // as integers, NaN > infinity > finite
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e)
-    if (e < count) largest = max(largest, bits_of(state[e]) & 0x7fffffffu);
-  for (int distance = 16; distance > 0; distance /= 2)
-    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+    if (e < count) largest = max(largest, fusedamp::bits_of(state.v[e]) & 0x7fffffffu);
+  largest = __reduce_max_sync(0xffffffffu, largest);
   const float scale = Codes<kNonNegative>::scale(largest), inverse = Codes<kNonNegative>::inverse(scale);
   if (threadIdx.x % 32 == 0) *scale_at = scale;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e)
-    stored.v[e] = static_cast<uint32_t>(
-        Codes<kNonNegative>::code(state[e], inverse, random_half(random_bits(key, index + e), list)));
-  return stored;
+    stored.v[e] = static_cast<uint32_t>(Codes<kNonNegative>::code(state.v[e], inverse, random.v[e]));
+  put<uint8_t>(list, at, count, stored);
 }
 
 template <class Rule, int kState>
@@ -183,20 +237,28 @@ __device__ __forceinline__ void for_each_state(Visit visit) {
 template <class Rule, class Action>
 __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span span, Action& act, bool stochastic,
                                                        uint64_t stream) {
-  constexpr int kStates = kStateRoom<Rule>;
+  constexpr int kStates = kStateRoom<Rule>, kBlockSize = static_cast<int>(kScaleBlock);
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int lane_first = static_cast<int>(threadIdx.x) % 32 * kPerLane;
-  constexpr int kBlockSize = static_cast<int>(kScaleBlock);
+  // A chunk has one for each list; every warp makes its own, so that none waits for another.
+  FUSEDAMP_SHARED(RandomKey, all_keys, kBlock / 32 * (kWeightList + 1));
+  RandomKey* keys = all_keys + warp * (kWeightList + 1);
+  __syncwarp();
+  if (threadIdx.x % 32 <= kWeightList) {
+    const int list = static_cast<int>(threadIdx.x) % 32;
+    keys[list] = random_key(stream, list, span.first);
+  }
+  __syncwarp();
+
   for (int first = warp * kBlockSize; first < span.count; first += warps * kBlockSize) {
     const int left = span.count - first - lane_first, count = left < 0 ? 0 : left < kPerLane ? left : kPerLane;
     const int64_t block = (span.first + first) / kScaleBlock, at = span.first + first + lane_first;
-    const auto index = static_cast<uint32_t>(at);
 
     const StepRow lists = row;  // one wait for all addresses, before the loads that need them
     const Words grad_words = fetch(lists.grad, lists.grad_dtype, at, count);
     const Words param_words = fetch(lists.param, lists.param_dtype, at, count);
     Words master_words = {}, state_words[kStates];
-    float scales[kStates], state[kStates][kPerLane];
+    float scales[kStates];
     if (lists.master) master_words = fetch(lists.master, lists.master_dtype, at, count);
     for_each_state<Rule>([&](auto j) {
       state_words[j] = fetch(lists.states[j], lists.state_dtype, at, count);
@@ -204,31 +266,23 @@ __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span 
     });
     __syncwarp();  // every lane has the scale before one writes it
 
-    const Stored grad = unpacked(grad_words, row.grad_dtype);
-    Stored param = unpacked(param_words, row.param_dtype), master = unpacked(master_words, row.master_dtype);
-    Stored stored[kStates];
-    for_each_state<Rule>([&](auto j) { stored[j] = unpacked(state_words[j], row.state_dtype); });
-
-    const RandomKey weight_key = random_key(stream, kWeightList, at);
+    const Numbers grad = widened(grad_words, lists.grad_dtype);
+    Numbers weight = weights_of(lists, param_words, master_words), state[kStates];
+    for_each_state<Rule>(
+        [&](auto j) { state[j] = states_of<kNeverNegative<Rule, j>>(state_words[j], lists.state_dtype, scales[j]); });
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) {
       if (!Action::kStores && e >= count) break;
-      float s[kStates], weight = weight_of(row, param.v[e], master.v[e]);
-      for_each_state<Rule>(
-          [&](auto j) { s[j] = state_of<kNeverNegative<Rule, j>>(row.state_dtype, stored[j].v[e], scales[j]); });
-      act(weight, widen_word(grad.v[e], row.grad_dtype), s);
-      if constexpr (!Action::kStores) continue;
-      for_each_state<Rule>([&](auto j) { state[j][e] = s[j]; });
-      const uint32_t random = stochastic ? random_half(random_bits(weight_key, index + e), kWeightList) : 0u;
-      param.v[e] = weight_stored(row, weight, stochastic, random, master.v[e]);
+      float s[kStates];
+      for_each_state<Rule>([&](auto j) { s[j] = state[j].v[e]; });
+      act(weight.v[e], grad.v[e], s);
+      for_each_state<Rule>([&](auto j) { state[j].v[e] = s[j]; });
     }
     if constexpr (!Action::kStores) continue;
-    put(row.param, row.param_dtype, at, count, param);
-    if (row.master) put(row.master, row.master_dtype, at, count, master);
+    put_weights(row, at, count, weight, stochastic, keys[kWeightList]);
     for_each_state<Rule>([&](auto j) {
-      const Stored codes = state_stored<kNeverNegative<Rule, j>>(
-          row.state_dtype, state[j], count, random_key(stream, j, at), index, j, row.scales[j] + block);
-      put(row.states[j], row.state_dtype, at, count, codes);
+      put_states<kNeverNegative<Rule, j>>(row.states[j], row.state_dtype, at, count, state[j], keys[j],
+                                          row.scales[j] + block);
     });
   }
 }

@@ -77,10 +77,10 @@ template <class Rule, Kind kKind, class V = ValueOf<kKind>>
 void measure(const Device& device, const Table<StepRow>& table, const StepScalars& scalars, CoeffsOf<Rule, V>* coeffs) {
   auto* records = static_cast<ChunkSquares*>(
       device.scratch(std::max<int64_t>(table.chunk_count, 1) * static_cast<int64_t>(sizeof(ChunkSquares))));
-  launch("measure", &measure_kernel<Rule, kKind>, grid_for(device, table.chunk_count), kBlock, device.stream, table,
-         scalars, static_cast<const CoeffsOf<Rule, V>*>(coeffs), records);
-  launch("measure", &conclude_kernel<Rule, V>, grid_for(device, table.row_count), kBlock, device.stream, table, scalars,
-         static_cast<const ChunkSquares*>(records), coeffs);
+  launch_over(table.chunk_count, device, "measure", &measure_kernel<Rule, kKind>, table, scalars,
+              static_cast<const CoeffsOf<Rule, V>*>(coeffs), records);
+  launch_over(table.row_count, device, "measure", &conclude_kernel<Rule, V>, table, scalars,
+              static_cast<const ChunkSquares*>(records), coeffs);
 }
 
 }  // namespace fusedamp::cuda

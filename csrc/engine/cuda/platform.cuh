@@ -27,6 +27,14 @@ __device__ __forceinline__ T* in_global(T* address) {
   return address;
 }
 
+// How many blocks of kBlock threads a multiprocessor runs at the same time. 0 where that is an error: so is the launch.
+template <class... Parameters>
+int resident_blocks(void (*kernel)(Parameters...)) {
+  int blocks = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kBlock, 0);
+  return blocks;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
             const Arguments&... arguments) {

@@ -146,17 +146,26 @@ __global__ void __launch_bounds__(kBlock) stats_kernel(const Table<GradRow> tabl
 __global__ void __launch_bounds__(kBlock)
     combine_kernel(const Table<GradRow> table, const Norm norm, const ChunkStats* records, unsigned* finished,
                    const StatsOutputs out) {
+  constexpr int kAhead = 8;
   const Combine combine = {norm};
   for (int64_t r = blockIdx.x; r < table.row_count; r += gridDim.x) {
     const int64_t end = r + 1 < table.row_count ? table.rows[r + 1].first_chunk : table.chunk_count;
     double power_sum = 0.0;
     int64_t infs = 0, nans = 0, overflows = 0;
-    for (int64_t c = table.rows[r].first_chunk + threadIdx.x; c < end; c += blockDim.x) {
-      const ChunkStats record = records[c];
-      power_sum = combine(power_sum, record.power_sum);
-      infs += record.infs;
-      nans += record.nans;
-      overflows += record.overflows;
+    for (int64_t c = table.rows[r].first_chunk + threadIdx.x; c < end; c += kAhead * blockDim.x) {
+      ChunkStats ahead[kAhead];  // all under way before the first is looked at
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int64_t at = c + a * blockDim.x;
+        ahead[a] = at < end ? records[at] : ChunkStats{};
+      }
+#pragma unroll
+      for (const ChunkStats& record : ahead) {
+        power_sum = combine(power_sum, record.power_sum);
+        infs += record.infs;
+        nans += record.nans;
+        overflows += record.overflows;
+      }
     }
     power_sum = block_reduce(power_sum, combine);
     infs = block_reduce(infs, Sum());
@@ -202,10 +211,10 @@ void grad_stats(const Device& device, const std::vector<GradRow>& rows, const fl
   char* scratch = static_cast<char*>(device.scratch(record_bytes + 16));
   auto* records = reinterpret_cast<ChunkStats*>(scratch);
   auto* finished = reinterpret_cast<unsigned*>(scratch + record_bytes);
-  launch("grad_stats", job.norm == Norm::kGeneral ? &stats_kernel<true> : &stats_kernel<false>,
-         grid_for(device, table.chunk_count), kBlock, device.stream, table, inv_scale, job, records, finished);
-  launch("grad_stats", &combine_kernel, grid_for(device, table.row_count), kBlock, device.stream, table, job.norm,
-         static_cast<const ChunkStats*>(records), finished, out);
+  const auto stats = job.norm == Norm::kGeneral ? &stats_kernel<true> : &stats_kernel<false>;
+  launch_over(table.chunk_count, device, "grad_stats", stats, table, inv_scale, job, records, finished);
+  launch_over(table.row_count, device, "grad_stats", &combine_kernel, table, job.norm,
+              static_cast<const ChunkStats*>(records), finished, out);
 }
 
 }  // namespace fusedamp::cuda

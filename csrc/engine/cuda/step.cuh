@@ -18,11 +18,11 @@ struct StepAction {
 };
 
 // Blocks per multiprocessor that registers must leave room for: as many as go without spilling.
-template <class Rule, class V>
-constexpr int kResidentBlocks = sizeof(V) == 8 || Rule::kStates > 2 ? 2 : 3;
+template <class Rule, Kind kKind>
+constexpr int kResidentBlocks = kKind == Kind::kDouble ? 2 : (kKind == Kind::kCompressed ? 4 : 3) - (Rule::kStates > 2);
 
 template <class Rule, Kind kKind, class V = ValueOf<kKind>>
-__global__ void __launch_bounds__(kBlock, kResidentBlocks<Rule, V>)
+__global__ void __launch_bounds__(kBlock, kResidentBlocks<Rule, kKind>)
     step_kernel(const Table<StepRow> table, const StepScalars scalars, const CoeffsOf<Rule, V>* coeffs) {
   if (overflowed(scalars.found_inf)) return;
   const V grad_scale = grad_scale_of(scalars);
@@ -46,8 +46,8 @@ void step_as(const Device& device, const std::vector<StepRow>& rows, const StepS
   launch("prepare", &prepare_kernel<Rule, V>, blocks, kBlock, device.stream, table, scalars, coeffs);
   if constexpr (Rule::kNorms > 0) measure<Rule, kKind>(device, table, scalars, coeffs);
   if (table.chunk_count == 0) return;  // every tensor is empty: a step was taken all the same
-  launch("step", &step_kernel<Rule, kKind>, grid_for(device, table.chunk_count), kBlock, device.stream, table, scalars,
-         static_cast<const Coeffs*>(coeffs));
+  launch_over(table.chunk_count, device, "step", &step_kernel<Rule, kKind>, table, scalars,
+              static_cast<const Coeffs*>(coeffs));
 }
 
 template <class Rule>

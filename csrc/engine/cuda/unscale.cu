@@ -50,8 +50,7 @@ __global__ void __launch_bounds__(kBlock)
 void unscale(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, float* found_inf) {
   const Table<GradRow> table = place(device, rows);
   if (table.chunk_count == 0) return;
-  launch("unscale", &unscale_kernel, grid_for(device, table.chunk_count), kBlock, device.stream, table, inv_scale,
-         found_inf);
+  launch_over(table.chunk_count, device, "unscale", &unscale_kernel, table, inv_scale, found_inf);
 }
 
 }  // namespace fusedamp::cuda
