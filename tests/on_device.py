@@ -1,7 +1,8 @@
 """``FUSEDAMP_TEST_DEVICE=cuda pytest``: the same tests on another device, as far as they don't name one.
 
 Tensors are made on the CPU, with the values that they have in every run, and then moved. Modules about the
-host's side (builds, processes, instruction sets, the CPU's distributed backend) stay on the CPU.
+host's side (builds, processes, instruction sets, its memory, the CPU's distributed backend) stay on the CPU,
+as do tests that are marked ``host``.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 DEVICE = os.environ.get("FUSEDAMP_TEST_DEVICE", "cpu")
+HERE = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)  # as tensors there tell it
 HOST_ONLY = """
     test_attach_distributed test_benchmarks test_build test_capabilities test_capture_safety test_cli
-    test_cuda_registration test_default_device test_demo test_repro
-    test_evidence test_house test_integrations test_kernels test_machine_code test_ops_targets
-    test_optim_distributed test_runtime test_sharding
+    test_content_cache test_cuda_registration test_default_device test_demo test_evidence test_house
+    test_integrations test_machine_code test_ops_targets test_optim_distributed test_optim_memory test_repro
+    test_repro_parity test_sharding test_storage_memory
 """
 FACTORIES = """
     arange empty empty_permuted empty_strided eye full linspace logspace ones rand randint randn randperm
@@ -26,7 +28,7 @@ FACTORIES = """
 
 
 class OnDevice(TorchFunctionMode):
-    """Moves what factories make without a device. ``active`` is switched per module."""
+    """Moves what factories make without a device. ``active`` is switched per module and test."""
 
     def __init__(self, device: str) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from fusedamp import optim
 from fusedamp.optim import recoding
 from fusedamp.optim.base import AmpInputs, DeviceInputs
 from fusedamp.optim.hyper import STORAGE
+from on_device import HERE
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32, torch.float64, torch.complex64)
@@ -18,7 +19,7 @@ MODES = [
     dict(master_weights=master, state_dtype=state, stochastic_rounding=random)
     for master, state, random in itertools.product(*STORAGE.values(), (False, True))
 ]
-OVERFLOW = AmpInputs({torch.device("cpu"): DeviceInputs(found_inf=torch.tensor(1.0))})
+OVERFLOW = AmpInputs({HERE: DeviceInputs(found_inf=torch.tensor(1.0))})
 
 
 def refusal(case, dtype, mode) -> str | None:
