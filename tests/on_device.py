@@ -8,9 +8,11 @@ as do tests that are marked ``host``.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 DEVICE = os.environ.get("FUSEDAMP_TEST_DEVICE", "cpu")
@@ -48,3 +50,13 @@ class OnDevice(TorchFunctionMode):
             return func(*args, **kwargs)
         requires_grad = kwargs.pop("requires_grad", False)  # a moved tensor would not be a leaf
         return func(*args, **kwargs).to(self.device).requires_grad_(requires_grad)
+
+
+def fetched(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """``tensors`` on the CPU, in one copy: where many processes share a device, each wait for it is long."""
+    tensors = [tensor.detach() for tensor in tensors]
+    if all(tensor.is_cpu for tensor in tensors):
+        return tensors
+    flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() * tensor.element_size() for tensor in tensors])
+    return [part.clone().view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
