@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fusedamp import ops
-from on_device import DEVICE
+from on_device import DEVICE, SUMS
 from op_calls import BORDERS, DTYPES, HALVES, VARIANTS, StepCall, guarded, same_bits, scalar, step_call
 from test_ops_stats import CHUNK_ROUNDINGS
 
@@ -40,7 +40,7 @@ def test_misaligned_steps_touch_only_their_elements(variant, offset):
         written = StepCall.tensors if DEVICE == "cpu" else StepCall.exact_tensors  # sums in another order
         assert all(same_bits(a, b) for a, b in zip(written(aligned), written(shifted), strict=True))
         for a, b in zip(aligned.tensors(), shifted.tensors(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+            torch.testing.assert_close(a, b, rtol=SUMS, atol=SUMS)
         assert all(guards() for guards in intact), "written beside a tensor"
 
 
