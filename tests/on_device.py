@@ -51,7 +51,9 @@ class OnDevice(TorchFunctionMode):
         if not (self.active and moves):
             return func(*args, **kwargs)
         requires_grad = kwargs.pop("requires_grad", False)  # a moved tensor would not be a leaf
-        return func(*args, **kwargs).to(self.device).requires_grad_(requires_grad)
+        # Memory that is not pinned has been read when a copy returns: no need to wait for the device.
+        made = func(*args, **kwargs).to(self.device, non_blocking=True)
+        return made.requires_grad_(requires_grad)
 
 
 def fetched(tensors: Iterable[Tensor]) -> list[Tensor]:

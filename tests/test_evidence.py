@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,18 @@ def test_bits_that_differ_fail_the_part(monkeypatch):
     assert all(
         any(f.startswith(v) for f in failures) for v in ("adamw", "adam-amsgrad", "sgd-nesterov", "unscale_")
     )
+
+
+def test_an_optimizer_that_differs_is_noticed():
+    """As if the device's steps had another rate."""
+    rates = cycle([1e-2, 1.01e-2])
+
+    def ours(params, **options):
+        return optim.AdamW(params, **options | {"lr": next(rates)})
+
+    case = replace(cases.BY_NAME["adamw"], ours=ours)
+    with pytest.raises(AssertionError, match="after the last step"):
+        bitwise.through_the_scaler(Place("cpu", rehearse=True, seconds=60), case, torch.bfloat16, {})
 
 
 def test_a_replay_that_differs_fails_the_part(monkeypatch):

@@ -130,7 +130,7 @@ def _suite(found: dict[str, Any]) -> str:
     heads = ("failing test", "cases", "the first", "at", "message")
     keys = ("test", "cases", "case", "place", "message")
     rows = [[failed[key] for key in keys] for failed in found["failing"]]
-    slowest = "; ".join(f"{_cell(name)} {time}" for time, name in found["slowest"])
+    slowest = "; ".join(f"{_cell(name)} {time}" for time, name in found["slowest"][:10])
     return "\n\n".join([counts, *([table(heads, rows)] if rows else []), f"The slowest: {slowest}"])
 
 
