@@ -3,6 +3,7 @@
 import torch
 from cases import bits
 from fusedamp import GradScaler, ops, optim
+from on_device import DEVICE
 
 OPTIMIZERS = {
     "AdamW": lambda p: optim.AdamW(p, lr=0.1),
@@ -23,7 +24,7 @@ class World:
             for size, dtype in zip(SIZES, dtypes, strict=True)
         ]
         self.optimizer = make(self.params)
-        self.scaler = GradScaler("cpu", init_scale=scale, growth_interval=2)
+        self.scaler = GradScaler(DEVICE, init_scale=scale, growth_interval=2)
         self.handle = self.scaler.attach(self.optimizer, **{"min_numel": 0, **options}) if attached else None
 
     def backward(self, factor=1.0, without=()):

@@ -205,6 +205,17 @@ def set_grads(params: list[torch.nn.Parameter], seed: int, scale: float = 1.0) -
     return [param.grad for param in params]
 
 
+def has_fused(kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether torch has a fused ``kind`` for the device of new tensors."""
+    param = torch.zeros(1, requires_grad=True)
+    param.grad = torch.zeros_like(param)
+    try:
+        kind([param], fused=True).step()
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 @contextmanager
 def torch_scalars(dtype: torch.dtype) -> Iterator[None]:
     """Within it torch.optim makes the states of one element, like NAdam's mu_product, in ``dtype``."""

@@ -27,6 +27,7 @@ def pytest_collectstart(collector) -> None:
 def pytest_runtest_setup(item) -> None:
     if _on_device is not None:
         _on_device.enter_module(item.path.stem)
+        _on_device.active &= item.get_closest_marker("host") is None
 
 
 @pytest.fixture

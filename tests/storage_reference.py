@@ -37,7 +37,7 @@ def neighbours(x: np.ndarray, nonnegative: bool) -> tuple[np.ndarray, np.ndarray
 
 def decoded(codes: Tensor, scales: Tensor) -> Tensor:
     """FP64 values of an 8-bit state."""
-    values = torch.from_numpy(values_of_codes(codes.dtype == torch.uint8))
+    values = torch.from_numpy(values_of_codes(codes.dtype == torch.uint8)).to(codes.device)
     flat = codes.flatten().long()
     magnitudes = values[flat.abs()] * torch.where(flat < 0, -1.0, 1.0)
     return magnitudes * scales.double().repeat_interleave(BLOCK)[: flat.numel()]
@@ -46,7 +46,7 @@ def decoded(codes: Tensor, scales: Tensor) -> Tensor:
 def are_neighbours(codes: Tensor, scales: Tensor, wanted: Tensor) -> bool:
     """Whether each code is one of the two around its value, and each scale the one that it should be."""
     nonnegative = codes.dtype == torch.uint8
-    values, found = wanted.flatten().double().numpy(), decoded(codes, scales).numpy()
+    values, found = wanted.flatten().double().cpu().numpy(), decoded(codes, scales).cpu().numpy()
     for b, scale in zip(range(0, values.size, BLOCK), scales.tolist(), strict=True):
         block, stored = values[b : b + BLOCK], found[b : b + BLOCK]
         if scale != scale_of(block, nonnegative):

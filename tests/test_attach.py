@@ -10,6 +10,7 @@ import torch
 from attach_worlds import OPTIMIZERS, World, record_reads
 from cases import bits
 from fusedamp import GradScaler, optim
+from on_device import DEVICE
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_optimizers_that_share_a_parameter(second_attached):
     for attached in (True, False):
         params = [torch.full((4,), float(i + 1)).requires_grad_() for i in range(3)]
         first, second = optim.SGD(params[:2], lr=0.1), optim.AdamW(params[1:], lr=0.1)
-        scaler = GradScaler("cpu", init_scale=8.0)
+        scaler = GradScaler(DEVICE, init_scale=8.0)
         if attached:
             scaler.attach(first, min_numel=0)
             if second_attached:
@@ -193,7 +194,7 @@ def test_gradients_that_no_hook_can_read(reads):
     wave = torch.ones(3, dtype=torch.complex64, requires_grad=True)
     flat = torch.ones(3, requires_grad=True)
     optimizer = torch.optim.SGD([wide, wave, flat, *table.parameters()], lr=0.1, fused=False)
-    scaler = GradScaler("cpu", init_scale=2.0)
+    scaler = GradScaler(DEVICE, init_scale=2.0)
     scaler.attach(optimizer, min_numel=0)
     index = torch.tensor([1, 1, 3])
     weights = torch.ones(4, 3).t()
@@ -242,7 +243,7 @@ def test_compiled_backward(compiled, reads):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 3)
         optimizer = optim.AdamW(model.parameters(), lr=0.1)
-        scaler = GradScaler("cpu", init_scale=4.0)
+        scaler = GradScaler(DEVICE, init_scale=4.0)
         if attached:
             scaler.attach(optimizer, min_numel=0)
         forward = torch.compile(model, backend="aot_eager") if compiled == "model" else model

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attach_worlds import OPTIMIZERS, World, record_reads
 from fusedamp import GradScaler, attach, ops, optim
+from on_device import DEVICE
 from torch.utils.weak import TensorWeakRef
 
 
@@ -37,7 +38,7 @@ def test_detached(how, reads):
     else:
         if how == "scaler dies":
             gone = weakref.ref(world.scaler)
-            world.scaler = GradScaler("cpu")
+            world.scaler = GradScaler(DEVICE)
         else:
             gone = weakref.ref(world.optimizer)
             world.optimizer = OPTIMIZERS["AdamW"](world.params)
@@ -84,7 +85,7 @@ def test_small_gradients_and_disabled_scalers_cost_nothing(reads):
     world.scaler.attach(world.optimizer)
     world.backward()
     assert reads == []
-    scaler = GradScaler("cpu", enabled=False)
+    scaler = GradScaler(DEVICE, enabled=False)
     optimizer = optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1)
     scaler.attach(optimizer, min_numel=0)
     assert not optimizer.param_groups[0]["params"][0]._post_accumulate_grad_hooks
@@ -131,11 +132,11 @@ def test_when_hooks_must_wait(monkeypatch):
     assert not attach._must_wait(Gradient())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert attach._must_wait(Gradient())
-    assert not attach._must_wait(torch.ones(1))
+    assert not attach._must_wait(torch.ones(1, device="cpu"))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for ranks, expected in ((1, False), (2, True)):
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda ranks=ranks: ranks)
-        assert attach._must_wait(torch.ones(1)) == expected
+        assert attach._must_wait(torch.ones(1, device="cpu")) == expected
 
 
 def test_findings_of_another_stream_are_recorded(monkeypatch):

@@ -7,6 +7,7 @@ import fusedamp
 import pytest
 import torch
 from fusedamp import GradScaler, optim
+from on_device import DEVICE
 
 NORMS = [1.0, 1.5, 2.0, 3.0, math.inf, "inf"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -134,7 +135,7 @@ def test_bad_arguments(arguments, match):
     before = param.grad.clone()
     with pytest.raises(ValueError, match=r"^\[clip_grad_norm_\] " + match):
         fusedamp.clip_grad_norm_(param, **arguments)
-    scaler = GradScaler("cpu", init_scale=4.0)
+    scaler = GradScaler(DEVICE, init_scale=4.0)
     scaler.scale(torch.ones(()))
     with pytest.raises(ValueError, match=r"^\[GradScaler.clip_grad_norm_\] " + match):
         scaler.clip_grad_norm_(optim.AdamW([param]), **arguments)
@@ -143,7 +144,7 @@ def test_bad_arguments(arguments, match):
 
 def scaled_world(cls, dtypes, **options):
     params = params_of(dtypes, factor=4.0)
-    scaler = GradScaler("cpu", init_scale=4.0)
+    scaler = GradScaler(DEVICE, init_scale=4.0)
     scaler.scale(torch.ones(()))
     return params, cls(params, lr=0.1, **options), scaler
 

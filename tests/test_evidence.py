@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,18 @@ def test_bits_that_differ_fail_the_part(monkeypatch):
     assert all(
         any(f.startswith(v) for f in failures) for v in ("adamw", "adam-amsgrad", "sgd-nesterov", "unscale_")
     )
+
+
+def test_an_optimizer_that_differs_is_noticed():
+    """As if the device's steps had another rate."""
+    rates = cycle([1e-2, 1.01e-2])
+
+    def ours(params, **options):
+        return optim.AdamW(params, **options | {"lr": next(rates)})
+
+    case = replace(cases.BY_NAME["adamw"], ours=ours)
+    with pytest.raises(AssertionError, match="after the last step"):
+        bitwise.through_the_scaler(Place("cpu", rehearse=True, seconds=60), case, torch.bfloat16, {})
 
 
 def test_a_replay_that_differs_fails_the_part(monkeypatch):
@@ -212,14 +226,28 @@ def test_what_other_tools_write_is_read(tmp_path):
         '"0","step_kernel","dram__bytes_read.sum","Gbyte","2.8"\n'
     )
     assert counters.read(table) == [{"kernel": "step_kernel", "time": "1,234 us", "read": "2.8 Gbyte"}]
+    failure = '<failure message="assert {} == 2&#10;more">tests/a.py:7: in b{}\nE  more</failure>'
+    cases = [("b[1]", 1, ""), ("b[3]", 3, "\ntests/c.py:9: in d"), ("e", 5, "")]
+    written = "".join(
+        f'<testcase classname="tests.a" name="{name}">{failure.format(got, deeper)}</testcase>'
+        for name, got, deeper in cases
+    )
     file = tmp_path / "junit.xml"
     file.write_text(
-        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"><testcase classname="tests.a" '
-        'name="b"><failure message="assert 1 == 2&#10;more"/></testcase></testsuite></testsuites>'
+        f'<testsuites><testsuite tests="5" failures="3" errors="0" skipped="1">{written}<testcase '
+        'classname="tests.a" name="good"/></testsuite></testsuites>'
     )
     counts, failing = suite.read(file)
-    assert counts == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
-    assert failing == ["tests.a::b: assert 1 == 2"]
+    assert counts == {"tests": 5, "failures": 3, "errors": 0, "skipped": 1}
+    assert [(f["test"], f["case"], f["message"], f["place"]) for f in failing] == [
+        ("tests.a::b", "[1]", "assert 1 == 2", "tests/a.py:7"),
+        ("tests.a::b", "[3]", "assert 3 == 2", "tests/c.py:9"),
+        ("tests.a::e", "", "assert 5 == 2", "tests/a.py:7"),
+    ]
+    assert [(f["test"], f["cases"], f["case"]) for f in suite.grouped(failing)] == [
+        ("tests.a::b", 2, "[1]"),
+        ("tests.a::e", 1, ""),
+    ]
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--limit", "0"]])

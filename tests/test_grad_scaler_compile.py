@@ -3,11 +3,12 @@
 import pytest
 import torch
 from fusedamp import GradScaler
+from on_device import DEVICE
 
 
 @pytest.mark.parametrize("started", [False, True])
 def test_scale_is_traced_whole(started):
-    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler = GradScaler(DEVICE, init_scale=8.0)
     if started:
         scaler.scale(torch.ones(()))
     compiled = torch.compile(lambda x: scaler.scale((x * 2).sum()), fullgraph=True, backend="aot_eager")
@@ -22,7 +23,7 @@ def test_scale_is_traced_whole(started):
 
 
 def test_scale_of_a_list_is_traced():
-    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler = GradScaler(DEVICE, init_scale=8.0)
     compiled = torch.compile(lambda x: scaler.scale([x.sum(), (x, x)]), fullgraph=True, backend="aot_eager")
     total, (first, second) = compiled(torch.ones(2))
     assert total == 16
@@ -30,5 +31,5 @@ def test_scale_of_a_list_is_traced():
 
 
 def test_disabled_scale_is_traced():
-    scaler = GradScaler("cpu", enabled=False)
+    scaler = GradScaler(DEVICE, enabled=False)
     assert torch.compile(scaler.scale, fullgraph=True, backend="eager")(torch.ones(())) == 1

@@ -10,6 +10,7 @@ import fusedamp
 import pytest
 import torch
 from fusedamp import GradScaler, optim
+from on_device import DEVICE
 
 LIMITS = {"min_scale", "max_scale", "hysteresis", "hysteresis_refill", "on_floor"}
 
@@ -25,7 +26,7 @@ def iterate(scaler, optimizer, factor=1.0):
 
 def make(cls=torch.optim.SGD, scaler_class=GradScaler, **options):
     param = torch.ones(3, requires_grad=True)
-    return scaler_class("cpu", **{"init_scale": 8.0, **options}), cls([param], lr=0.1)
+    return scaler_class(DEVICE, **{"init_scale": 8.0, **options}), cls([param], lr=0.1)
 
 
 @pytest.mark.parametrize(
@@ -111,13 +112,13 @@ def test_without_cuda_it_disables_itself_as_torchs():
 )
 def test_bad_arguments(options, error, match):
     with pytest.raises(error, match=match):
-        GradScaler("cpu", **{"init_scale": 8.0, **options})
+        GradScaler(DEVICE, **{"init_scale": 8.0, **options})
 
 
 def test_bad_arguments_of_torch_are_not_looked_at_when_disabled():
-    GradScaler("cpu", 0.0, 0.5, 2.0, 0, enabled=False)
+    GradScaler(DEVICE, 0.0, 0.5, 2.0, 0, enabled=False)
     with pytest.raises(ValueError, match="hysteresis"):
-        GradScaler("cpu", enabled=False, hysteresis=0)
+        GradScaler(DEVICE, enabled=False, hysteresis=0)
 
 
 def test_bad_settings_change_nothing():

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from fusedamp import GradScaler, ops, optim
+from on_device import DEVICE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 OPTIMIZERS = [
@@ -20,7 +21,7 @@ def make(make_optimizer=OPTIMIZERS[0], dtypes=DTYPES, scale=4.0, **options):
     generator = torch.Generator().manual_seed(1)
     params = [torch.randn(5, 3, generator=generator).to(d).requires_grad_() for d in dtypes]
     optimizer = make_optimizer([{"params": params[:2]}, {"params": params[2:], "lr": 0.05}])
-    scaler = GradScaler("cpu", init_scale=scale, growth_interval=100, **options)
+    scaler = GradScaler(DEVICE, init_scale=scale, growth_interval=100, **options)
     scaler.scale(torch.ones(()))
     return params, optimizer, scaler
 

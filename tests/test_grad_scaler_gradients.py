@@ -7,12 +7,13 @@ import torch
 from fusedamp import GradScaler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_device import DEVICE, HERE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def scaler_at(scale):
-    scaler = GradScaler("cpu", init_scale=scale)
+    scaler = GradScaler(DEVICE, init_scale=scale)
     scaler.scale(torch.ones(()))
     return scaler
 
@@ -44,21 +45,22 @@ def test_all_dtypes_in_one_call():
     for grad, before, wanted in zip(grads_of(optimizer), grads, expected, strict=True):
         assert grad is before, "written in place: DDP holds views of the same memory"
         assert torch.equal(grad, wanted)
-    assert found(scaler, optimizer) == {"cpu": 0.0}
+    assert found(scaler, optimizer) == {str(HERE): 0.0}
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.sampled_from(DTYPES), st.sampled_from([3.0, 1000.0, 2.0**16]), st.integers(0, 2**31))
 def test_unscaled_as_torch_does(dtype, scale, seed):
     """Bit for bit torch's own op (FP16 and BF16: called past its check), also where 1/scale is rounded."""
-    grad = torch.randn(1000, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    expected, flag = grad.clone(), torch.zeros(())
-    inverse = torch.tensor(scale).double().reciprocal().float()
+    random = torch.Generator().manual_seed(seed)
+    expected = torch.randn(1000, generator=random, device="cpu").to(dtype)  # torch has no other op for BF16
+    grad, flag = expected.to(HERE, copy=True), torch.zeros((), device="cpu")
+    inverse = torch.tensor(scale, device="cpu").double().reciprocal().float()
     torch._amp_foreach_non_finite_check_and_unscale_([expected], flag, inverse)
     scaler, optimizer = scaler_at(scale), optimizer_of(grad)
     scaler.unscale_(optimizer)
-    assert torch.equal(grad, expected)
-    assert found(scaler, optimizer)["cpu"] == flag.item()
+    assert torch.equal(grad, expected.to(HERE))
+    assert found(scaler, optimizer)[str(HERE)] == flag.item()
 
 
 LAYOUTS = {
@@ -111,14 +113,14 @@ def test_sparse_gradients(dtype):
     scaler, optimizer = scaler_at(2.0), optimizer_of(grad)
     scaler.unscale_(optimizer)
     assert torch.equal(grads_of(optimizer)[0].to_dense(), torch.tensor([4.0, 3.0, 0.0], dtype=dtype))
-    assert found(scaler, optimizer) == {"cpu": 0.0}
+    assert found(scaler, optimizer) == {str(HERE): 0.0}
 
 
 def test_sparse_duplicates_that_overflow_together_are_seen():
     grad = sparse([1, 1], torch.full((2,), 60000.0, dtype=torch.float16))
     scaler, optimizer = scaler_at(1024.0), optimizer_of(grad)
     scaler.unscale_(optimizer)
-    assert found(scaler, optimizer) == {"cpu": 1.0}
+    assert found(scaler, optimizer) == {str(HERE): 1.0}
 
 
 def test_embedding_gradient_with_one_expanded_row():
@@ -140,14 +142,14 @@ def test_overflow_before_unscaling(bad, dtype, position):
     grad[position] = bad
     scaler, optimizer = scaler_at(2.0), optimizer_of(torch.ones(3), grad)
     scaler.unscale_(optimizer)
-    assert found(scaler, optimizer) == {"cpu": 1.0}
+    assert found(scaler, optimizer) == {str(HERE): 1.0}
 
 
 def test_overflow_made_by_unscaling():
     """60000 / 0.25 is beyond FP16: torch looked at the inputs only and stepped with inf."""
     scaler, optimizer = scaler_at(0.25), optimizer_of(torch.full((3,), 60000.0, dtype=torch.float16))
     scaler.unscale_(optimizer)
-    assert found(scaler, optimizer) == {"cpu": 1.0}
+    assert found(scaler, optimizer) == {str(HERE): 1.0}
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fusedamp import GradScaler, optim
+from on_device import DEVICE, HERE
 from torch.amp.grad_scaler import OptState
 
 CLASSES = [optim.AdamW, torch.optim.AdamW, lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True)]
@@ -11,7 +12,7 @@ each_optimizer = pytest.mark.parametrize("make_optimizer", CLASSES, ids=["ours",
 
 def make(make_optimizer, scaler_class=GradScaler, grad=8.0):
     param = torch.ones(3, requires_grad=True)
-    scaler = scaler_class("cpu", init_scale=8.0)
+    scaler = scaler_class(DEVICE, init_scale=8.0)
     scaler.scale(torch.ones(()))
     param.grad = torch.full((3,), grad)
     return param, scaler, make_optimizer([param], lr=0.1)
@@ -47,7 +48,7 @@ def test_found_inf_replaced(make_optimizer, value):
     param, scaler, optimizer = make(make_optimizer)
     scaler.unscale_(optimizer)
     state = scaler._per_optimizer_states[id(optimizer)]
-    state["found_inf_per_device"] = {torch.device("cpu"): torch.as_tensor(value)}
+    state["found_inf_per_device"] = {HERE: torch.as_tensor(value, device=HERE)}
     scaler.step(optimizer)
     assert not moved(param)
     assert scaler.last_step_skipped
@@ -121,12 +122,12 @@ def test_skip_is_seen_in_the_scale():
 
 def test_lazy_init_with_a_string_device():
     """Accelerate does it."""
-    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler = GradScaler(DEVICE, init_scale=8.0)
     scaler._lazy_init_scale_growth_tracker(scaler._device)
     assert (scaler._scale, scaler._growth_tracker) == (8.0, 0)
     assert (scaler._scale.dtype, scaler._growth_tracker.dtype) == (torch.float32, torch.int32)
     with pytest.raises(AssertionError, match="_growth_tracker initialized before _scale"):
-        scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
+        scaler._lazy_init_scale_growth_tracker(HERE)
 
 
 def test_enabled_switched_off():
@@ -138,7 +139,7 @@ def test_enabled_switched_off():
 
 
 def test_isinstance_and_private_names():
-    scaler = GradScaler("cpu")
+    scaler = GradScaler(DEVICE)
     assert isinstance(scaler, torch.amp.GradScaler)
     assert isinstance(scaler, torch.GradScaler)
     for name in ("_scale", "_growth_tracker", "_init_scale", "_init_growth_tracker", "_per_optimizer_states"):

@@ -8,6 +8,7 @@ import fusedamp
 import pytest
 import torch
 from fusedamp import GradScaler, optim
+from on_device import DEVICE
 
 
 def iterate(scaler, optimizer, factor=1.0):
@@ -21,7 +22,7 @@ def iterate(scaler, optimizer, factor=1.0):
 
 def make(cls=torch.optim.SGD, scaler_class=GradScaler, **options):
     param = torch.ones(3, requires_grad=True)
-    return scaler_class("cpu", **{"init_scale": 8.0, **options}), cls([param], lr=0.1)
+    return scaler_class(DEVICE, **{"init_scale": 8.0, **options}), cls([param], lr=0.1)
 
 
 def test_state_dicts_go_both_ways():
@@ -32,10 +33,10 @@ def test_state_dicts_go_both_ways():
     floats = ("scale", "growth_factor", "backoff_factor")
     kinds = {**dict.fromkeys(floats, float), "growth_interval": int, "_growth_tracker": int}
     assert {key: type(value) for key, value in state.items()} == kinds
-    theirs = torch.amp.GradScaler("cpu")
+    theirs = torch.amp.GradScaler(DEVICE)
     theirs.load_state_dict(state)
     assert theirs.state_dict() == state
-    fresh = GradScaler("cpu")
+    fresh = GradScaler(DEVICE)
     fresh.load_state_dict(theirs.state_dict())  # lazily, before the first scale()
     assert fresh.state_dict() == state
     iterate(fresh, optimizer)
@@ -85,7 +86,7 @@ def test_copies_are_lazy_and_equal(copy_of):
 
 
 def test_a_pickle_of_torchs_scaler_becomes_ours_under_patch_torch():
-    saved = pickle.dumps(torch.amp.GradScaler("cpu", init_scale=8.0))
+    saved = pickle.dumps(torch.amp.GradScaler(DEVICE, init_scale=8.0))
     with fusedamp.patch_torch():
         scaler = pickle.loads(saved)
     assert type(scaler) is GradScaler

@@ -6,21 +6,23 @@ import warnings
 
 import pytest
 import torch
+from cases import has_fused
 from fusedamp import GradScaler
+from on_device import DEVICE
 
 FUSED = [
     lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
     lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
     lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
     lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
-    lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
+    *([lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True)] if has_fused(torch.optim.Adagrad) else []),
 ]
 each_fused = pytest.mark.parametrize("make_optimizer", FUSED)
 
 
 def make(make_optimizer, scaler_class=GradScaler):
     params = [torch.ones(3, requires_grad=True), torch.full((2,), 2.0, requires_grad=True)]
-    scaler = scaler_class("cpu", init_scale=8.0)
+    scaler = scaler_class(DEVICE, init_scale=8.0)
     scaler.scale(torch.ones(()))
     return params, scaler, make_optimizer(params)
 
@@ -134,7 +136,7 @@ def test_overflow_made_by_unscaling():
 def test_fp16_gradients_and_clipping():
     """Impossible with torch: unscale_ refuses FP16 gradients, and clipping needs it."""
     params = [torch.ones(3, dtype=torch.float16, requires_grad=True)]
-    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler = GradScaler(DEVICE, init_scale=8.0)
     scaler.scale(torch.ones(()))
     params[0].grad = torch.full((3,), 8.0, dtype=torch.float16)
     optimizer = FUSED[3](params)

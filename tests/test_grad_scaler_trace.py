@@ -13,6 +13,7 @@ import torch
 from fusedamp import optim
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_device import DEVICE
 
 BAD = {"good": 1.0, "inf": float("inf"), "nan": float("nan")}
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
@@ -23,7 +24,7 @@ class World:
 
     def __init__(self, scaler_class, optimizer_classes, dtype=torch.float32, **scaler_options):
         generator = torch.Generator().manual_seed(0)
-        self.scaler = scaler_class("cpu", **{"init_scale": 2.0**10, "growth_interval": 3, **scaler_options})
+        self.scaler = scaler_class(DEVICE, **{"init_scale": 2.0**10, "growth_interval": 3, **scaler_options})
         self.params = [
             [torch.randn(n, 3, generator=generator, dtype=dtype).requires_grad_() for n in (2, 4)]
             for _ in range(2)

@@ -118,7 +118,7 @@ SEEDS = {
     "None": bad_type(option(seeds=None), "seeds is None; expected a list of whole numbers"),
     "text": bad_type(option(seeds="12"), "seeds is '12'; expected a list of whole numbers"),
     "tensor": bad_type(
-        option(seeds=torch.tensor([1, 2])), "seeds is tensor([1, 2]); expected a list of whole"
+        option(seeds=torch.tensor([1, 2], device="cpu")), "seeds is tensor([1, 2]); expected a list of whole"
     ),
     "float in it": bad_type(option(seeds=[1, 2.0]), "seeds[1] is 2.0; expected a whole number from -2**63"),
     "bool in it": bad_type(option(seeds=[True, 2]), "seeds[0] is True; expected a whole number"),

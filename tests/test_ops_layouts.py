@@ -3,7 +3,9 @@
 import pytest
 import torch
 from fusedamp import ops
-from op_calls import BORDERS, DTYPES, HALVES, VARIANTS, guarded, same_bits, scalar, step_call
+from on_device import DEVICE, SUMS
+from op_calls import BORDERS, DTYPES, HALVES, VARIANTS, StepCall, guarded, same_bits, scalar, step_call
+from test_ops_stats import CHUNK_ROUNDINGS
 
 CHANNELS_LAST = dict(shape=(3, 5, 4, 7), change=lambda t: t.contiguous(memory_format=torch.channels_last))
 LAYOUTS = {
@@ -35,20 +37,25 @@ def test_misaligned_steps_touch_only_their_elements(variant, offset):
         shifted = aligned.map(move, move)
         aligned.run()
         shifted.run()
-        assert all(same_bits(a, b) for a, b in zip(aligned.tensors(), shifted.tensors(), strict=True))
-        assert all(guards() for guards in intact)
+        written = StepCall.tensors if DEVICE == "cpu" else StepCall.exact_tensors  # sums in another order
+        assert all(same_bits(a, b) for a, b in zip(written(aligned), written(shifted), strict=True))
+        for a, b in zip(aligned.tensors(), shifted.tensors(), strict=True):
+            torch.testing.assert_close(a, b, rtol=SUMS, atol=SUMS)
+        assert all(guards() for guards in intact), "written beside a tensor"
 
 
 @pytest.mark.parametrize("offset", range(8))
 def test_misaligned_unscale_and_stats(offset):
-    """As above; the norms of shifted tensors have the same bits too."""
+    """As above; on the CPU the norms of shifted tensors have the same bits too."""
     random = torch.Generator().manual_seed(0)
     aligned = [torch.randn(n, generator=random).to(dtype) for n in (*BORDERS, 0) for dtype in DTYPES]
     shifted, intact = zip(*(guarded(t, offset) for t in aligned), strict=True)
     inv_scale, inv_intact = guarded(scalar(0.3), offset)
     found_inf, found_intact = guarded(scalar(0.0), offset)
     expected, stats = ops.grad_stats(aligned, scalar(0.3)), ops.grad_stats(shifted, inv_scale)
-    assert all(torch.equal(a, b) for a, b in zip(expected, stats, strict=True))
+    rounded = 0.0 if DEVICE == "cpu" else CHUNK_ROUNDINGS * 2.0**-24
+    for a, b in zip(expected, stats, strict=True):
+        torch.testing.assert_close(a, b, rtol=rounded, atol=0.0)
     ops.unscale_(aligned, scalar(0.3), torch.zeros(()))
     ops.unscale_([*shifted, torch.tensor([float("inf")])], inv_scale, found_inf)
     assert found_inf.item() == 1.0

@@ -135,7 +135,8 @@ def test_schedulers_and_tensor_learning_rates(case, as_tensor):
     for kind in (case.ours, case.torch):
         params = make_params(torch.float64)
         lr = torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
-        optimizer = kind(params, **{**case.options, "lr": lr})
+        plain = {"foreach": False} if kind is case.torch else {}  # else torch refuses tensors on some devices
+        optimizer = kind(params, **{**case.options, "lr": lr}, **plain)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             scheduler = torch.optim.lr_scheduler.OneCycleLR(

@@ -10,6 +10,7 @@ from cases import BY_NAME, COMPOSED, bits, make_params, set_grads
 from fusedamp import optim
 from fusedamp.optim import storage
 from fusedamp.optim.muon import orthogonalized
+from on_device import DEVICE
 from test_optim_layout import with_gaps
 from test_optim_skip import amp, everything, step
 from tolerances import unit
@@ -273,7 +274,7 @@ def test_autocast_changes_nothing(case):
     for enabled in (False, True):
         params = make_params(torch.float32)
         optimizer = case.ours(params, **{**case.options, **narrow})
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
             train(optimizer, params, range(2))
         ends.append([bits(p) for p in params])
     assert ends[0] == ends[1]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import bits, make_params, set_grads
 from fusedamp import optim
+from on_device import HERE
 
 
 def one(dtype=torch.float32, **options):
@@ -115,7 +116,7 @@ def gradient_of_dtype(param_dtype, grad_dtype):
 BAD_PARAMS = {
     "expanded": (
         lambda: [torch.nn.Parameter(torch.ones(1).expand(3))],
-        r"params\[1\] is float32 of shape \[3\] on cpu with strides \[0\], so that elements share an address",
+        rf"params\[1\] is float32 of shape \[3\] on {HERE} with strides \[0\], so that elements share",
     ),
     "meta": (
         lambda: [torch.nn.Parameter(torch.ones(3, device="meta"))],
@@ -123,24 +124,24 @@ BAD_PARAMS = {
     ),
     "dtype": (
         lambda: [torch.nn.Parameter(torch.ones(3).to(torch.float8_e5m2))],
-        r"params\[1\] is float8_e5m2 of shape \[3\] on cpu; expected one of float16, ",
+        rf"params\[1\] is float8_e5m2 of shape \[3\] on {HERE}; expected one of float16, ",
     ),
-    "shared": (shared_memory, r"two parameters share memory at 0x[0-9a-f]+ on cpu; expected disjoint"),
+    "shared": (shared_memory, rf"two parameters share memory at 0x[0-9a-f]+ on {HERE}; expected disjoint"),
     "freed": (
         freed,
-        r"params\[1\] is float32 of shape \[8\] on cpu and has no storage; expected memory to update",
+        rf"params\[1\] is float32 of shape \[8\] on {HERE} and has no storage; expected memory to update",
     ),
     "integer gradient": (
         gradient_of_dtype(torch.float32, torch.int32),
-        r"params\[1\] has a gradient .*torch.int32 on cpu; expected .*float32 or narrower",
+        rf"params\[1\] has a gradient .*torch.int32 on {HERE}; expected .*float32 or narrower",
     ),
     "real gradient": (
         gradient_of_dtype(torch.complex64, torch.float32),
-        r"params\[1\] has a gradient .*torch.float32 on cpu; expected .*complex64 or narrower",
+        rf"params\[1\] has a gradient .*torch.float32 on {HERE}; expected .*complex64 or narrower",
     ),
     "wide gradient": (
         wide_gradient,
-        r"params\[1\] has a gradient .*torch.float64 on cpu; expected .*float32 or narrower",
+        rf"params\[1\] has a gradient .*torch.float64 on {HERE}; expected .*float32 or narrower",
     ),
 }
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from cases import BY_NAME, CASES, COMPOSED, MAIN, bits, make_params, set_grads
 from fusedamp.optim.base import AmpInputs, DeviceInputs
+from on_device import HERE
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-CPU = torch.device("cpu")
 
 
 def amp(found_inf: float, inv_scale: float = 1.0, clip_coef: float | None = None) -> AmpInputs:
     clip = None if clip_coef is None else torch.tensor(clip_coef)
-    return AmpInputs({CPU: DeviceInputs(torch.tensor(inv_scale), clip, torch.tensor(found_inf))})
+    return AmpInputs({HERE: DeviceInputs(torch.tensor(inv_scale), clip, torch.tensor(found_inf))})
 
 
 def step(optimizer, inputs: AmpInputs) -> None:
@@ -110,8 +110,8 @@ def test_gradients_that_the_scaler_did_not_see_are_refused():
     optimizer = BY_NAME["sgd"].ours(params)
     set_grads(params, 0)
     before = [bits(p) for p in params]
-    with pytest.raises(RuntimeError, match=r"has gradients on cpu; expected only \['cuda:0'\]"):
-        step(optimizer, AmpInputs({torch.device("cuda:0"): DeviceInputs()}))
+    with pytest.raises(RuntimeError, match=rf"has gradients on {HERE}; expected only \['cuda:7'\]"):
+        step(optimizer, AmpInputs({torch.device("cuda:7"): DeviceInputs()}))
     assert [bits(p) for p in params] == before
     assert optimizer._amp is None
 

@@ -11,6 +11,7 @@ import torch
 from cases import BY_NAME, SHAPES, make_params, set_grads
 from fusedamp import GradScaler, optim
 from fusedamp.optim import recoding
+from on_device import DEVICE
 
 HALVES = (torch.float16, torch.bfloat16)
 STATES = (torch.float32, torch.bfloat16, "int8")
@@ -97,7 +98,7 @@ def test_split_masters_are_the_masters(case, dtype):
 def test_a_skipped_step_changes_no_bit(mode):
     """Weights, masters, codes, scales and step counts, where the scaler finds an overflow."""
     params = make_params(torch.bfloat16)
-    optimizer, scaler = optim.AdamW(params, **mode), GradScaler("cpu", init_scale=4.0)
+    optimizer, scaler = optim.AdamW(params, **mode), GradScaler(DEVICE, init_scale=4.0)
     scaler.scale(torch.zeros(1))
     run(optimizer, params, range(2))
     before = [t.clone() for t in tensors(optimizer, params)]

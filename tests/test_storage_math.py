@@ -11,12 +11,14 @@ import storage_reference as reference
 import torch
 from fusedamp import ops
 from fusedamp.optim import recoding
+from on_device import HERE
 from op_calls import same_bits, scalar
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1, 7, 127, 128, 129, 1000)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_every_fp32_value_through_split_masters(half, tmp_path):
@@ -78,11 +80,12 @@ def test_rounding_is_unbiased(nonnegative):
     rounds = 400
     total = sum(reference.decoded(*stored(values, seed, nonnegative=nonnegative)) for seed in range(rounds))
     scales = stored(values, nonnegative=nonnegative)[1].double().repeat_interleave(reference.BLOCK)
-    below, above = reference.neighbours((wanted.abs() / scales).numpy(), nonnegative)
-    cell = torch.from_numpy(above - below) * scales
-    up = ((wanted.abs() - torch.from_numpy(below) * scales) / cell).clamp(0, 1)
+    relative = (wanted.abs() / scales).cpu().numpy()
+    below, above = (torch.from_numpy(side).to(HERE) for side in reference.neighbours(relative, nonnegative))
+    cell = (above - below) * scales
+    up = ((wanted.abs() - below * scales) / cell).clamp(0, 1)
     deviation = cell * (up * (1 - up) / rounds).sqrt()
-    inside = wanted.abs() >= torch.from_numpy(below) * scales  # below the lowest code nothing can be unbiased
+    inside = wanted.abs() >= below * scales  # below the lowest code nothing can be unbiased
     error = (total / rounds - wanted).abs()
     # One in 400 draws of a small chance is 20 deviations of it: count those as a cell for each draw.
     assert (error <= 6 * deviation + 6 * cell / rounds)[inside].all()
@@ -106,7 +109,7 @@ def test_random_bits_depend_on_seed_step_and_place_alone():
 def assert_unrelated(one, other):
     """Whether each was rounded up says nothing about the other."""
     assert 0.1 < one.mean() < 0.9
-    assert abs(np.corrcoef(one.numpy(), other.numpy())[0, 1]) < 6 / one.numel() ** 0.5
+    assert abs(np.corrcoef(one.cpu().numpy(), other.cpu().numpy())[0, 1]) < 6 / one.numel() ** 0.5
 
 
 def test_lists_draw_apart():
@@ -155,10 +158,10 @@ def test_conversions_agree_with_the_definition(dtype):
     found = recoding.dequantized(codes, scales)
     assert torch.equal(found.double(), reference.decoded(codes, scales))
     repeated = scales.repeat_interleave(reference.BLOCK)[:1000].double()
-    share = (values.double().abs() / repeated).numpy()
+    share = (values.double().abs() / repeated).cpu().numpy()
     below, above = reference.neighbours(share, dtype == torch.uint8)
     nearest = np.minimum(np.abs(share - below), np.abs(share - above))
-    error = ((found.double().abs() - values.double().abs()).abs() / repeated).numpy()
+    error = ((found.double().abs() - values.double().abs()).abs() / repeated).cpu().numpy()
     assert np.allclose(error, nearest, rtol=1e-5, atol=0)
     again = recoding.quantized(found, dtype)
     assert same_bits(recoding.dequantized(*again), found)

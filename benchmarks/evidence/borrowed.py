@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Iterable
 from itertools import count
@@ -17,8 +18,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 import cases
 import on_device
 import op_calls
+from on_device import fetched
 
-__all__ = ["COMPRESSED", "cases", "compressible", "copies", "differing", "on_device", "op_calls"]
+__all__ = ["COMPRESSED", "cases", "compressible", "copies", "differing", "mixed", "on_device", "op_calls"]
 
 # How else masters and states may be kept: name -> options; for weights of 16 bits, and of 32.
 COMPRESSED: dict[str, dict[str, Any]] = {
@@ -46,17 +48,23 @@ def copies(device: str, misaligned: bool) -> Callable[[Tensor], Tensor]:
     def copy(tensor: Tensor) -> Tensor:
         offset = next(turn) % 4 if misaligned else 0
         buffer = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=device)
-        return buffer[offset:].view(tensor.shape).copy_(tensor.detach())
+        return buffer[offset:].view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
 
     return copy
+
+
+def mixed(jobs: Iterable[Any]) -> list[Any]:
+    """``jobs`` in an order in which those that are done in time are of every kind."""
+    jobs = list(jobs)
+    random.Random(0).shuffle(jobs)
+    return jobs
 
 
 def differing(ones: Iterable[Tensor], others: Iterable[Tensor]) -> list[str]:
     """Which of the pairs differ in a bit (any NaN equals any other), and how."""
     found = []
-    for index, (one, other) in enumerate(zip(ones, others, strict=True)):
-        one, other = one.detach().cpu(), other.detach().cpu()
-        if not op_calls.same_numbers(one, other):
+    for index, (one, other) in enumerate(zip(fetched(ones), fetched(others), strict=True)):
+        if not (op_calls.same_bits(one, other) or op_calls.same_numbers(one, other)):
             where = (one != other) & ~(one.isnan() & other.isnan())
             first = where.reshape(-1).nonzero()[:1].tolist()
             found.append(f"tensor {index} {list(one.shape)} {one.dtype}: {int(where.sum())} from {first}")

@@ -127,7 +127,11 @@ def _suite(found: dict[str, Any]) -> str:
     if not found.get("counts"):
         return ""
     counts = ", ".join(f"{name} {count}" for name, count in found["counts"].items())
-    return "\n".join([counts, *(f"- `{_cell(name)}`" for name in found["failing"])])
+    heads = ("failing test", "cases", "the first", "at", "message")
+    keys = ("test", "cases", "case", "place", "message")
+    rows = [[failed[key] for key in keys] for failed in found["failing"]]
+    slowest = "; ".join(f"{_cell(name)} {time}" for time, name in found["slowest"][:10])
+    return "\n\n".join([counts, *([table(heads, rows)] if rows else []), f"The slowest: {slowest}"])
 
 
 def _counters(found: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PARTIAL = ROOT / "benchmarks" / "partial"  # of rehearsals and selected parts; not for the record
 LIMIT = 580  # seconds in all
 AT_ONCE = max(1, (os.cpu_count() or 1) // 4)  # proofs
+ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
 LEAST = 8  # seconds with which a part is started at all
 
 
@@ -84,7 +85,9 @@ def perform(name: str, seconds: float, rehearse: bool, env: dict[str, str]) -> d
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.evidence.part", name, "--result", str(file)]
         command += ["--device", "cpu" if rehearse else "cuda", "--seconds", str(seconds)]
-        done = execute([*command, *(["--rehearse"] if rehearse else [])], seconds, env)
+        # Proofs run beside each other: more threads in each would only wait for those of the others.
+        narrow = dict.fromkeys(ONE_THREAD, "1") if name in PARTS and PARTS[name].proves else {}
+        done = execute([*command, *(["--rehearse"] if rehearse else [])], seconds, env | narrow)
         try:
             result = json.loads(file.read_text())
         except (OSError, ValueError):

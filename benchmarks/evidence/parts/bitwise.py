@@ -5,6 +5,7 @@ In a rehearsal the CPU plays both sides, on one thread and on two.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from fusedamp import GradScaler, ops
 from torch import Tensor
 
-from ..borrowed import COMPRESSED, cases, compressible, copies, differing, op_calls
+from ..borrowed import COMPRESSED, cases, compressible, copies, differing, mixed, op_calls
 from ..place import Place
 
 SIZES = [(), (0,), (1,), (7,), (255,), (3, 5, 7), (4_097,), (16_383,), (16_384,), (16_385,), (100_003,)]
@@ -37,7 +38,7 @@ def run(place: Place) -> None:
         for dtype in op_calls.DTYPES
         for name, storage in formats(case, dtype).items()
     ]
-    for case, dtype, name, storage in place.all_in_time(jobs):
+    for case, dtype, name, storage in place.all_in_time(mixed(jobs), spare=0.4 * place.seconds_left):
         with place.attempt(f"optim {case.name} {dtype} {name}"):
             through_the_scaler(place, case, dtype, storage)
     place.note("optimizers", [case.name for case in optimizers])
@@ -45,11 +46,11 @@ def run(place: Place) -> None:
 
     variants = place.sized(list(op_calls.VARIANTS), ["adamw", "adam-amsgrad", "sgd-nesterov"])
     grad_dtypes = (None, torch.float16, torch.bfloat16, torch.float32)
-    calls = list(product(variants, (False, True), grad_dtypes, (False, True)))
-    for call in place.all_in_time(calls):
-        with place.attempt("{}, masters={}, grads={}, misaligned={}".format(*call)):
+    calls = list(product(variants, (False, True), grad_dtypes))
+    for call in place.all_in_time(mixed(calls)):
+        with place.attempt("{}, masters={}, grads={}".format(*call)):
             steps(place, *call)
-    place.note("op_combinations", len(calls))
+    place.note("op_combinations", 2 * len(calls))
 
 
 def formats(case: cases.Case, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
@@ -69,33 +70,36 @@ def same(ones: list[Tensor], others: list[Tensor], when: str) -> None:
         raise AssertionError(f"{when}: {len(found)} tensors differ: {'; '.join(found[:3])}")
 
 
-def steps(
-    place: Place, variant: str, masters: bool, grad_dtype: torch.dtype | None, misaligned: bool
-) -> None:
-    dtypes = op_calls.HALVES if masters else op_calls.DTYPES
+@cache
+def drawn(device: str, tiny: bool, steps: int) -> list[list[Tensor]]:
+    """FP32 gradients for the tensors of each step, the same for every call of an op."""
+    draw = torch.Generator().manual_seed(5)
+    sizes = TINY_SIZES if tiny else SIZES
+    return [[torch.randn(s, generator=draw).mul_(2.0**7).to(device) for s in sizes] for _ in range(steps)]
+
+
+def steps(place: Place, variant: str, masters: bool, grad_dtype: torch.dtype | None) -> None:
+    """On the device once with aligned tensors and once with misaligned ones."""
+    dtypes, count = op_calls.HALVES if masters else op_calls.DTYPES, place.sized(STEPS, 3)
     sizes = place.sized(SIZES, TINY_SIZES)
     cpu = op_calls.step_call(variant, sizes, dtypes, masters=masters, grad_dtype=grad_dtype, taken=(0, 3))
-    gpu = cpu.map(copies(place.device, misaligned), lambda scalar: scalar.clone().to(place.device))
-    scalars = dict(inv_scale=torch.tensor(2.0**-7), clip_coef=torch.tensor(0.37))
-    draw = torch.Generator().manual_seed(5)
-    for step in range(place.sized(STEPS, 3)):
-        for one, other in zip(cpu.grads, gpu.grads, strict=True):
-            one.copy_(torch.randn(one.shape, generator=draw) * 2.0**7)
-            other.copy_(one)
-        if step == WRITTEN:  # a user's write to the weights, which masters follow
-            for call in (cpu, gpu):
-                for param in call.params[::2]:
-                    param.mul_(0.5)
-        found_inf = torch.tensor(float(step == SKIPPED))
-        cpu.options |= scalars | {"found_inf": found_inf}
-        moved = {
-            name: value.to(place.device) for name, value in cpu.options.items() if torch.is_tensor(value)
-        }
-        gpu.options |= moved
-        cpu.run()
-        gpu.run()
-        if step in (0, place.sized(STEPS, 3) - 1):
-            same(cpu.exact_tensors(), gpu.exact_tensors(), f"after step {step + 1}")
+    calls = {"on the CPU": (cpu, "cpu")}
+    for name, misaligned in (("aligned", False), ("misaligned", True)):
+        copy = copies(place.device, misaligned)
+        calls[name] = (cpu.map(copy, lambda scalar: scalar.clone().to(place.device)), place.device)
+    for call, device in calls.values():
+        scalars = {"inv_scale": 2.0**-7, "clip_coef": 0.37}
+        call.options |= {name: torch.tensor(value, device=device) for name, value in scalars.items()}
+    for step in range(count):
+        for call, device in calls.values():
+            torch._foreach_copy_(call.grads, drawn(device, place.rehearse, count)[step])
+            if step == WRITTEN:  # a user's write to the weights, which masters follow
+                torch._foreach_mul_(call.params[::2], 0.5)
+            call.options["found_inf"] = torch.full((), float(step == SKIPPED), device=device)
+            call.run()
+        if step in (0, count - 1):
+            for name in ("aligned", "misaligned"):
+                same(cpu.exact_tensors(), calls[name][0].exact_tensors(), f"{name}, after step {step + 1}")
 
 
 def gradients(place: Place, dtype: torch.dtype, scale: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -154,20 +158,21 @@ def through_the_scaler(
     place: Place, case: cases.Case, dtype: torch.dtype, storage: dict[str, Any], steps: int = STEPS
 ) -> None:
     """The public way, without clipping: a norm may differ in its last bits."""
-    seen = []
+    seen, grads, count = [], [], place.sized(steps, 4)
     for device in ("cpu", place.device):
-        params = [torch.nn.Parameter(p.detach().to(device)) for p in cases.make_params(dtype)]
+        twins = cases.make_params(dtype)
+        params = [torch.nn.Parameter(p.detach().to(device, copy=True)) for p in twins]
         optimizer = case.ours(params, **case.options, **storage)
         scaler = GradScaler(device, init_scale=8.0, growth_interval=4)
         scaler.scale(torch.ones((), device=device))
-        for step in range(place.sized(steps, 4)):
-            cases.set_grads(
-                twins := [torch.nn.Parameter(p.detach().cpu()) for p in params], step, scaler.get_scale()
-            )
-            if step in (3, SKIPPED):
-                twins[5].grad[0, 0] = float("inf")
-            for param, twin in zip(params, twins, strict=True):
-                param.grad = twin.grad.to(device)
+        for step in range(count):
+            if len(grads) < count:  # on the CPU, which comes first
+                cases.set_grads(twins, step, scaler.get_scale())
+                if step in (3, SKIPPED):
+                    twins[5].grad[0, 0] = float("inf")
+                grads.append([twin.grad for twin in twins])
+            for param, grad in zip(params, grads[step], strict=True):
+                param.grad = grad.to(device, copy=True, non_blocking=True)  # unscale_ writes it
             if step % 3 == 2:
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)

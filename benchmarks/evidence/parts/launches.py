@@ -63,6 +63,8 @@ def launches(place: Place, phase: Callable[[], None]) -> Counter[str]:
     """Kernels of one phase, by name; in a rehearsal the operators that torch ran."""
     for _ in range(3):
         phase()
+    if place.device == "cuda":
+        torch.cuda.synchronize()  # what is still queued is no part of the phase
     activities = [ProfilerActivity.CPU, *place.sized([ProfilerActivity.CUDA], [])]
     with profile(activities=activities) as recorded:
         phase()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
+from pathlib import Path
 
 from ..place import Place, Skip
 from ..process import execute, find_tool
@@ -12,7 +15,7 @@ ERROR = 86  # exit code of the sanitizer where it found something
 OURS = ["--kernel-name", "kns=fusedamp"]
 # torch asks CUDA for what a machine may not have; launches that fail raise anyway.
 MORE = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
-STARTING = 25  # seconds that torch may take to start under it
+ENDING = 10  # seconds for the start of torch under it, before its clock runs, and for the summary
 
 
 def run(place: Place) -> None:
@@ -25,13 +28,17 @@ def run(place: Place) -> None:
         return
     if tool is None:
         raise Skip("compute-sanitizer was not found (it comes with the CUDA toolkit); set CUDA_HOME")
-    for left, check in ((2, "memcheck"), (1, "racecheck")):
-        share = place.seconds_left / left - 2
+    for share, check in ((0.67, "memcheck"), (1.0, "racecheck")):  # of the time that is left
+        seconds = share * place.seconds_left - 2
         command = [tool, "--tool", check, "--error-exitcode", str(ERROR), *MORE[check], *OURS]
-        command += [*reduced, "--seconds", str(max(5.0, share - STARTING))]
-        # Each tensor an allocation of its own, so that a step beyond it is seen.
-        done = execute(command, share, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "result.json"
+            command += [*reduced, "--seconds", str(max(5.0, seconds - ENDING)), "--result", str(file)]
+            # Each tensor an allocation of its own, so that a step beyond it is seen.
+            done = execute(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+            result = json.loads(file.read_text()) if file.exists() else {}
+        jobs = result.get("findings", {}).get("jobs_done", "none")
         summary = [line for line in done.output.split("\n") if "SUMMARY" in line]
-        place.note(check, {"seconds": round(done.seconds, 1), "summary": summary[-1:]})
-        place.check(check, not done.verdict, f"{done.verdict}\n{done.tail}")
+        place.note(check, {"seconds": round(done.seconds, 1), "jobs": jobs, "summary": summary[-1:]})
+        place.check(check, not done.verdict, f"{done.verdict}, {jobs} jobs done\n{done.tail}")
         place.check(f"{check} looked", bool(summary), f"no summary line in its output\n{done.tail}")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 import xml.etree.ElementTree as xml
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from ..borrowed import on_device
 from ..place import Place, Skip
 from ..process import execute
 
-SHOWN = 60  # failing tests that are listed
+SLOWEST = 25  # tests whose times are noted
+LONGEST_MESSAGE = 300
 TINY = ["tests/test_ops_scale.py", "-k", "hysteresis"]
 
 
@@ -21,6 +25,7 @@ def run(place: Place) -> None:
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["-m", "not host", f"--durations={SLOWEST}"]
     # Modules about the host's side test nothing of the device, and take most of the time.
     left_out = [f"--ignore=tests/{module}.py" for module in on_device.HOST_ONLY.split()]
     whole = ["tests", "--ignore=tests/emulation", *left_out, "--continue-on-collection-errors"]
@@ -39,14 +44,16 @@ def run(place: Place) -> None:
         )
         counts, failing = read(file) if file.exists() else ({}, [])
     place.note("counts", counts)
-    place.note("failing", failing[:SHOWN])
+    place.note("failing", grouped(failing))
+    place.note("failing_cases", [f"{case['test']}{case['case']}: {case['message']}" for case in failing])
+    place.note("slowest", re.findall(r"^([\d.]+s \w+) +(\S.*)$", done.output, flags=re.M)[:SLOWEST])
     place.check("finished in time", not done.timed_out, done.verdict)
     place.check("tests ran", counts.get("tests", 0) > 0, done.tail)
     place.check("no test failed", not failing, f"{len(failing)} of {counts.get('tests', 0)}: see `failing`")
 
 
-def read(file: Path) -> tuple[dict[str, int], list[str]]:
-    """How many tests ended how, and for each that failed its name and first line."""
+def read(file: Path) -> tuple[dict[str, int], list[dict[str, str]]]:
+    """How many tests ended how, and of each that failed its name, the first line and the place."""
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     failing = []
     for suite in xml.parse(file).getroot().iter("testsuite"):
@@ -55,6 +62,22 @@ def read(file: Path) -> tuple[dict[str, int], list[str]]:
         for case in suite.iter("testcase"):
             for kind in ("failure", "error"):
                 for found in case.iter(kind):
-                    first = (found.get("message") or "").strip().split("\n")[0][:200]
-                    failing.append(f"{case.get('classname')}::{case.get('name')}: {first}")
+                    function, bracket, parameters = (case.get("name") or "").partition("[")
+                    lines = (found.get("message") or "").strip().split("\n")
+                    places = re.findall(r"^(\S+?:\d+): ", found.text or "", flags=re.M)
+                    failing.append(
+                        {
+                            "test": f"{case.get('classname')}::{function}",
+                            "case": bracket + parameters,
+                            "message": lines[0][:LONGEST_MESSAGE],
+                            "place": places[-1] if places else "",
+                        }
+                    )
     return counts, failing
+
+
+def grouped(failing: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """One entry for each test function: how many of its cases failed, and how the first did."""
+    counts = Counter(case["test"] for case in failing)
+    first = {case["test"]: case for case in reversed(failing)}
+    return [{"cases": count, **first[test]} for test, count in counts.items()]
