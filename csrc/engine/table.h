@@ -16,8 +16,9 @@ struct StepRow {
   float* step;                // one element: how many steps this tensor has taken
   int64_t numel, seed;        // seed: of the tensor's random numbers
   DType grad_dtype, param_dtype;
-  DType master_dtype;  // f32, or i16: the remainder of a split master
-  DType state_dtype;   // f32, bf16 (rounded stochastically), f64, or i8: 8-bit codes, whose sign the rule knows
+  DType master_dtype;      // f32, or i16: the remainder of a split master
+  DType state_dtype;       // f32, bf16 (rounded stochastically), f64, or i8: 8-bit codes, whose sign the rule knows
+  uint8_t unused[4] = {};  // where padding would be: equal rows have equal bytes
 };
 
 // One gradient of a read pass or of unscale_.
@@ -25,6 +26,7 @@ struct GradRow {
   void* grad;
   int64_t numel;
   DType dtype;
+  uint8_t unused[7] = {};
 };
 
 // The scalars of a step. A null pointer stands for 1 (inv_scale, clip_coef), "no overflow" (found_inf), or the plain

@@ -1,6 +1,7 @@
 // A flat index over all chunks of all tensors of a list, and reductions over a block.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "engine.h"
@@ -32,6 +33,7 @@ Table<Row> place(const Device& device, const std::vector<Row>& rows) {
   }
   const int64_t bytes = static_cast<int64_t>(placed.size() * sizeof placed[0]);
   static_assert(sizeof(Placed<Row>) % 8 == 0, "uploads go in words of 8 bytes");
+  static_assert(std::has_unique_object_representations_v<Placed<Row>>, "padding would make equal tables differ");
   const void* resident = device.resident(placed.data(), bytes);
   return {static_cast<const Placed<Row>*>(resident), static_cast<int64_t>(rows.size()), chunks};
 }
