@@ -18,7 +18,7 @@ BAD_OPTIONS = [
     (optim.AdamW, {"lr": -0.1}, r"lr is -0.1; expected a finite number >= 0"),
     (optim.AdamW, {"lr": float("nan")}, r"lr is nan; expected a finite number >= 0"),
     (optim.AdamW, {"lr": torch.ones(2)}, r"lr is a tensor of shape \[2\]; expected one element"),
-    (optim.AdamW, {"lr": torch.tensor(-1.0)}, r"lr is -1.0; expected"),
+    (optim.AdamW, {"lr": torch.tensor(-1.0, device="cpu")}, r"lr is -1.0; expected"),
     (optim.AdamW, {"lr": "1e-3"}, r"lr is '1e-3' \(str\); expected a number"),
     (optim.AdamW, {"eps": -1e-8}, r"eps is -1e-08; expected a finite number >= 0"),
     (optim.AdamW, {"betas": (1.0, 0.9)}, r"betas\[0\] is 1.0; expected a number < 1 >= 0"),

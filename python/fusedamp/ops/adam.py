@@ -139,7 +139,7 @@ def _adam_states(
 ) -> dict[str, Tensors]:
     states = dict(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, max_exp_avg_sqs=max_exp_avg_sqs)
     arguments.need_lists(op, **states)
-    if arguments.flag(op, "amsgrad", amsgrad) != bool(max_exp_avg_sqs) and exp_avgs:
+    if arguments.flag(op, "amsgrad", amsgrad) != (len(max_exp_avg_sqs) > 0) and exp_avgs:
         raise ValueError(
             f"[{op}] max_exp_avg_sqs has {len(max_exp_avg_sqs)} tensors with amsgrad={amsgrad}; expected one "
             "per param with amsgrad, none without"

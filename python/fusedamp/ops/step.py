@@ -71,7 +71,7 @@ def documented(**parts: str) -> Callable[[Wrapper], Wrapper]:
 def need_momentum_buffers(op: str, params: Tensors, momentum_buffers: Tensors, momentum: float) -> None:
     """Raise unless there is a buffer for each parameter with momentum, and none without."""
     arguments.need_lists(op, params=params, momentum_buffers=momentum_buffers)
-    if bool(momentum_buffers) != (arguments.number(op, "momentum", momentum) != 0.0 and len(params) > 0):
+    if (len(momentum_buffers) > 0) != (arguments.number(op, "momentum", momentum) != 0.0 and len(params) > 0):
         raise ValueError(
             f"[{op}] momentum_buffers has {len(momentum_buffers)} tensors with momentum={momentum}; expected "
             "one per param with momentum, none without"
