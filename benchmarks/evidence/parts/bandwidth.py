@@ -68,9 +68,11 @@ SPLIT_BF16 = Format(
 SPLIT_INT8 = Format(
     "split masters, 8-bit states", Storage(master_weights="split", state_dtype="int8"), 2 + 2 * (1 + 4 / 128)
 )
+NEAREST = Format("no masters, to nearest", Storage(master_weights="none"), 8)
+STOCHASTIC = Format("no masters, stochastic", Storage(master_weights="none", stochastic_rounding=True), 8)
 # The workload, and its rival or, alone, its format.
 PAIRS: list[tuple[str, str | Format]] = [
-    *[("W1", what) for what in ("P1", "P3", SPLIT_INT8, "P2", "P4", SPLIT, SPLIT_BF16)],
+    *[("W1", what) for what in ("P1", "P3", SPLIT_INT8, "P2", "P4", SPLIT, SPLIT_BF16, NEAREST, STOCHASTIC)],
     *[(workload, rival) for workload in ("W2", "W3") for rival in ("P1", "P3", "P2", "P4")],
     *[("W4 7B", SPLIT_INT8), ("W4 GPT-2 XL", SPLIT_INT8), ("W4 GPT-2 XL", "P3"), ("W4 GPT-2 XL", "P1")],
 ]

@@ -32,16 +32,25 @@ struct Stored {
 };
 static_assert(kPerLane == 4, "a list of R has sizeof(R) words of 4 bytes in a lane");
 
-template <class R>
-__device__ __forceinline__ bool in_one_access(const R* list, int count) {
-  return count == kPerLane && reinterpret_cast<uintptr_t>(list) % (kPerLane * sizeof(R)) == 0;
+__device__ __forceinline__ bool is_aligned(const void* list, DType dtype) {
+  return reinterpret_cast<uintptr_t>(list) % static_cast<uintptr_t>(kPerLane * size_of(dtype)) == 0;
 }
-template <class R>
+// Whether every whole lane of every list moves by one access.
+template <class Rule>
+__device__ __forceinline__ bool is_aligned(const StepRow& row) {
+  bool aligned = is_aligned(row.grad, row.grad_dtype) && is_aligned(row.param, row.param_dtype) &&
+                 is_aligned(row.master, row.master_dtype);
+#pragma unroll
+  for (int j = 0; j < Rule::kStates; ++j) aligned &= is_aligned(row.states[j], row.state_dtype);
+  return aligned;
+}
+// kWhole: the lane is whole, and its lists are aligned.
+template <bool kWhole, class R>
 __device__ __forceinline__ Words fetch(const void* list, int64_t at, int count) {
   constexpr int kSize = sizeof(R);
   const R* from = in_global(static_cast<const R*>(list) + at);
   Words words = {};
-  if (in_one_access(from, count)) {
+  if (kWhole) {
     const Pack<uint32_t, kSize> pack = load<kSize>(reinterpret_cast<const uint32_t*>(from));
 #pragma unroll
     for (int w = 0; w < kSize; ++w) words.v[w] = pack.v[w];
@@ -52,10 +61,11 @@ __device__ __forceinline__ Words fetch(const void* list, int64_t at, int count) 
   }
   return words;
 }
+template <bool kWhole>
 __device__ __forceinline__ Words fetch(const void* list, DType dtype, int64_t at, int count) {
-  if (dtype == DType::f32) return fetch<uint32_t>(list, at, count);
-  if (is_8bit(dtype)) return fetch<uint8_t>(list, at, count);
-  return fetch<uint16_t>(list, at, count);
+  if (dtype == DType::f32) return fetch<kWhole, uint32_t>(list, at, count);
+  if (is_8bit(dtype)) return fetch<kWhole, uint8_t>(list, at, count);
+  return fetch<kWhole, uint16_t>(list, at, count);
 }
 template <class R>
 __device__ __forceinline__ Stored unpacked(const Words& words) {
@@ -65,16 +75,16 @@ __device__ __forceinline__ Stored unpacked(const Words& words) {
     stored.v[e] = static_cast<R>(words.v[e * static_cast<int>(sizeof(R)) / 4] >> 8 * sizeof(R) * e % 32);
   return stored;
 }
-template <class R>
+template <bool kWhole, class R>
 __device__ __forceinline__ void put(void* list, int64_t at, int count, const Stored& stored) {
   constexpr int kSize = sizeof(R);
   R* to = in_global(static_cast<R*>(list) + at);
-  if (in_one_access(to, count)) {
+  if (kWhole) {
     uint32_t words[kSize] = {};
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e)
       words[e * kSize / 4] |= static_cast<uint32_t>(static_cast<R>(stored.v[e])) << 8 * kSize * e % 32;
-    // By intrinsic: an ordinary store the compiler splits, to share its parts with the branch below.
+    // By intrinsic: an ordinary store the compiler splits, to share its parts with other branches'.
     if constexpr (kSize == 4) __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
     if constexpr (kSize == 2) __stwb(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
     if constexpr (kSize == 1) __stwb(reinterpret_cast<unsigned*>(to), words[0]);
@@ -84,6 +94,7 @@ __device__ __forceinline__ void put(void* list, int64_t at, int count, const Sto
       if (e < count) to[e] = static_cast<R>(stored.v[e]);
   }
 }
+
 // A lane's elements as numbers. What reads and writes them takes one branch for all of them.
 struct Numbers {
   float v[kPerLane];
@@ -147,7 +158,7 @@ __device__ __forceinline__ Stored draw(RandomKey key, int64_t at) {
   return random;
 }
 
-template <DType kHalf>
+template <bool kWhole, DType kHalf>
 __device__ __forceinline__ void put_halves(const StepRow& row, int64_t at, int count, const Numbers& weight,
                                            bool stochastic, RandomKey key) {
   Stored half;
@@ -165,7 +176,7 @@ __device__ __forceinline__ void put_halves(const StepRow& row, int64_t at, int c
         remainder.v[e] = static_cast<uint16_t>(f16_remainder(x, widen<float>(bits, DType::f16)));
       }
     }
-    put<uint16_t>(row.master, at, count, remainder);
+    put<kWhole, uint16_t>(row.master, at, count, remainder);
   } else if (stochastic && !row.master) {
     const Stored random = draw(key, at);
 #pragma unroll
@@ -175,15 +186,16 @@ __device__ __forceinline__ void put_halves(const StepRow& row, int64_t at, int c
   } else {
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) half.v[e] = narrow<uint16_t>(weight.v[e], kHalf);
-    if (row.master) put<uint32_t>(row.master, at, count, bits_of(weight));
+    if (row.master) put<kWhole, uint32_t>(row.master, at, count, bits_of(weight));
   }
-  put<uint16_t>(row.param, at, count, half);
+  put<kWhole, uint16_t>(row.param, at, count, half);
 }
+template <bool kWhole>
 __device__ __forceinline__ void put_weights(const StepRow& row, int64_t at, int count, const Numbers& weight,
                                             bool stochastic, RandomKey key) {
-  if (row.param_dtype == DType::f32) return put<uint32_t>(row.param, at, count, bits_of(weight));
-  if (row.param_dtype == DType::bf16) return put_halves<DType::bf16>(row, at, count, weight, stochastic, key);
-  put_halves<DType::f16>(row, at, count, weight, stochastic, key);
+  if (row.param_dtype == DType::f32) return put<kWhole, uint32_t>(row.param, at, count, bits_of(weight));
+  if (row.param_dtype == DType::bf16) return put_halves<kWhole, DType::bf16>(row, at, count, weight, stochastic, key);
+  put_halves<kWhole, DType::f16>(row, at, count, weight, stochastic, key);
 }
 
 template <bool kNonNegative>
@@ -198,16 +210,16 @@ __device__ __forceinline__ Numbers states_of(const Words& words, DType dtype, fl
 }
 
 // Every lane of the warp calls it.
-template <bool kNonNegative>
+template <bool kWhole, bool kNonNegative>
 __device__ __forceinline__ void put_states(void* list, DType dtype, int64_t at, int count, const Numbers& state,
                                            RandomKey key, float* scale_at) {
-  if (dtype == DType::f32) return put<uint32_t>(list, at, count, bits_of(state));
+  if (dtype == DType::f32) return put<kWhole, uint32_t>(list, at, count, bits_of(state));
   const Stored random = draw(key, at);
   Stored stored;
   if (dtype == DType::bf16) {
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) stored.v[e] = float_to_bf16(state.v[e], random.v[e]);
-    return put<uint16_t>(list, at, count, stored);
+    return put<kWhole, uint16_t>(list, at, count, stored);
   }
   uint32_t largest = 0;  // as integers, NaN > infinity > finite
 #pragma unroll
@@ -219,7 +231,7 @@ __device__ __forceinline__ void put_states(void* list, DType dtype, int64_t at, 
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e)
     stored.v[e] = static_cast<uint32_t>(Codes<kNonNegative>::code(state.v[e], inverse, random.v[e]));
-  put<uint8_t>(list, at, count, stored);
+  put<kWhole, uint8_t>(list, at, count, stored);
 }
 
 template <class Rule, int kState>
@@ -233,57 +245,70 @@ __device__ __forceinline__ void for_each_state(Visit visit) {
   if constexpr (Rule::kStates > 2) visit(std::integral_constant<int, 2>());
 }
 
-// act(weight, gradient, states) for each element of one chunk; the results are stored where Action::kStores.
+// act(weight, gradient, states) for a lane's elements of one scale block; the results are stored where Action::kStores.
+// Every lane of the warp calls it. `keys`: of the lists' random numbers.
+template <bool kWhole, class Rule, class Action>
+__device__ __forceinline__ void visit_lane(const StepRow& row, int64_t at, int left, Action& act, bool stochastic,
+                                           const RandomKey* keys) {
+  constexpr int kStates = kStateRoom<Rule>;
+  const int count = kWhole || left > kPerLane ? kPerLane : left < 0 ? 0 : left;
+  const int64_t block = at / kScaleBlock;
+
+  const StepRow lists = row;  // one wait for all addresses, before the loads that need them
+  const Words grad_words = fetch<kWhole>(lists.grad, lists.grad_dtype, at, count);
+  const Words param_words = fetch<kWhole>(lists.param, lists.param_dtype, at, count);
+  Words master_words = {}, state_words[kStates];
+  float scales[kStates];
+  if (lists.master) master_words = fetch<kWhole>(lists.master, lists.master_dtype, at, count);
+  for_each_state<Rule>([&](auto j) {
+    state_words[j] = fetch<kWhole>(lists.states[j], lists.state_dtype, at, count);
+    scales[j] = lists.state_dtype == DType::i8 ? lists.scales[j][block] : 0.0f;
+  });
+  __syncwarp();  // every lane has the scale before one writes it
+
+  const Numbers grad = widened(grad_words, lists.grad_dtype);
+  Numbers weight = weights_of(lists, param_words, master_words), state[kStates];
+  for_each_state<Rule>(
+      [&](auto j) { state[j] = states_of<kNeverNegative<Rule, j>>(state_words[j], lists.state_dtype, scales[j]); });
+#pragma unroll
+  for (int e = 0; e < kPerLane; ++e) {
+    if (!Action::kStores && e >= count) break;
+    float s[kStates];
+    for_each_state<Rule>([&](auto j) { s[j] = state[j].v[e]; });
+    act(weight.v[e], grad.v[e], s);
+    for_each_state<Rule>([&](auto j) { state[j].v[e] = s[j]; });
+  }
+  if constexpr (!Action::kStores) return;
+  put_weights<kWhole>(row, at, count, weight, stochastic, keys[kWeightList]);
+  for_each_state<Rule>([&](auto j) {
+    put_states<kWhole, kNeverNegative<Rule, j>>(row.states[j], row.state_dtype, at, count, state[j], keys[j],
+                                                row.scales[j] + block);
+  });
+}
+
+// The elements of one chunk.
 template <class Rule, class Action>
 __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span span, Action& act, bool stochastic,
                                                        uint64_t stream) {
-  constexpr int kStates = kStateRoom<Rule>, kBlockSize = static_cast<int>(kScaleBlock);
+  constexpr int kBlockSize = static_cast<int>(kScaleBlock);
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int lane_first = static_cast<int>(threadIdx.x) % 32 * kPerLane;
-  // A chunk has one for each list; every warp makes its own, so that none waits for another.
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // A chunk has one key for each list; every warp makes its own, so that none waits for another.
   FUSEDAMP_SHARED(RandomKey, all_keys, kBlock / 32 * (kWeightList + 1));
   RandomKey* keys = all_keys + warp * (kWeightList + 1);
   __syncwarp();
-  if (threadIdx.x % 32 <= kWeightList) {
-    const int list = static_cast<int>(threadIdx.x) % 32;
-    keys[list] = random_key(stream, list, span.first);
-  }
+  if (lane <= kWeightList) keys[lane] = random_key(stream, lane, span.first);
   __syncwarp();
 
+  const bool aligned = is_aligned<Rule>(row);
   for (int first = warp * kBlockSize; first < span.count; first += warps * kBlockSize) {
-    const int left = span.count - first - lane_first, count = left < 0 ? 0 : left < kPerLane ? left : kPerLane;
-    const int64_t block = (span.first + first) / kScaleBlock, at = span.first + first + lane_first;
-
-    const StepRow lists = row;  // one wait for all addresses, before the loads that need them
-    const Words grad_words = fetch(lists.grad, lists.grad_dtype, at, count);
-    const Words param_words = fetch(lists.param, lists.param_dtype, at, count);
-    Words master_words = {}, state_words[kStates];
-    float scales[kStates];
-    if (lists.master) master_words = fetch(lists.master, lists.master_dtype, at, count);
-    for_each_state<Rule>([&](auto j) {
-      state_words[j] = fetch(lists.states[j], lists.state_dtype, at, count);
-      scales[j] = lists.state_dtype == DType::i8 ? lists.scales[j][block] : 0.0f;
-    });
-    __syncwarp();  // every lane has the scale before one writes it
-
-    const Numbers grad = widened(grad_words, lists.grad_dtype);
-    Numbers weight = weights_of(lists, param_words, master_words), state[kStates];
-    for_each_state<Rule>(
-        [&](auto j) { state[j] = states_of<kNeverNegative<Rule, j>>(state_words[j], lists.state_dtype, scales[j]); });
-#pragma unroll
-    for (int e = 0; e < kPerLane; ++e) {
-      if (!Action::kStores && e >= count) break;
-      float s[kStates];
-      for_each_state<Rule>([&](auto j) { s[j] = state[j].v[e]; });
-      act(weight.v[e], grad.v[e], s);
-      for_each_state<Rule>([&](auto j) { state[j].v[e] = s[j]; });
+    const int in_block = lane * kPerLane, left = span.count - first;
+    const int64_t at = span.first + first + in_block;
+    if (aligned && left >= kBlockSize) {
+      visit_lane<true, Rule>(row, at, kPerLane, act, stochastic, keys);
+    } else {
+      visit_lane<false, Rule>(row, at, left - in_block, act, stochastic, keys);
     }
-    if constexpr (!Action::kStores) continue;
-    put_weights(row, at, count, weight, stochastic, keys[kWeightList]);
-    for_each_state<Rule>([&](auto j) {
-      put_states<kNeverNegative<Rule, j>>(row.states[j], row.state_dtype, at, count, state[j], keys[j],
-                                          row.scales[j] + block);
-    });
   }
 }
 
