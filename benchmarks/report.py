@@ -92,7 +92,9 @@ def _table(rows: list[dict[int, Result]], threads: list[int], per_tensor: bool) 
             cells.append("; ".join(_nanoseconds(pair[count]) for count in threads if count in pair))
         else:
             cells += [f"{row.our_bytes} / {row.rival_bytes}"]
-            cells += ["; ".join(_percent(pair[count].share_of_stream) for count in threads if count in pair)]
+            cells += [
+                "; ".join(as_percent(pair[count].share_of_stream) for count in threads if count in pair)
+            ]
         taken = [(r.timing.dropped, r.timing.dropped + len(r.timing.clean)) for r in pair.values()]
         cells.append(f"{sum(t[0] for t in taken)} of {sum(t[1] for t in taken)}")
         lines.append(cells)
@@ -110,7 +112,7 @@ def _figure(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 3 else f"{ratio:.1f}"
 
 
-def _percent(share: float) -> str:
+def as_percent(share: float) -> str:
     return "-" if share != share else f"{share:.0%}"
 
 

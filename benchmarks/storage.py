@@ -21,7 +21,7 @@ from torch import Tensor
 from .contenders import DTYPES, Fusedamp
 from .duel import NO_CLIPPING, NOISE, WrongResult
 from .machine import Machine
-from .report import QUICK
+from .report import QUICK, as_percent
 from .results import write_csv
 from .stream import Stream
 from .timing import Budget, Limits, Timing, alternate, percentile
@@ -184,7 +184,7 @@ fusedamp's optimizer phase (unscale, overflow check, clip, step, scale update) i
 states, on one tensor of {count:,} elements. **A number is how many times as fast the mode is as what it is
 beside**: the median over pairs of samples that take turns in one process, then the 20th to 80th percentile.
 *By bytes*: the same ratio if bytes alone counted. *Of the stream*: the mode's bandwidth over that of the
-machine's own stream of 4 reads and 3 in-place writes, measured beside it.
+machine's own stream of 4 reads and 3 in-place writes, measured beside it (-: disturbed whenever it was).
 """
 
 
@@ -203,7 +203,7 @@ def report(points: list[Point], machine: Machine, quick: bool) -> str:
         ]
         for point in (p for p in points if (p.mode, p.plain) == (mode, plain)):
             low, middle, high = (percentile(point.timing.ratios(), percent) for percent in (20, 50, 80))
-            cells += [f"**{middle:.2f}** ({low:.2f} to {high:.2f})", f"{point.share:.0%}"]
+            cells += [f"**{middle:.2f}** ({low:.2f} to {high:.2f})", as_percent(point.share)]
         table.append(cells)
     parts = [
         f"# Formats of masters and states on {machine.title}",

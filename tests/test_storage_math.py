@@ -22,8 +22,8 @@ SIZES = (1, 7, 127, 128, 129, 1000)
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_every_fp32_value_through_split_masters(half, tmp_path):
-    """All 2^32: BF16 exact, FP16 exact over its normal range; stochastic roundings with their exact means, and
-    bit for bit in the engine's vectors, which are of 16 elements for one half and of 8 for the other."""
+    """All 2^32: BF16 exact, FP16 exact over its normal range; stochastic roundings with their exact means,
+    and bit for bit in the engine's vectors, which are of 16 elements for one half and of 8 for the other."""
     program = tmp_path / "rounding_exhaustive"
     flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=off", "-Wall", "-Wextra"]
     flags += ["-Wno-unused-function"]
