@@ -116,6 +116,7 @@ int main(int argc, char** argv) {
     expect(bad == 0, "split masters from", static_cast<uint32_t>(at));
     for (uint32_t i = 0; i < 4096; i += 64) check_vectors(static_cast<uint32_t>(at) + i, false);
     check_vectors(static_cast<uint32_t>(at), true);
+    check_vectors(static_cast<uint32_t>(at) ^ 0x80000000u, true);  // of the other half of all values, some
   }
   uint32_t bits = 12345;
   for (int i = 0; i < 60; ++i) check_stochastic(bits = bits * 1664525u + 1013904223u);

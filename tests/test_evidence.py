@@ -179,6 +179,8 @@ def test_every_optimizer_and_format_is_proved():
 
 
 def test_proofs_may_run_together_and_measurements_alone():
+    assert set(run.threads("bitwise").values()) == {"1"}
+    assert run.threads("bandwidth") == run.threads("probe") == {}
     together = [[part.name for part in stage] for stage in parts.stages(PARTS)]
     assert [name for stage in together for name in stage] == list(PARTS)
     assert [stage for stage in together if len(stage) > 1] == [[n for n, p in PARTS.items() if p.proves]]

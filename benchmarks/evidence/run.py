@@ -79,15 +79,18 @@ def environment(rehearse: bool, arch: str | None) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(paths), "TORCH_CUDA_ARCH_LIST": chosen}
 
 
+def threads(name: str) -> dict[str, str]:
+    """Proofs run beside each other: more threads in each would only wait for those of the others."""
+    return dict.fromkeys(ONE_THREAD, "1") if name in PARTS and PARTS[name].proves else {}
+
+
 def perform(name: str, seconds: float, rehearse: bool, env: dict[str, str]) -> dict[str, Any]:
     """One part in its process. What it found before it crashed or was stopped counts."""
     with tempfile.TemporaryDirectory(prefix="evidence-") as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.evidence.part", name, "--result", str(file)]
         command += ["--device", "cpu" if rehearse else "cuda", "--seconds", str(seconds)]
-        # Proofs run beside each other: more threads in each would only wait for those of the others.
-        narrow = dict.fromkeys(ONE_THREAD, "1") if name in PARTS and PARTS[name].proves else {}
-        done = execute([*command, *(["--rehearse"] if rehearse else [])], seconds, env | narrow)
+        done = execute([*command, *(["--rehearse"] if rehearse else [])], seconds, env | threads(name))
         try:
             result = json.loads(file.read_text())
         except (OSError, ValueError):

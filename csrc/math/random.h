@@ -26,9 +26,10 @@ struct RandomKey {
 
 constexpr int kWeightList = 3;  // states are lists 0, 1 and 2
 
-// Of one list of the tensor, for the elements whose index has the same upper 31 bits as `index`.
+// Of one list of the tensor, for the kKeyElements elements around `index`: as many as 2^32 words are for.
+constexpr int64_t kKeyElements = int64_t{1} << 33;
 FUSEDAMP_FN RandomKey random_key(uint64_t stream, int list, int64_t index) {
-  const uint64_t lists = 4, which = (static_cast<uint64_t>(index) >> 33) * lists + static_cast<uint64_t>(list);
+  const uint64_t lists = 4, which = static_cast<uint64_t>(index / kKeyElements) * lists + static_cast<uint64_t>(list);
   const uint64_t key = mix(stream ^ ((which + 1) * 0x9e3779b97f4a7c15u));
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
@@ -42,7 +43,7 @@ FUSEDAMP_FN uint32_t random_bits(RandomKey key, uint32_t pair) {
 }
 
 // The 16 of them that are for this element: the lower ones if its index is even.
-FUSEDAMP_FN uint32_t random_half(uint32_t bits, int64_t index) { return bits >> (index % 2 * 16) & 0xffffu; }
+FUSEDAMP_FN uint32_t random_half(uint32_t bits, int index) { return bits >> (index % 2 * 16) & 0xffffu; }
 
 }  // namespace FUSEDAMP_TARGET
 }  // namespace fusedamp

@@ -115,13 +115,6 @@ EMULATION_SHUFFLE(__shfl_sync, emulation::WarpOp::kIndex)
 EMULATION_SHUFFLE(__shfl_up_sync, emulation::WarpOp::kUp)
 EMULATION_SHUFFLE(__shfl_down_sync, emulation::WarpOp::kDown)
 EMULATION_SHUFFLE(__shfl_xor_sync, emulation::WarpOp::kXor)
-inline unsigned __reduce_max_sync(unsigned mask, unsigned value, EMULATION_PLACE) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const unsigned other = __shfl_xor_sync(mask, value, distance, 32, file, line);
-    value = other > value ? other : value;
-  }
-  return value;
-}
 #define EMULATION_VOTE(Result, name, op)                                                           \
   inline Result name(unsigned mask, int predicate, EMULATION_PLACE) {                              \
     return static_cast<Result>(emulation::warp_op(op, mask, predicate != 0, 0, 32, {file, line})); \
@@ -174,6 +167,11 @@ constexpr int kPacketWords = EMULATED_PACKET_WORDS, kSmallPacketWords = kPacketW
 template <class T>
 T* in_global(T* address) {
   return address;
+}
+
+inline uint32_t warp_max(uint32_t x) {
+  for (int distance = 16; distance > 0; distance /= 2) x = max(x, __shfl_xor_sync(~0u, x, distance));
+  return x;
 }
 
 template <class... Parameters>

@@ -154,10 +154,11 @@ void test_beyond_32_bits(Random& random) {
   for (const Twins* t : {&grad, &param, &buffer}) t->expect_equal("tensor", 0);
 }
 
-// The same for 8-bit states, whose scales and random numbers go by the index: what they become is typed out here.
-void test_compressed_beyond_32_bits(Random& random) {
-  now_testing = "2^32 elements, 8-bit states";
-  const int64_t chunk = (int64_t{1} << 32) / cuda::kChunk + 1, first = chunk * cuda::kChunk;
+// The same for 8-bit states, on either engine: scales and random numbers go by the index, and the second kKeyElements
+// have other keys. What they become is typed out here.
+void test_compressed_beyond_32_bits(Random& random, bool emulated) {
+  now_testing = "2^33 elements, 8-bit states";
+  const int64_t chunk = kKeyElements / cuda::kChunk + 1, first = chunk * cuda::kChunk;
   const int block = static_cast<int>(kScaleBlock), count = block + 3;
   Twins grad(DType::f16, count, 0), param(DType::f32, count, 0), codes(DType::i8, count, 0), scales(DType::f32, 2, 0);
   for (Twins* t : {&grad, &param}) t->fill(random, 1.0);
@@ -179,9 +180,10 @@ void test_compressed_beyond_32_bits(Random& random) {
   set_hyper(kLion, false, scalars.hyper);
   scalars.lr = 0.1;
   const auto coeffs = cuda::coeffs_for<Lion, float>(row, scalars, nullptr);
-  steps = 6.0f;
 
   const RandomKey key = random_key(random_stream(row.seed, 6), 0, first);
+  expect(key.outer != random_key(random_stream(row.seed, 6), 0, kKeyElements - 1).outer,
+         "key of another 2^33 elements");
   for (int b = 0; b < 2; ++b) {
     const int end = std::min((b + 1) * block, count);
     std::vector<float> momenta;
@@ -199,13 +201,19 @@ void test_compressed_beyond_32_bits(Random& random) {
     put(scales.cpu(), DType::f32, b, scale);
     for (int i = b * block; i < end; ++i) {
       const uint32_t bits = random_bits(key, static_cast<uint32_t>((first + i) / 2));
-      const uint32_t dither = random_half(bits, first + i);
+      const uint32_t dither = random_half(bits, i % 2);
       put(codes.cpu(), DType::i8, i, Codes<false>::code(momenta[i - b * block], inverse, dither));
     }
   }
-  const cuda::Placed<StepRow> placed = {row, -chunk};
-  cuda::launch("step", &cuda::step_kernel<Lion, cuda::Kind::kCompressed>, 1, cuda::kBlock, nullptr,
-               cuda::Table<StepRow>{&placed, 1, 1}, scalars, &coeffs);
+  if (emulated) {
+    steps = 6.0f;  // counted by another launch
+    const cuda::Placed<StepRow> placed = {row, -chunk};
+    cuda::launch("step", &cuda::step_kernel<Lion, cuda::Kind::kCompressed>, 1, cuda::kBlock, nullptr,
+                 cuda::Table<StepRow>{&placed, 1, 1}, scalars, &coeffs);
+  } else {
+    const cpu::Chunk last = {0, first, count};
+    cpu::kernels().step[kLion](&row, &last, 1, scalars, nullptr);
+  }
   for (const Twins* t : {&param, &codes, &scales}) t->expect_equal("tensor", 0);
 }
 
@@ -311,6 +319,19 @@ void test_reads(Random& random, int64_t largest) {
   for (size_t t = 0; t < grads.size(); ++t) grads[t].expect_equal("grads", t);
 }
 
+// The launch that combines takes several records ahead where a tensor has more chunks than a block has threads.
+void test_more_chunks_than_threads() {
+  now_testing = "more chunks than threads";
+  std::vector<Twins> grads;
+  grads.emplace_back(DType::f16, (cuda::kBlock + 2) * cuda::kChunk + 5, 0);
+  for (const int64_t i : {int64_t{0}, grads[0].numel() - 1}) {
+    const float inv_scale = 1.0f;
+    expect_stats(emulated_stats(grads, &inv_scale, 2.0, 4), grads, inv_scale, 2.0);
+    grads[0].set(i, kInf);
+    expect_stats(emulated_stats(grads, &inv_scale, 2.0, 4), grads, inv_scale, 2.0);
+  }
+}
+
 // Tensor i is not finite at its element i only, for every i of a chunk and a little more.
 void test_every_position(Random& random) {
   const int64_t length = std::min<int64_t>(cuda::kChunk, 1024) + 9;
@@ -385,7 +406,8 @@ int main(int argc, char** argv) {
   }
   Random random(1);
   test_beyond_32_bits(random);
-  test_compressed_beyond_32_bits(random);
+  for (const bool emulated : {true, false}) test_compressed_beyond_32_bits(random, emulated);
+  test_more_chunks_than_threads();
   test_every_position(random);
   test_update_scale(random);
   emulation::print_launched(reinterpret_cast<const void*>(&main));  // a symbol table makes names of it

@@ -1,6 +1,6 @@
 """Every optimizer, mix of dtypes, storage format and odd size, aligned and not: 12 steps, the CPU's bits.
 
-In a rehearsal the CPU plays both sides, on one thread and on two.
+In a rehearsal the CPU plays both sides.
 """
 
 from __future__ import annotations

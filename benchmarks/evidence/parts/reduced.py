@@ -58,7 +58,8 @@ def in_format(place: Place, case: cases.Case, name: str, storage: dict[str, Any]
 def step(place: Place, variant: str, misaligned: bool) -> None:
     """Without masters FP64 tensors are among them, which have kernels of their own; and with masters."""
     for masters, dtypes in ((False, op_calls.DTYPES), (True, op_calls.HALVES)):
-        wanted = op_calls.step_call(variant, SIZES, dtypes, masters=masters)
+        sizes = SIZES + [SIZES[-1]] * (len(dtypes) - 1)  # one of several chunks in each dtype
+        wanted = op_calls.step_call(variant, sizes, dtypes, masters=masters)
         call = wanted.map(copies(place.device, misaligned), lambda scalar: scalar.clone().to(place.device))
         for skip in (0.0, 1.0):
             call.options["found_inf"] = torch.tensor(skip, device=place.device)

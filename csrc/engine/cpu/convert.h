@@ -37,15 +37,16 @@ FUSEDAMP_FN void narrow_f16(const float* from, uint16_t* to, int64_t n) {
 }
 
 // Stochastically. A normal half is the bits and the random ones, cut off. Where one comes out that is not normal, or is
-// the largest, which others are cut to, its vector takes the exact way.
+// the largest, which others are cut to, its vector takes the exact way. (The least normal half is right even from below
+// it, where the exact way takes at least as much chance.)
 FUSEDAMP_FN void narrow_f16(const float* from, uint16_t* to, int64_t n, const uint16_t* random) {
   const auto exactly = [=](int64_t begin, int64_t end) {
 #pragma omp simd
     for (int64_t i = begin; i < end; ++i) to[i] = float_to_f16(from[i], random[i]);
   };
   int64_t i = 0;
-#if defined(__F16C__)
-  constexpr int kCut = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+#if defined(__F16C__) && defined(__AVX2__)
+  constexpr int kCut = _MM_FROUND_TO_ZERO;
   constexpr short kMagnitude = 0x7fff, kLeast = 0x0400, kNormals = 0x7bff - kLeast;
 #if defined(__AVX512F__)
   for (; i + 16 <= n; i += 16) {

@@ -7,8 +7,9 @@
 namespace fusedamp::cpu {
 namespace {
 
-// Elements; a 16-bit gradient chunk and its states fit the L2 cache, and 2^32 elements are whole chunks.
+// Elements; a 16-bit gradient chunk and its states fit the L2 cache.
 constexpr int64_t kChunk = 32 * 1024;
+static_assert(kKeyElements % kChunk == 0, "elements of a chunk share their random keys");
 
 // units[u] .. units[u + 1] are the chunks that one thread takes at once: about kChunk elements.
 struct Plan {

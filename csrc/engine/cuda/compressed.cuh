@@ -12,7 +12,7 @@ namespace fusedamp::cuda {
 
 constexpr int kPerLane = static_cast<int>(kScaleBlock) / 32;
 static_assert(kChunk % kScaleBlock == 0, "chunks have whole scale blocks");
-static_assert((int64_t{1} << 32) % kChunk == 0, "indices of a chunk share their upper 32 bits");
+static_assert(kKeyElements % kChunk == 0, "elements of a chunk share their random keys");
 
 inline bool is_compressed(const StepRow& row, const StepScalars& scalars) {
   if (row.param_dtype == DType::f64) return false;
@@ -50,7 +50,7 @@ __device__ __forceinline__ Words fetch(const void* list, int64_t at, int count) 
   constexpr int kSize = sizeof(R);
   const R* from = in_global(static_cast<const R*>(list) + at);
   Words words = {};
-  if (kWhole) {
+  if constexpr (kWhole) {
     const Pack<uint32_t, kSize> pack = load<kSize>(reinterpret_cast<const uint32_t*>(from));
 #pragma unroll
     for (int w = 0; w < kSize; ++w) words.v[w] = pack.v[w];
@@ -79,7 +79,7 @@ template <bool kWhole, class R>
 __device__ __forceinline__ void put(void* list, int64_t at, int count, const Stored& stored) {
   constexpr int kSize = sizeof(R);
   R* to = in_global(static_cast<R*>(list) + at);
-  if (kWhole) {
+  if constexpr (kWhole) {
     uint32_t words[kSize] = {};
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e)
@@ -225,7 +225,7 @@ __device__ __forceinline__ void put_states(void* list, DType dtype, int64_t at, 
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e)
     if (e < count) largest = max(largest, fusedamp::bits_of(state.v[e]) & 0x7fffffffu);
-  largest = __reduce_max_sync(0xffffffffu, largest);
+  largest = warp_max(largest);
   const float scale = Codes<kNonNegative>::scale(largest), inverse = Codes<kNonNegative>::inverse(scale);
   if (threadIdx.x % 32 == 0) *scale_at = scale;
 #pragma unroll
@@ -279,6 +279,7 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, int64_t at, int l
     for_each_state<Rule>([&](auto j) { state[j].v[e] = s[j]; });
   }
   if constexpr (!Action::kStores) return;
+  // By `row`: addresses that are read again take no registers meanwhile.
   put_weights<kWhole>(row, at, count, weight, stochastic, keys[kWeightList]);
   for_each_state<Rule>([&](auto j) {
     put_states<kWhole, kNeverNegative<Rule, j>>(row.states[j], row.state_dtype, at, count, state[j], keys[j],
@@ -296,9 +297,11 @@ __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span 
   // A chunk has one key for each list; every warp makes its own, so that none waits for another.
   FUSEDAMP_SHARED(RandomKey, all_keys, kBlock / 32 * (kWeightList + 1));
   RandomKey* keys = all_keys + warp * (kWeightList + 1);
-  __syncwarp();
-  if (lane <= kWeightList) keys[lane] = random_key(stream, lane, span.first);
-  __syncwarp();
+  if constexpr (Action::kStores) {
+    __syncwarp();  // nobody needs those of the chunk before
+    if (lane <= kWeightList) keys[lane] = random_key(stream, lane, span.first);
+    __syncwarp();  // they are there
+  }
 
   const bool aligned = is_aligned<Rule>(row);
   for (int first = warp * kBlockSize; first < span.count; first += warps * kBlockSize) {

@@ -27,6 +27,16 @@ __device__ __forceinline__ T* in_global(T* address) {
   return address;
 }
 
+// The largest of a warp's numbers; every lane calls it and gets it.
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, x);
+#else
+  for (int distance = 16; distance > 0; distance /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, distance));
+  return x;
+#endif
+}
+
 // How many blocks of kBlock threads a multiprocessor runs at the same time. 0 where that is an error: so is the launch.
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...)) {
