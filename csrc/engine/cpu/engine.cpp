@@ -4,6 +4,8 @@
 #include <atomic>
 #include <limits>
 
+#include "../../math/random.h"
+
 namespace fusedamp::cpu {
 namespace {
 
