@@ -33,7 +33,7 @@ def read_defects() -> list[Defect]:
     return [Defect(**row) for row in rows]
 
 
-KEPT = ("AdamW", "Sgd", "SgdMomentum", "Lamb")  # the kernels of other rules show nothing new
+KEPT = ("AdamW", "Sgd", "SgdMomentum", "Lion", "Lamb")  # the kernels of other rules show nothing new
 
 
 def copy_project(root: Path) -> None:

@@ -5,6 +5,7 @@ non-finite values at every position), races, missing barriers and fences, access
 mutants.py shows that it can fail.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import fusedamp
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from emulated import KINDS, Kind, build, cuda_include, kernels_of, kernels_run
+from emulated import KINDS, ROOT, Kind, build, cuda_include, kernels_of, kernels_run
 
 pytestmark = [
     pytest.mark.emulation,
@@ -66,3 +67,14 @@ def test_kernels_equal_the_cpu_engine(name: str, rounds: int, largest: int, tmp_
         wanted = kernels_of(library, kind)
         assert len(wanted) > 50
         assert kernels_run(binary, done.stdout) == wanted
+
+
+def test_defects_are_tried_with_every_rule_that_the_tests_name() -> None:
+    """mutants.py leaves the other rules out; a test that names one would not compile there."""
+    folder = Path(__file__).parent
+    rules = re.findall(r"FUSEDAMP_RULE\(\w+, (\w+)\)", (ROOT / "csrc/math/optimizers.def").read_text())
+    (kept,) = re.findall(r"^KEPT = \((.*)\)", (folder / "mutants.py").read_text(), re.M)
+    tests = (folder / "test_kernels.cpp").read_text()
+    named = {rule for rule in rules if re.search(rf"\bk{rule}\b", tests)}
+    assert named
+    assert named <= set(re.findall(r"\w+", kept))
