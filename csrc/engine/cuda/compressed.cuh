@@ -264,7 +264,7 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, int64_t at, int l
     state_words[j] = fetch<kWhole>(lists.states[j], lists.state_dtype, at, count);
     scales[j] = lists.state_dtype == DType::i8 ? lists.scales[j][block] : 0.0f;
   });
-  __syncwarp();  // every lane has the scale before one writes it
+  __syncwarp();  // every lane has the scale before one writes it, and sees the keys
 
   const Numbers grad = widened(grad_words, lists.grad_dtype);
   Numbers weight = weights_of(lists, param_words, master_words), state[kStates];
@@ -300,7 +300,6 @@ __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span 
   if constexpr (Action::kStores) {
     __syncwarp();  // nobody needs those of the chunk before
     if (lane <= kWeightList) keys[lane] = random_key(stream, lane, span.first);
-    __syncwarp();  // they are there
   }
 
   const bool aligned = is_aligned<Rule>(row);
