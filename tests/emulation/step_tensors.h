@@ -1,9 +1,12 @@
 // Random tensors of a step in every format that their storage may have.
 #pragma once
+#include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
+#include "../../csrc/engine/cuda/platform.cuh"
 #include "../../csrc/math/quantize.h"
 #include "../../csrc/math/rules.h"
 #include "world.h"
@@ -14,6 +17,21 @@ using namespace fusedamp;
 
 constexpr double kInf = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
 inline const char* const kDTypeNames[] = {"fp16", "bf16", "fp32", "fp64", "int8", "uint8", "int16"};
+
+inline void one_thread(int64_t units, const std::function<void(int64_t)>& run) {
+  for (int64_t u = 0; u < units; ++u) run(u);
+}
+
+inline std::vector<int64_t> random_sizes(Random& random, int64_t largest) {
+  std::vector<int64_t> sizes = {0, 1, 3, 7, cuda::kChunk, cuda::kChunk + 1, 2 * cuda::kChunk - 1, 0};
+  for (int64_t power = 2; power + 1 <= largest; power *= 2)
+    for (int64_t d = -1; d <= 1; ++d) sizes.push_back(power + d);
+  for (int i = 0; i < 40; ++i) sizes.push_back(below(random, 300));
+  sizes.push_back(largest);
+  std::shuffle(sizes.begin(), sizes.end(), random);
+  if (below(random, 2)) sizes.push_back(0);
+  return sizes;
+}
 
 enum class Alignment { kAll, kShared, kRandom };  // 16 bytes; the same element offset in every list; any
 

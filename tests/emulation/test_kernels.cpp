@@ -1,7 +1,8 @@
-// Every kernel of the CUDA object against the CPU engine, or against sums typed out here, over random lists of tensors.
+// Every kernel of the CUDA object against the CPU engine over random lists of tensors; reads in read_tests.h.
 // usage: test_kernels [rounds] [elements of the largest tensor]
 #include "../../csrc/engine/cpu/engine.h"
 #include "../../csrc/engine/cuda/step.cuh"
+#include "read_tests.h"
 #include "step_tensors.h"
 
 const fusedamp::cpu::Kernels& fusedamp::cpu::kernels() { return kKernels_baseline; }
@@ -10,21 +11,6 @@ namespace {
 
 using namespace fusedamp;
 using namespace world;
-
-void one_thread(int64_t units, const std::function<void(int64_t)>& run) {
-  for (int64_t u = 0; u < units; ++u) run(u);
-}
-
-std::vector<int64_t> random_sizes(Random& random, int64_t largest) {
-  std::vector<int64_t> sizes = {0, 1, 3, 7, cuda::kChunk, cuda::kChunk + 1, 2 * cuda::kChunk - 1, 0};
-  for (int64_t power = 2; power + 1 <= largest; power *= 2)
-    for (int64_t d = -1; d <= 1; ++d) sizes.push_back(power + d);
-  for (int i = 0; i < 40; ++i) sizes.push_back(below(random, 300));
-  sizes.push_back(largest);
-  std::shuffle(sizes.begin(), sizes.end(), random);
-  if (below(random, 2)) sizes.push_back(0);
-  return sizes;
-}
 
 // ---- steps
 
@@ -215,151 +201,6 @@ void test_compressed_beyond_32_bits(Random& random, bool emulated) {
     cpu::kernels().step[kLion](&row, &last, 1, scalars, nullptr);
   }
   for (const Twins* t : {&param, &codes, &scales}) t->expect_equal("tensor", 0);
-}
-
-// ---- reads and unscale_
-
-std::vector<GradRow> rows_of(const std::vector<Twins>& grads, void* (Twins::*side)() const) {
-  std::vector<GradRow> rows;
-  for (const Twins& g : grads) rows.push_back({(g.*side)(), g.numel(), g.dtype()});
-  return rows;
-}
-
-struct Stats {
-  float found_inf = -1.0f;
-  double total = -1.0;
-  std::vector<double> per_tensor;
-  std::vector<int64_t> counts;
-};
-
-Stats emulated_stats(const std::vector<Twins>& grads, const float* inv_scale, double p, int multiprocessors) {
-  Stats s;
-  s.per_tensor.assign(grads.size(), -1.0);
-  s.counts.assign(3 * grads.size(), -1);
-  cuda::grad_stats(*EmulatedDevice(multiprocessors), rows_of(grads, &Twins::cuda), inv_scale, p,
-                   {&s.found_inf, &s.total, s.per_tensor.data(), s.counts.data()});
-  return s;
-}
-
-double combine(double p, double a, double b) { return p != kInf ? a + b : a != a || a >= b ? a : b; }
-
-void expect_near(const char* what, size_t i, double got, double wanted, double tolerance) {
-  const bool same = got == wanted || (got != got && wanted != wanted);
-  expect(same || std::fabs(got - wanted) <= tolerance * wanted, "%s[%zu]: %.17g, wanted %.17g", what, i, got, wanted);
-}
-
-void expect_stats(const Stats& s, const std::vector<Twins>& grads, float inv_scale, double p) {
-  // A thread adds at most this many positive floats with one rounding each; 2^-24 per rounding, and one for a square.
-  const double additions = double(cuda::kChunk) / cuda::kBlock + 16 + 2;
-  const double tolerance = p == kInf ? 0.0 : p == 1.0 || p == 2.0 ? additions * 0x1p-24 : 1e-12;
-  double total = 0.0;
-  bool bad = false;
-  for (size_t t = 0; t < grads.size(); ++t) {
-    const Twins& g = grads[t];
-    double sum = 0.0;
-    int64_t counts[3] = {};
-    for (int64_t i = 0; i < g.numel(); ++i) {
-      const double element = get(g.cpu(), g.dtype(), i);
-      const double x = g.dtype() == DType::f64 ? element * inv_scale : static_cast<float>(element) * inv_scale;
-      sum = combine(p, sum, p == kInf ? std::fabs(x) : p == 0.0 ? x != 0.0 : std::pow(std::fabs(x), p));
-      if (std::isnan(element)) {
-        ++counts[1];
-      } else if (std::isinf(element)) {
-        ++counts[0];
-      } else if (!std::isfinite(x)) {
-        ++counts[2];
-      }
-    }
-    for (int c = 0; c < 3; ++c) {
-      expect(s.counts[3 * t + c] == counts[c], "counts[%zu][%d]: %ld, wanted %ld", t, c, long(s.counts[3 * t + c]),
-             long(counts[c]));
-      bad |= counts[c] > 0;
-    }
-    expect_near("per_tensor", t, s.per_tensor[t], sum, tolerance);
-    total = combine(p, total, sum);
-  }
-  expect_near("total", 0, s.total, total, tolerance + 1e-12);
-  expect(s.found_inf == (bad ? 1.0f : 0.0f), "found_inf is %g, wanted %d", double(s.found_inf), int(bad));
-}
-
-std::vector<Twins> random_grads(Random& random, int64_t largest) {
-  std::vector<Twins> grads;
-  const bool with_bad = below(random, 2);
-  for (const int64_t numel : random_sizes(random, largest)) {
-    grads.emplace_back(static_cast<DType>(below(random, 4)), numel, below(random, 2) ? 0 : below(random, 8));
-    const double sigmas[] = {8.0, 8.0, 1e-25, 0.0};  // squares of 1e-25 underflow in float
-    grads.back().fill(random, sigmas[below(random, 4)]);
-    if (numel == 0 || !with_bad || below(random, 3)) continue;
-    const double specials[] = {kInf, -kInf, kNaN, 3e38, 65504.0};
-    grads.back().set(below(random, 2) ? numel - 1 : below(random, numel), specials[below(random, 5)]);
-  }
-  return grads;
-}
-
-void test_reads(Random& random, int64_t largest) {
-  const std::vector<Twins> grads = random_grads(random, largest);
-  const float scales[] = {0.25f, 1.0f, 1024.0f, 1e-3f};
-  const float inv_scale = scales[below(random, 4)];
-  for (const double p : {2.0, 1.0, kInf, 0.0, 3.0, 0.5}) {
-    now_testing = "grad_stats, p = " + std::to_string(p);
-    const bool null_scale = inv_scale == 1.0f && below(random, 2);
-    const Stats s = emulated_stats(grads, null_scale ? nullptr : &inv_scale, p, 2);
-    expect_stats(s, grads, inv_scale, p);
-    emulation::set_schedule(random());
-    const Stats again = emulated_stats(grads, &inv_scale, p, 0);  // other blocks, another order: the same bits
-    expect(memcmp(&again.total, &s.total, sizeof s.total) == 0 || s.total != s.total, "not reproducible");
-  }
-
-  now_testing = "unscale_";
-  float on_cpu = 0.0f, on_cuda = 0.0f;
-  if (cpu::unscale(rows_of(grads, &Twins::cpu), inv_scale, one_thread)) on_cpu = 1.0f;
-  cuda::unscale(*EmulatedDevice(static_cast<int>(below(random, 3))), rows_of(grads, &Twins::cuda), &inv_scale,
-                &on_cuda);
-  expect(on_cpu == on_cuda, "found_inf: CPU %g, CUDA %g", double(on_cpu), double(on_cuda));
-  for (size_t t = 0; t < grads.size(); ++t) grads[t].expect_equal("grads", t);
-}
-
-// The launch that combines takes several records ahead where a tensor has more chunks than a block has threads.
-void test_more_chunks_than_threads() {
-  now_testing = "more chunks than threads";
-  std::vector<Twins> grads;
-  grads.emplace_back(DType::f16, (cuda::kBlock + 2) * cuda::kChunk + 5, 0);
-  for (const int64_t i : {int64_t{0}, grads[0].numel() - 1}) {
-    const float inv_scale = 1.0f;
-    expect_stats(emulated_stats(grads, &inv_scale, 2.0, 4), grads, inv_scale, 2.0);
-    grads[0].set(i, kInf);
-    expect_stats(emulated_stats(grads, &inv_scale, 2.0, 4), grads, inv_scale, 2.0);
-  }
-}
-
-// Tensor i is not finite at its element i only, for every i of a chunk and a little more.
-void test_every_position(Random& random) {
-  const int64_t length = std::min<int64_t>(cuda::kChunk, 1024) + 9;
-  for (const DType dtype : {DType::f16, DType::bf16, DType::f32, DType::f64}) {
-    now_testing = std::string("every position, ") + kDTypeNames[int(dtype)];
-    std::vector<Twins> grads;
-    for (int64_t i = 0; i < length; ++i) {
-      grads.emplace_back(dtype, length, below(random, 8));
-      grads.back().set(0, 0.0);
-      for (int64_t j = 0; j < length; ++j) grads.back().set(j, i == j ? (i % 2 ? kInf : kNaN) : 1.0);
-    }
-    const float inv_scale = 1.0f;
-    const Stats s = emulated_stats(grads, &inv_scale, 2.0, 4);
-    for (int64_t i = 0; i < length; ++i)
-      expect(s.counts[3 * i] == i % 2 && s.counts[3 * i + 1] == 1 - i % 2 && s.counts[3 * i + 2] == 0, "element %ld",
-             long(i));
-    for (int64_t i = 0; i < length; i += below(random, 20) + 1) {
-      float found_inf = 0.0f;
-      const Twins& g = grads[i];
-      cuda::unscale(*EmulatedDevice(4), {{g.cuda(), g.numel(), g.dtype()}}, &inv_scale, &found_inf);
-      expect(found_inf == 1.0f, "unscale_, element %ld", long(i));
-    }
-    float found_inf = 0.0f;  // which several blocks want to set
-    std::vector<GradRow> many = rows_of(grads, &Twins::cuda);
-    many.resize(64);
-    cuda::unscale(*EmulatedDevice(4), many, &inv_scale, &found_inf);
-    expect(found_inf == 1.0f, "unscale_ of many");
-  }
 }
 
 void test_update_scale(Random& random) {
