@@ -1,7 +1,7 @@
 // Steps of tensors with split masters, 16- or 8-bit states, or stochastically rounded weights: one loop for every mix
 // of formats. A warp takes a scale block, so that the largest magnitude of a block is found within the warp, and a lane
 // four neighbours, which move by one access: 16 bytes of the widest list. Formats are branches that a block takes
-// together, once for all four: an element that branched on each took twice as long.
+// together, once for all four.
 #pragma once
 #include "coeffs.cuh"
 
