@@ -13,6 +13,7 @@ import reference
 import tolerances
 import torch
 from fusedamp import optim
+from fusedamp.optim.encoded import plain
 from torch import Tensor
 
 
@@ -225,6 +226,11 @@ def torch_scalars(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def kept(entry: dict[str, Any]) -> dict[str, Tensor]:
+    """The plain tensors of one parameter's state, as a checkpoint names them."""
+    return {name: plain(value) for name, value in entry.items() if isinstance(value, Tensor)}
 
 
 def bits(tensor: Tensor) -> list[int]:

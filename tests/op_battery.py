@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from cases import kept
 from fusedamp import _library, ops, optim
 from op_calls import BORDERS, DTYPES, HALVES, VARIANTS, bits, same_numbers, scalar, step_call
 from torch import Tensor
@@ -110,7 +111,7 @@ def stored(sizes: list[tuple[int, ...]]) -> Iterator[tuple[str, list[Tensor]]]:
             for param in params:
                 param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
             optimizer.step()
-        states = [value for param in params for _, value in sorted(optimizer.state[param].items())]
+        states = [value for param in params for _, value in sorted(kept(optimizer.state[param]).items())]
         yield f"{make.__name__}, {storage}", [*(param.detach() for param in params), *states]
 
 

@@ -27,7 +27,8 @@ def test_constructors_are_torchs(ours, theirs):
     """
     expected = [(p.name, p.kind, p.default) for p in inspect.signature(theirs).parameters.values()]
     got = [(p.name, p.kind, p.default) for p in inspect.signature(ours).parameters.values()]
-    storage = {"master_weights": "auto", "state_dtype": torch.float32, "stochastic_rounding": False}
+    storage = {"master_weights": "auto", "state_dtype": "float32", "stochastic_rounding": False}
+    storage["rounding_seed"] = None
     storage = storage if ours.can_compress else {"master_weights": "auto"}
     extra = {(name, inspect.Parameter.KEYWORD_ONLY, default) for name, default in storage.items()}
     keyword_only = [p for p in expected if p[1] is inspect.Parameter.KEYWORD_ONLY]
@@ -53,14 +54,14 @@ def test_nothing_is_built_before_the_first_step(case):
     """Guards trainers that rewrite param_groups after construction (FSDP2, DeepSpeed), also between steps."""
     params, swapped, again = (make_params(torch.bfloat16, seed=s) for s in range(3))
     optimizer = case.ours(params, **case.options)
-    assert not optimizer.state
+    assert not optimizer.state or case.ours is optim.Adagrad  # which makes its sums at once, as torch's
     for new in (swapped, again):
         optimizer.param_groups[0]["params"] = new
         set_grads(new, 0)
         before = [bits(p) for p in params]
         optimizer.step()
         assert [bits(p) for p in params] == before
-        assert set(optimizer._slots) == {id(p) for p in new}  # nothing keeps the old parameters alive
+        assert {slot.param for slot in optimizer._slots.values()} == set(new)
         assert all(optimizer.state[p]["step"] == 1 for p in new)
 
 

@@ -204,5 +204,5 @@ def test_compressed_storage_steps_as_fp32_does_at_first(case, dtype, storage):
         assert bits(state["master"]) == bits(expected["master"])
         assert bits(after) == bits(plain)
     if storage == {"master_weights": "split"} and dtype == torch.bfloat16:
-        bits_of = after.view(torch.int16).int() * 2**16 + state["master"].int()
+        bits_of = after.view(torch.int16).int() * 2**16 + state["master"].bits.int()
         assert torch.equal(bits_of.view(torch.float32), expected["master"])

@@ -6,7 +6,7 @@ import re
 import pytest
 import storage_reference
 import torch
-from cases import CASES, bits, make_params, set_grads
+from cases import CASES, bits, kept, make_params, set_grads
 from fusedamp import optim
 from fusedamp.optim import recoding
 from fusedamp.optim.base import AmpInputs, DeviceInputs
@@ -28,12 +28,12 @@ def refusal(case, dtype, mode) -> str | None:
     if random and master != "none":
         return "a weight that has a master is its rounding to nearest"
     if case.ours in (optim.Adafactor, optim.Muon):
-        if random or master == "split" or state != torch.float32:
+        if random or master == "split" or state != "float32":
             return (
                 rf"expected FP32 masters and states, as {case.ours.__name__} has no other.*use fusedamp.opt"
             )
         return "expected real, unsharded parameters. Give it to another" if dtype.is_complex else None
-    if state != torch.float32:
+    if state != "float32":
         if case.options.get("centered"):
             return "as a variance that is the difference of two roundings may vanish. Pass centered=False"
         if dtype in (torch.float64, torch.complex64) and set(case.states) - set(case.scalars):
@@ -53,13 +53,15 @@ def start(case, dtype, **mode):
 
 
 def everything(optimizer, params):
-    tensors = [t for param in params for t in (param, param.grad, *optimizer.state.get(param, {}).values())]
+    tensors = [
+        t for param in params for t in (param, param.grad, *kept(optimizer.state.get(param, {})).values())
+    ]
     return [bits(t) for t in fetched(tensors)]
 
 
 def on_host(optimizer, params):
     """Each parameter with its state."""
-    states = [optimizer.state.get(param, {}) for param in params]
+    states = [kept(optimizer.state.get(param, {})) for param in params]
     copies = iter(
         fetched(t for param, state in zip(params, states, strict=True) for t in (param, *state.values()))
     )
@@ -97,11 +99,11 @@ def assert_near(case, param, entry, exact, wide, mode):
     """After one step, from states that every format holds, the weight and each state are the FP32 run's,
     rounded.
     """
-    kept = param.dtype in HALVES and mode["master_weights"] != "none"
-    assert ("master" in entry) == kept
-    if not kept and mode["stochastic_rounding"] and param.dtype in HALVES:
+    has_master = param.dtype in HALVES and mode["master_weights"] != "none"
+    assert ("master" in entry) == has_master
+    if not has_master and mode["stochastic_rounding"] and param.dtype in HALVES:
         assert_neighbour(param.detach(), wide["master"])
-    elif kept and mode["master_weights"] == "split":
+    elif has_master and mode["master_weights"] == "split":
         assert entry["master"].dtype == torch.int16
         master, off = recoding.joined(param.detach(), entry["master"]), wide["master"].clone()
         if param.dtype == torch.float16:  # whose subnormals hold multiples of 2^-39
@@ -112,14 +114,14 @@ def assert_near(case, param, entry, exact, wide, mode):
         assert_neighbour(param.detach(), wide["master"])
     else:
         assert bits(param) == bits(exact)
-        assert not kept or bits(entry["master"]) == bits(wide["master"])
+        assert not has_master or bits(entry["master"]) == bits(wide["master"])
     for name in set(wide) - {"step", "master"}:
         value, scales, wanted = entry[name], entry.get(f"{name}_scale"), wide[name]
         if name in case.scalars:
             torch.testing.assert_close(value, wanted, rtol=SUMS, atol=0.0)
-        elif mode["state_dtype"] == torch.float32:
+        elif mode["state_dtype"] == "float32":
             assert bits(value) == bits(wanted), name
-        elif mode["state_dtype"] == torch.bfloat16:
+        elif mode["state_dtype"] == "bfloat16":
             assert_neighbour(value, wanted)
         else:
             nonnegative = name in case.ours.nonnegative_states
@@ -136,7 +138,7 @@ def assert_neighbour(rounded, wanted):
 
 def works_on(optimizer, params):
     """More steps, one that is skipped, a NaN that shows, counts and formats that stay."""
-    formats = [{name: value.dtype for name, value in optimizer.state[p].items()} for p in params]
+    formats = [{name: value.dtype for name, value in kept(optimizer.state[p]).items()} for p in params]
     for seed in (1, 2):  # the second is made from addresses that are remembered
         set_grads(params, seed)
         optimizer.step()

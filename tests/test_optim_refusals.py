@@ -53,7 +53,7 @@ BAD_OPTIONS = [
     (optim.Muon, {"ns_coefficients": (1, 2)}, r"ns_coefficients is \(1, 2\); expected 3 numbers"),
     (optim.Muon, {"adamw_betas": (0.9, 1)}, r"adamw_betas\[1\] is 1; expected a number < 1"),
     (optim.Muon, {"adjust_lr_fn": "best"}, r"adjust_lr_fn is 'best'; expected one of"),
-    (optim.Muon, {"ns_dtype": torch.int8}, r"ns_dtype is torch.int8; expected one of"),
+    (optim.Muon, {"ns_dtype": torch.int8}, r"ns_dtype is 'int8'; expected one of"),
     (optim.Muon, {"use_muon": "no"}, r"use_muon is 'no'; expected one of"),
     (optim.NAdam, {"momentum_decay": -0.1}, r"momentum_decay is -0.1; expected"),
     (optim.LAMB, {"trust_clip": -1.0}, r"trust_clip is -1.0; expected"),

@@ -98,9 +98,27 @@ def test_copy_on_write_memory_is_not_shared():
     assert torch.equal(original, before)
 
 
-def test_same_values():
-    one, two, three = object(), object(), object()
-    assert _C.same_values([{"a": one}, {}, {"b": two, "c": three}], [one, two, three])
-    assert not _C.same_values([{"a": one}, {"b": two}], [one, two, three])
-    assert not _C.same_values([{"a": one}, {"b": two, "c": three}], [one, two])
-    assert not _C.same_values([{"a": one}, {"b": two}], [two, one])
+def test_columns_of_entries():
+    """Values under each key, one key after the other; None where a key, an attribute or the size is wrong."""
+    one, two = torch.zeros(1), torch.zeros(2)
+    entries, columns = [{"a": one, "b": 1j}, {"a": two, "b": 2j}], [("a", None), ("b", "imag")]
+    found = _C.columns_of(entries, columns, [2, 2])
+    assert found[0] is one
+    assert found[1] is two
+    assert found[2:] == [1.0, 2.0]
+    assert _C.columns_of(entries, columns, [2, 3]) is None
+    assert _C.columns_of(entries, [("c", None)], [2, 2]) is None
+    assert _C.columns_of(entries, [("a", "bits")], [2, 2]) is None
+
+
+@pytest.mark.parametrize("shift", range(-12, 13))
+def test_shared_memory_is_found(shift):
+    """A gradient beside a parameter's memory, and one that begins or ends in it."""
+    memory = torch.zeros(64)
+    params = [memory[20:24], memory[40:44]]
+    spans = _C.spans([packed.read(params[1:]), packed.read(params[:1])])
+    grad = memory[30 + shift : 34 + shift]
+    other = memory[60:]
+    shares = 16 < 30 + shift < 24 or 36 < 30 + shift < 44
+    assert _C.touches(packed.read([other, grad]), spans) == shares
+    assert not _C.touches(packed.read([torch.zeros(0), other]), spans)

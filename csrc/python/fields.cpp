@@ -2,7 +2,9 @@
 
 #include <ATen/dlpack.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace py = pybind11;
@@ -54,6 +56,8 @@ int64_t dtype_code(const DLDataType& dtype, bool stored) {
   return dtype.bits == 16 ? 0 : dtype.bits == 32 ? 2 : dtype.bits == 64 ? 3 : -1;
 }
 
+constexpr int64_t kSizes[] = {2, 2, 4, 8, 1, 1, 2};  // bytes of an element, by its code
+
 // How many elements, or -1 where they don't lie one after the other.
 int64_t contiguous_numel(const DLTensor& t) {
   int64_t numel = 1;
@@ -68,13 +72,54 @@ int64_t contiguous_numel(const DLTensor& t) {
   return numel;
 }
 
-// A lazy negation, which no field of a tensor shows. Only parts of complex numbers have it; contiguous if single.
-bool is_negated(PyObject* tensor) {
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, is_neg));
-  if (!answer) throw py::error_already_set();
-  return answer.ptr() != Py_False;
-}
+// A lazy negation, which no field of a tensor shows: parts of conjugated complex numbers have it. It is one bit of a word
+// in torch's own object; where that lies is found out on tensors whose answers are known, since asking takes 40 ns.
+class Negation {
+ public:
+  // `pairs`: of tensors, and the same negated.
+  void learn(const py::list& pairs) {
+    for (const py::handle pair : pairs) {
+      const py::tuple two = py::reinterpret_borrow<py::tuple>(pair);
+      if (!learn(two[0].ptr(), two[1].ptr())) {
+        bit_ = 0;
+        return;
+      }
+    }
+  }
+  bool of(PyObject* tensor) const {
+    if (bit_) return (words_of(tensor)[word_] & bit_) != 0;
+    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethod(tensor, "is_neg", nullptr));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() != Py_False;
+  }
+
+ private:
+  const uint64_t* words_of(PyObject* tensor) const {
+    return reinterpret_cast<const uint64_t* const*>(tensor)[pointer_];
+  }
+  bool learn(PyObject* plain, PyObject* negated) {
+    constexpr Py_ssize_t kPointers = 8, kWords = 24;  // within both objects
+    if (bit_) {
+      const uint64_t one = words_of(plain)[word_], other = words_of(negated)[word_];
+      return (one ^ other) == bit_ && (other & bit_);
+    }
+    const auto address = py::handle(plain).attr("_cdata").cast<uint64_t>();
+    for (pointer_ = 0; reinterpret_cast<const uint64_t*>(plain)[pointer_] != address;)
+      if (++pointer_ == kPointers) return false;
+    for (word_ = kWords; word_-- > 0;) {  // from the end: sizes and counts come before it
+      const uint64_t other = words_of(negated)[word_], changed = words_of(plain)[word_] ^ other;
+      if (changed && !(changed & (changed - 1)) && (other & changed)) {
+        bit_ = changed;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  Py_ssize_t pointer_ = 0, word_ = 0;
+  uint64_t bit_ = 0;  // 0: not known
+};
+Negation negation;
 
 // Reads plain tensors that are all on the same device.
 class Reader {
@@ -124,7 +169,7 @@ struct Columns {
 
 }  // namespace
 
-bool bind_tensors(py::type tensor, py::type parameter, py::capsule exchange) {
+bool bind_tensors(py::type tensor, py::type parameter, py::capsule exchange, py::list negated) {
   const auto* api = exchange.get_pointer<DLPackExchangeAPI>();
   if (api->header.version.major != DLPACK_MAJOR_VERSION) return false;
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
@@ -132,6 +177,7 @@ bool bind_tensors(py::type tensor, py::type parameter, py::capsule exchange) {
   describe = api->dltensor_from_py_object_no_sync;
   grad = Attribute(tensor_type, "grad");
   version = Attribute(tensor_type, "_version");
+  negation.learn(negated);
   return describe != nullptr;
 }
 
@@ -143,7 +189,7 @@ py::object read_fields(py::list tensors, bool stored) {
   Plain found;
   for (Py_ssize_t i = 0; i < n; ++i) {
     PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    if (!reader.read(tensor, stored, found) || (found.numel == 1 && is_negated(tensor))) return py::none();
+    if (!reader.read(tensor, stored, found) || negation.of(tensor)) return py::none();
     fields.put(i, found);
   }
   return fields.bytes;
@@ -168,7 +214,7 @@ py::object read_grads(py::list params, py::bytearray fields) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
     if (!reader.read(param, false, found) || !known.has(i, found)) return py::none();
     const py::object its = grad.of(param);
-    if (!reader.read(its.ptr(), false, found) || (found.numel == 1 && is_negated(its.ptr()))) return py::none();
+    if (!reader.read(its.ptr(), false, found) || negation.of(its.ptr())) return py::none();
     grads.put(i, found);
   }
   return grads.bytes;
@@ -208,15 +254,60 @@ bool same_items(py::list lists, py::list items) {
   return seen == wanted;
 }
 
-bool same_values(py::list dicts, py::list values) {
-  const Py_ssize_t wanted = PyList_GET_SIZE(values.ptr());
-  Py_ssize_t seen = 0;
-  for (const py::handle dict : dicts) {
-    PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value); ++seen)
-      if (seen >= wanted || PyList_GET_ITEM(values.ptr(), seen) != value) return false;
+py::object columns_of(py::list entries, py::list columns, py::list sizes) {
+  const Py_ssize_t n = PyList_GET_SIZE(entries.ptr());
+  if (PyList_GET_SIZE(sizes.ptr()) != n) return py::none();
+  py::list found(n * PyList_GET_SIZE(columns.ptr()));
+  Py_ssize_t at = 0;
+  for (const py::handle column : columns) {
+    PyObject *const name = PyTuple_GET_ITEM(column.ptr(), 0), *const part = PyTuple_GET_ITEM(column.ptr(), 1);
+    for (Py_ssize_t i = 0; i < n; ++i, ++at) {
+      PyObject* const entry = PyList_GET_ITEM(entries.ptr(), i);
+      if (!PyDict_Check(entry) || PyDict_GET_SIZE(entry) != PyLong_AsSsize_t(PyList_GET_ITEM(sizes.ptr(), i)))
+        return py::none();
+      py::object value = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(entry, name));
+      if (!value) return py::none();
+      if (part != Py_None) {  // of a tensor that is encoded; a plain one has no such attribute
+        value = py::reinterpret_steal<py::object>(PyObject_GetAttr(value.ptr(), part));
+        if (!value) {
+          PyErr_Clear();
+          return py::none();
+        }
+      }
+      PyList_SET_ITEM(found.ptr(), at, value.release().ptr());
+    }
   }
-  return seen == wanted;
+  return found;
+}
+
+// Where each tensor begins and ends.
+template <class Visit>
+void for_each_span(const Columns& fields, Visit visit) {
+  for (Py_ssize_t i = 0; i < fields.n; ++i) {
+    const int64_t begin = fields.words()[i], numel = fields.words()[fields.n + i];
+    if (numel > 0) visit(begin, begin + numel * kSizes[fields.words()[2 * fields.n + i]]);
+  }
+}
+
+py::bytes spans(py::list lists) {
+  std::vector<std::pair<int64_t, int64_t>> found;
+  for (const py::handle fields : lists)
+    for_each_span(Columns(py::reinterpret_borrow<py::bytearray>(fields)),
+                  [&](int64_t begin, int64_t end) { found.emplace_back(begin, end); });
+  std::sort(found.begin(), found.end());
+  return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof found[0]);
+}
+
+bool touches(py::bytearray fields, py::bytes sorted) {
+  using Span = std::pair<int64_t, int64_t>;
+  const auto* const first = reinterpret_cast<const Span*>(PyBytes_AS_STRING(sorted.ptr()));
+  const auto* const last = first + PyBytes_GET_SIZE(sorted.ptr()) / static_cast<Py_ssize_t>(sizeof(Span));
+  bool found = false;
+  for_each_span(Columns(fields), [&](int64_t begin, int64_t end) {
+    const auto* const after = std::lower_bound(first, last, Span(end, 0));  // the first that begins at or after `end`
+    found |= after != first && after[-1].second > begin;
+  });
+  return found;
 }
 
 }  // namespace fusedamp

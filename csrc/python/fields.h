@@ -5,9 +5,9 @@
 
 namespace fusedamp {
 
-// Call once: torch.Tensor, torch.nn.Parameter, and the capsule torch.Tensor.__dlpack_c_exchange_api__.
-// False where its version of DLPack is not one that we know.
-bool bind_tensors(pybind11::type tensor, pybind11::type parameter, pybind11::capsule exchange);
+// Call once: torch.Tensor, torch.nn.Parameter, the capsule torch.Tensor.__dlpack_c_exchange_api__, and pairs of tensors
+// and torch._neg_view of them. False where its version of DLPack is not one that we know.
+bool bind_tensors(pybind11::type tensor, pybind11::type parameter, pybind11::capsule exchange, pybind11::list negated);
 
 // A bytearray of int64 [3, n], addresses, numels and dtype codes (csrc/engine/dtype.h), for n plain contiguous
 // floating-point tensors with memory on one device, CPU or CUDA; with `stored` also of int8, uint8 and int16, which
@@ -30,7 +30,14 @@ pybind11::bytes versions(pybind11::list tensors);
 // Whether the items of all lists, one after the other, are the very objects in `items`.
 bool same_items(pybind11::list lists, pybind11::list items);
 
-// Whether the values of all dicts, one after the other, are the very objects in `values`.
-bool same_values(pybind11::list dicts, pybind11::list values);
+// What the dicts `entries` have under each of `columns`, column by column: tuples of a key and, where not None, the name
+// of an attribute of the value. None where one is missing, or a dict has not as many items as `sizes` says.
+pybind11::object columns_of(pybind11::list entries, pybind11::list columns, pybind11::list sizes);
+
+// The memory of the tensors of lists of fields, sorted: int64 pairs of where each begins and ends.
+pybind11::bytes spans(pybind11::list lists);
+
+// Whether a tensor of `fields` shares memory with one of the `sorted` spans, which don't overlap each other.
+bool touches(pybind11::bytearray fields, pybind11::bytes sorted);
 
 }  // namespace fusedamp

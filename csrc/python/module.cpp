@@ -29,8 +29,9 @@ PYBIND11_MODULE(_C, m) {
       "Version, compiler, the torch whose headers were used, the oldest torch that the ops load under, nvcc's release\n"
       "(empty in a CPU-only build), and the CUDA architectures and CPU instruction sets that are in the machine code.");
   m.def(
-      "bind_tensors", &fusedamp::bind_tensors, "tensor"_a, "parameter"_a, "exchange"_a,
-      "Tell read_fields torch's types, and the capsule of DLPack's exchange interface; False for an unknown version.");
+      "bind_tensors", &fusedamp::bind_tensors, "tensor"_a, "parameter"_a, "exchange"_a, "negated"_a,
+      "Tell read_fields torch's types, the capsule of DLPack's exchange interface, and pairs of tensors and their\n"
+      "lazy negations; False for an unknown version.");
   m.def("read_fields", &fusedamp::read_fields, "tensors"_a, "stored"_a = false,
         "A bytearray of int64 [3, n], the addresses, numels and dtype codes of n plain contiguous tensors with memory\n"
         "on one device, with `stored` also of small integers; None where there are none, or one is anything else.");
@@ -46,6 +47,10 @@ PYBIND11_MODULE(_C, m) {
         "Whether the items of all lists, one after the other, are the very objects in a list.");
   m.def("advise_huge_pages", &fusedamp::advise_huge_pages, "address"_a, "bytes"_a,
         "Ask the system for huge pages in memory that nobody has written yet.");
-  m.def("same_values", &fusedamp::same_values, "dicts"_a, "values"_a,
-        "Whether the values of all dicts, one after the other, are the very objects in a list.");
+  m.def("columns_of", &fusedamp::columns_of, "entries"_a, "columns"_a, "sizes"_a,
+        "What dicts have under each of some keys, or an attribute of it, key by key; None where one is missing or a\n"
+        "dict has another number of items.");
+  m.def("spans", &fusedamp::spans, "lists"_a, "Where the tensors of lists of fields begin and end in memory, sorted.");
+  m.def("touches", &fusedamp::touches, "fields"_a, "spans"_a,
+        "Whether a tensor of these fields shares memory with one of these spans.");
 }

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .optim.base import FusedOptimizer, Group
+from .optim.encoded import plain
 from .optim.hyper import STORAGE
 from .optim.layout import STATE_DTYPES
-from .optim.storage import has_master
+from .optim.storage import has_master, name_dtypes
 from .planned import Weight, owned, plan
 
 _PLAIN = {option: values[0] for option, values in STORAGE.items()}
@@ -167,6 +168,7 @@ def _plain_rows(optimizer: FusedOptimizer, weights: list[Weight]) -> list[Memory
 
 def _storage(group: Group | None) -> dict[str, Any]:
     values = {option: (group or {}).get(option, _PLAIN[option]) for option in STORAGE}
+    name_dtypes(values)
     return {option: _PLAIN[option] if value == "auto" else value for option, value in values.items()}
 
 
@@ -178,7 +180,8 @@ def _label(storage: dict[str, Any], has_masters: bool) -> str:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
+    tensors = [plain(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _readable(count: float) -> str:

@@ -24,7 +24,13 @@ _WORD = 8  # bytes
 _FLOAT64 = 3  # the code of float64
 _exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 # Where torch has no such interface, or a later one, all tensors are handed to the ops as they are.
-_CAN_READ = _exchange is not None and _C.bind_tensors(Tensor, Parameter, _exchange)
+_probes = [
+    torch.zeros(shape, dtype=dtype, device="cpu")
+    for shape in ((), (3, 2))
+    for dtype in (torch.half, torch.double)
+]
+_negated = [(probe, torch._neg_view(probe)) for probe in _probes] if hasattr(torch, "_neg_view") else []
+_CAN_READ = _exchange is not None and _C.bind_tensors(Tensor, Parameter, _exchange, _negated)
 
 
 def _can_read() -> bool:
@@ -60,7 +66,9 @@ def holds_float64(fields: Fields) -> bool:
 
 
 class StepTable:
-    """The parameters of one step op with what belongs to them, for as long as none of their memory moves.
+    """The addresses of the parameters of one step op and of what belongs to them, while none of their memory moves.
+
+    Keeps no tensor alive but ``params``, which :meth:`let_go` gives up until the next :meth:`take`.
 
     Args:
         op: the step op.
@@ -82,11 +90,15 @@ class StepTable:
         seeds: Sequence[int] = (),
     ) -> None:
         self.op, self.states_per_param = op, len(states) // len(params)
-        self.params, self.state = params, [*steps, *masters, *states, *scales]
-        fields, self._state_fields = read([*params, *self.state], stored=True), read(self.state, stored=True)
-        if fields is None:
+        self.params, state = params, [*steps, *masters, *states, *scales]
+        fields, state_fields, param_fields = (
+            read([*params, *state], stored=True),
+            read(state, stored=True),
+            read(params),
+        )
+        if fields is None or state_fields is None or param_fields is None:
             raise ValueError(f"[{op}] not all tensors are plain; expected contiguous ones on one device")
-        self._param_fields = read(params)
+        self._state_fields, self.param_fields = state_fields, param_fields
         self._grad_kinds = grads[len(params) * _WORD :]
         self._rows = self._packed_rows(rows(fields), rows(grads), bool(masters), seeds)
 
@@ -94,12 +106,19 @@ class StepTable:
         """The fields of the parameters' gradients; None where these or the parameters differ from the first
         ones in more than values, and the addresses of gradients.
         """
-        grads = _C.read_grads(self.params, self._param_fields) if _can_read() else None
+        grads = _C.read_grads(self.params, self.param_fields) if _can_read() else None
         return grads if grads is not None and grads[len(self.params) * _WORD :] == self._grad_kinds else None
 
-    def has_same_state(self) -> bool:
+    def has_same_state(self, state: list[Tensor]) -> bool:
         """Whether steps, masters, states and scales are where they were."""
-        return _C.same_fields(self.state, self._state_fields)
+        return _C.same_fields(state, self._state_fields)
+
+    def let_go(self) -> None:
+        self.params = []
+
+    def take(self, params: list[Tensor]) -> None:
+        """Go on with ``params``, which :meth:`grads` compares with those that were given up."""
+        self.params = params
 
     def launch(self, grads: Fields, scalars: dict[str, Any]) -> None:
         """The step, on what `grads` has just returned."""

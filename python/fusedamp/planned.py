@@ -38,7 +38,9 @@ def plan(
             f"[estimate] {type(params).__name__} has no parameter to train; expected at least one. "
             "Pass a model with parameters that require gradients, or shapes."
         )
-    _need_options(kind.__name__, options, inspect.signature(kind).parameters.keys() - {"params"})
+    parameters = inspect.signature(kind).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        _need_options(kind.__name__, options, parameters.keys() - {"params"})
     planned = [{**group, "params": some} for group, some in zip(groups, active, strict=True) if some]
     made = kind(planned, **options)
     if isinstance(params, (int, float)):

@@ -177,6 +177,7 @@ def through_the_scaler(
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
-        state = [value for entry in optimizer.state.values() for _, value in sorted(entry.items())]
+        entries = optimizer.state_dict()["state"].values()
+        state = [v for entry in entries for _, v in sorted(entry.items()) if isinstance(v, Tensor)]
         seen.append([*(p.detach() for p in params), *state, scaler._scale])
     same(*seen, "after the last step")

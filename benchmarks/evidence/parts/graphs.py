@@ -44,7 +44,8 @@ class Training:
         self.scaler.update()
 
     def everything(self) -> list[Tensor]:
-        state = [value for entry in self.optimizer.state.values() for _, value in sorted(entry.items())]
+        entries = self.optimizer.state_dict()["state"].values()
+        state = [v for entry in entries for _, v in sorted(entry.items()) if isinstance(v, Tensor)]
         trackers = [
             self.scaler._growth_tracker.double(),
             self.scaler._hysteresis_budget(self.norms.device).double(),

@@ -17,6 +17,7 @@ import fusedamp
 import fusedamp.optim
 from fusedamp.demo.options import DTYPES, DemoError, Options
 from fusedamp.demo.tasks import Batch, Task
+from fusedamp.optim.encoded import plain
 from fusedamp.optim.storage import Storage
 
 GROWTH_INTERVAL = 50  # torch's default of 2000 steps would never be reached here
@@ -182,9 +183,8 @@ class Run:
     def bytes_per_param(self) -> float:
         """Weights, gradients, masters and states as they lie in memory now."""
         parameters = list(self.model.parameters())
-        state = [
-            t for entry in self.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)
-        ]
+        entries = self.optimizer.state.values()
+        state = [plain(value) for entry in entries for value in entry.values() if isinstance(value, Tensor)]
         held = [*parameters, *(p.grad for p in parameters if p.grad is not None), *state]
         return sum(t.numel() * t.element_size() for t in held) / sum(p.numel() for p in parameters)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..sharding import local
 from .base import FusedOptimizer, Group
 from .hyper import check_number
-from .slot import Entry
+from .layout import STATE_DTYPES
+from .slot import complete
 from .storage import Storage
 
 
@@ -22,7 +25,7 @@ class Adagrad(FusedOptimizer):
         foreach, fused: accepted and saved, without effect: the step is always fused.
         differentiable: must be False.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
-    State: ``step``, ``sum`` (made at the first step, where torch makes it at once), and ``master``.
+    State: ``step``, ``sum`` and ``master``, made with the optimizer, as torch makes its own.
     Sparse gradients are made dense.
     Cost: 20 B/param read and written in BF16 with masters; no host sync.
     Source: Duchi, Hazan and Singer 2011, JMLR 12.
@@ -51,19 +54,25 @@ class Adagrad(FusedOptimizer):
         defaults |= dict(initial_accumulator_value=initial_accumulator_value, foreach=foreach)
         defaults |= dict(maximize=maximize, differentiable=differentiable, fused=fused)
         super().__init__(params, defaults, storage)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if local(param).dtype in STATE_DTYPES:  # others are refused by the step
+                    like = partial(self._like, param=param, group=group)
+                    complete(param, self.state[param], self._mode(group), like, self._new_state)
+
+    def share_memory(self) -> None:
+        """Move the states into memory that processes share, as torch's; call it before they start."""
+        for entry in self.state.values():
+            for value in entry.values():
+                value.share_memory_()
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
         for name in ("lr_decay", "eps", "initial_accumulator_value"):
             check_number(where, name, group[name])
 
-    def _new_state(self, name: str, param: Tensor, entry: Entry) -> Tensor:
-        start = self.defaults["initial_accumulator_value"]  # of the constructor, for every group, as in torch
-        return (
-            super()
-            ._new_state(name, param, entry)
-            .fill_(complex(start, start) if param.is_complex() else start)
-        )
+    def _first_value(self, name: str) -> float:
+        return self.defaults["initial_accumulator_value"]  # of the constructor, for every group, as in torch
 
     def _densified(self, grad: Tensor) -> Tensor:
         return grad.to_dense()

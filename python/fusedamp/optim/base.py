@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,12 +18,16 @@ from ..packed import read
 from ..sharding import local
 from . import state_io
 from .hyper import check_common, is_compressed
-from .layout import STATE_DTYPES, gradient_of, in_turns, memory_like
+from .layout import gradient_of, in_turns
 from .replay import Replay
 from .slot import Mode, Slot, check, check_aliasing, check_dtype, complete, making_complete
-from .storage import Entry, Storage, spelled_out, with_storage
+from .storage import Entry, Storage, filled, name_dtypes, spelled_out, taken_from_checkpoint, with_storage
 
 Group = dict[str, Any]
+
+# One for each optimizer that rounds stochastically, so that no two of a program draw alike. Not from torch's generators:
+# replicas on several ranks must draw alike, and their generators often are seeded apart.
+_seeds = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +97,19 @@ class FusedOptimizer(torch.optim.Optimizer):
     nonnegative_states: tuple[str, ...] = ()  # those of them that are sums of squares
     can_compress: bool = True  # whether masters and states may be kept in less than FP32
     required_state: tuple[str, ...] = ()  # what a checkpoint must have for every parameter that it knows
-    _slots: dict[int, Slot]  # by id of the parameter, which the slot keeps alive
+    _slots: dict[
+        int, Slot
+    ]  # by id of the parameter, which the slot keeps alive, until the state is asked for
     _unchecked: bool  # whether slots were made since memory was last checked for sharing
     _stepped: list[Slot]  # of the last step
-    _replay: Replay | None  # what makes the same step again quick
+    _replay: Replay | None = None  # what makes the same step again quick
     _turn: int  # counts the steps, to see a parameter twice in one
-    _looks: int = 0  # how often anybody was given the state
+    _looks: int = 0  # how often the state was asked for
+    _own_seed: int | None = None  # of the groups that have no rounding_seed
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = spelled_out(cls.__init__)  # type: ignore[attr-defined]
+        cls.__signature__ = spelled_out(cls)  # type: ignore[attr-defined]
 
     def __init__(self, params: ParamsT, defaults: Group, storage: Storage | None = None) -> None:
         self._forget()
@@ -111,14 +119,23 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """As in torch, a dict of dicts by parameter. Whoever asks may change it; steps see that."""
-        self._looks += 1
+        """As in torch, a dict of dicts by parameter. Callers may change it: the next step looks at all of it.
+
+        Nothing else keeps its tensors: what is removed from it is freed.
+        """
+        self._looked()
         return vars(self)["state"]
 
     @state.setter
     def state(self, value: Any) -> None:
-        self._looks += 1
+        self._looked()
         vars(self)["state"] = value
+
+    def _looked(self) -> None:
+        self._looks += 1
+        self._slots, self._stepped = {}, []
+        if self._replay is not None:
+            self._replay.let_go()
 
     # What an optimizer defines ------------------------------------------------------------
 
@@ -147,8 +164,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         return param
 
-    def _new_state(self, name: str, like: Tensor, entry: Entry) -> Tensor:
-        return memory_like(like, STATE_DTYPES[like.dtype]).zero_()
+    def _first_value(self, name: str) -> float:
+        """What the state ``name`` is before the first step."""
+        return 0.0
+
+    def _new_state(self, name: str, like: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
+        return filled(like, dtype, self._first_value(name))
 
     def _launch(self, batch: Batch) -> None:
         """Update the parameters of ``batch``; all that can be refused was refused before."""
@@ -177,13 +198,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():  # states must be usable outside of it, too
+                self._step()
+        else:
+            self._step()
         return loss
 
     @torch._disable_dynamo  # compiled callers run it eagerly: a trace would freeze what is remembered
     def _step(self) -> None:
         for g, group in enumerate(self.param_groups):
+            if type(group["state_dtype"]) is not str:
+                name_dtypes(group)
             self._check_group(self._where(g), group)
+            if group["rounding_seed"] is None:
+                self._seed(group)
         if self._replay is not None:
             calls = self._replay.calls(self.param_groups, vars(self), self._looks, self._mode)
             if calls is not None:
@@ -199,6 +228,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._stepped = [slot for batch in batches for slot in batch.slots]
         if len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
             self._replay = self._remember(batches)
+            if self._replay is not None:
+                self._slots, self._stepped = {}, []  # it knows all that they do
 
     def _remember(self, batches: list[Batch]) -> Replay | None:
         seen = []
@@ -210,7 +241,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return None
             seen.append((batch.group, batch.op, batch.slots, fields))
         try:
-            return Replay(self.param_groups, vars(self), list(map(self._mode, self.param_groups)), seen)
+            modes = list(map(self._mode, self.param_groups))
+            return Replay(self.param_groups, vars(self)["state"], modes, seen)
         except ValueError:  # a tensor that only the checking op can take
             return None
 
@@ -230,10 +262,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         known, state = self._slots, vars(self)["state"]
         self._turn += 1
         position = 0  # of a group's first parameter in the optimizer: replicas and resumed runs draw alike
+        for key in [key for key, slot in known.items() if state.get(slot.param) is not slot.entry]:
+            del known[key]  # its state was removed or replaced
         in_turns(list(self._missing_states(state)))
         for g, group in enumerate(self.param_groups):
             mode = self._mode(group)
-            seeds, position = (mode.rounding_seed << 32) + position, position + len(group["params"])
+            seeds, position = ((mode.rounding_seed or 0) << 32) + position, position + len(group["params"])
             batches: dict[tuple[str, bool], Batch] = {}
             for i, param in enumerate(group["params"]):
                 grad = gradient_of(param)
@@ -293,6 +327,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         except (ValueError, TypeError) as error:
             raise type(error)(f"{where} {error}") from error
 
+    def _seed(self, group: Group) -> None:
+        """Give ``group`` this optimizer's seed if it has none and needs one."""
+        if group["rounding_seed"] is None and (
+            group["state_dtype"] != "float32" or group["stochastic_rounding"]
+        ):
+            if self._own_seed is None:
+                self._own_seed = next(_seeds) % 2**31
+            group["rounding_seed"] = self._own_seed
+
     def _forget(self) -> None:
         self._slots, self._stepped, self._replay = {}, [], None
         self._unchecked = True
@@ -329,6 +372,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         meta, entry = torch.empty_like(local(param), device="meta"), Entry()
         where = f"[{type(self).__name__}]"
+        name_dtypes(group)
         self._check_group(where, group)
         try:
             check_dtype(meta)
@@ -345,6 +389,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As in torch; checks the options, and refuses a parameter that is given twice (torch warns)."""
         if isinstance(param_group, dict):
             where = self._where(len(self.param_groups))
+            name_dtypes(param_group)
             self._check_group(where, {**self.defaults, **param_group})
             params = param_group["params"]
             if not isinstance(params, (Tensor, set)):
@@ -355,19 +400,44 @@ class FusedOptimizer(torch.optim.Optimizer):
                         f"{where} a parameter is given twice; expected it once. Remove the second."
                     )
         super().add_param_group(param_group)
+        if not all(param.is_meta for param in self.param_groups[-1]["params"]):  # else it is only planned
+            self._seed(self.param_groups[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with plain tensors and plain options.
+
+        A state in 8 bits is saved as ``exp_avg`` (int8, or uint8 where it is never negative), ``exp_avg_scale`` and
+        ``exp_avg_numel``; the remainder of a split master as an int16 ``master``. These are no numbers:
+        :meth:`load_state_dict` refuses them where they were cast or resized. Tensors are the optimizer's own, as in torch.
+        """
+        with state_io.plainly(self):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict()`` of ours or of the ``torch.optim`` namesake. Copies; FP32 state stays FP32.
 
-        A missing ``master`` is made from the weights at the next step; ``master_weights`` stays as it was.
+        A missing ``master`` is made from the weights at the next step. The options of storage stay as they were, but for
+        ``rounding_seed``. Options that this optimizer does not have are kept in the group, and warned of by name where
+        they would change its steps.
         Raises: ValueError naming the state that doesn't fit; nothing was loaded then.
         """
-        with state_io.converting(self):
+        with state_io.converting(self), torch.inference_mode(False):
             super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        names = list(
+            state.get("defaults", vars(self).get("defaults", ()))
+        )  # torch's own adds "differentiable"
         super().__setstate__(state)
+        if "differentiable" not in names:
+            self.defaults.pop("differentiable", None)
+        name_dtypes(self.defaults)
         self._forget()
         for group in self.param_groups:
+            name_dtypes(group)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+        for entry in vars(self)["state"].values():
+            for name in self.state_names if isinstance(entry, dict) else ():
+                # Of a pickle from before states in 8 bits were one tensor.
+                taken_from_checkpoint(entry, name, name in self.nonnegative_states)

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import is_fake
+
 # How masters and states may be kept: option -> its values, the one that keeps most first.
 STORAGE: dict[str, tuple[Any, ...]] = {
     "master_weights": ("fp32", "split", "none"),
-    "state_dtype": (torch.float32, torch.bfloat16, "int8"),
+    "state_dtype": ("float32", "bfloat16", "int8"),
 }
+LARGEST = torch.finfo(torch.float32).max  # steps compute with FP32: beyond it, 0 * lr would be NaN
 MASTER_WEIGHTS = ("auto", *STORAGE["master_weights"])
 
 
@@ -28,21 +31,23 @@ def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: 
                 f"{where} {name} is a tensor of shape {list(value.shape)}; expected one element. "
                 "Pass a 0-d tensor."
             )
-        if value.device.type != "cpu":
+        if value.device.type != "cpu" or is_fake(value):
             return
         value = value.item()
     if not isinstance(value, Real):
         raise TypeError(
             f"{where} {name} is {value!r} ({type(value).__name__}); expected a number. Pass a float."
         )
-    if not low <= float(value) < below:
+    if not (low <= value < below and abs(value) <= LARGEST):
         bound = "a finite number" if below == math.inf else f"a number < {below:g}"
-        raise ValueError(f"{where} {name} is {value}; expected {bound} >= {low:g}. Pass such a value.")
+        raise ValueError(
+            f"{where} {name} is {value}; expected {bound} >= {low:g}, at most 3.4e38 as in FP32. Pass such a value."
+        )
 
 
 def check_betas(where: str, betas: Any) -> None:
     """Raise unless ``betas`` is a pair of numbers in [0, 1)."""
-    if len(betas) != 2:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{where} betas is {betas}; expected two numbers. Pass (beta1, beta2).")
     for i, beta in enumerate(betas):
         check_number(where, f"betas[{i}]", beta, below=1.0)
@@ -69,7 +74,7 @@ def is_compressed(group: dict[str, Any]) -> bool:
     """Whether masters or states are kept in less than FP32, or weights are rounded stochastically."""
     return (
         group["master_weights"] == "split"
-        or group["state_dtype"] != torch.float32
+        or group["state_dtype"] != "float32"
         or group["stochastic_rounding"]
     )
 
@@ -78,7 +83,7 @@ def _check_compression(where: str, group: dict[str, Any]) -> None:
     if group["state_dtype"] not in STORAGE["state_dtype"]:
         raise ValueError(
             f"{where} state_dtype is {group['state_dtype']!r}; expected one of {STORAGE['state_dtype']}. "
-            "Use torch.float32, which needs most memory and adds no error."
+            'Use "float32", which needs most memory and adds no error.'
         )
     if not isinstance(group["stochastic_rounding"], bool):
         raise TypeError(
@@ -91,7 +96,8 @@ def _check_compression(where: str, group: dict[str, Any]) -> None:
             '"none", as a weight that has a master is its rounding to nearest. Pass master_weights="none".'
         )
     seed = group["rounding_seed"]
-    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31):
         raise ValueError(
-            f"{where} rounding_seed is {seed!r}; expected a whole number from 0 to 2**31 - 1. Pass one."
+            f"{where} rounding_seed is {seed!r}; expected a whole number from 0 to 2**31 - 1, or None for one that no "
+            "other optimizer of this process has. Pass one."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from typing import Any
@@ -40,12 +41,18 @@ def gradient_of(param: Tensor) -> Tensor | None:
     return getattr(param, "main_grad", None) if grad is None else grad
 
 
-def memory_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def memory_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """A new tensor with unspecified values; large ones on the CPU lie in huge pages where there are any."""
-    new = torch.empty_like(tensor, dtype=dtype)
+    new = torch.empty_like(tensor, dtype=dtype, device=device)
     if type(new) is Tensor and new.device.type == "cpu":
         advise_huge_pages(new.data_ptr(), new.nbytes)
     return new
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has a shape and no values: on the meta device, or under torch's FakeTensorMode."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return tensor.is_meta or (fake is not None and isinstance(tensor, fake.FakeTensor))
 
 
 def is_dense(tensor: Tensor) -> bool:

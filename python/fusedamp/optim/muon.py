@@ -15,10 +15,10 @@ from torch.optim.optimizer import ParamsT
 from .base import Batch, Group
 from .composed import ComposedOptimizer, Values
 from .hyper import check_number
-from .storage import Entry, Storage
+from .storage import Entry, Storage, name_dtypes
 
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
-NS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+NS_DTYPES = ("bfloat16", "float16", "float32", "float64")
 MAX_NS_STEPS = 99
 
 
@@ -37,7 +37,7 @@ class Muon(ComposedOptimizer):
             parameters of two dimensions and AdamW for the others. Embeddings and output layers have two
             dimensions, too: give them a group of their own with ``use_muon=False``, and its ``lr``.
         adamw_betas, adamw_eps: AdamW's; its ``lr`` and ``weight_decay`` are the group's.
-        ns_dtype: of the Newton-Schulz iterations: bfloat16 as in torch, float16, float32 or float64.
+        ns_dtype: of the Newton-Schulz iterations, or its name: bfloat16 as in torch, float16, float32, float64.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step`` and ``momentum_buffer``, or AdamW's ``exp_avg`` and ``exp_avg_sq``; and ``master``.
     Cost: 3 products of matrices per iteration, by torch's matmul; AdamW's part is one fused op. No host sync.
@@ -65,7 +65,7 @@ class Muon(ComposedOptimizer):
         use_muon: bool | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        ns_dtype: torch.dtype = torch.bfloat16,
+        ns_dtype: torch.dtype | str = torch.bfloat16,
         **storage: Unpack[Storage],
     ) -> None:
         defaults = {
@@ -86,6 +86,7 @@ class Muon(ComposedOptimizer):
         super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
+        name_dtypes(group)
         super()._check_group(where, group)
         check_number(where, "momentum", group["momentum"], below=1.0)
         check_number(where, "eps", group["eps"])
@@ -149,7 +150,11 @@ class Muon(ComposedOptimizer):
         buffer = torch.lerp(states["momentum_buffer"], grad, 1 - momentum)
         update = torch.lerp(grad, buffer, momentum) if group["nesterov"] else buffer
         direction = orthogonalized(
-            update, group["ns_coefficients"], group["ns_steps"], group["eps"], group["ns_dtype"]
+            update,
+            group["ns_coefficients"],
+            group["ns_steps"],
+            group["eps"],
+            getattr(torch, group["ns_dtype"]),
         )
         factors = (float(group["weight_decay"]), _lr_ratio(group["adjust_lr_fn"], *weight.shape))
         decay, rate = (

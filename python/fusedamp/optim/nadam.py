@@ -63,9 +63,8 @@ class NAdam(FusedOptimizer):
     def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
         return scalar_like(param) if name == "mu_product" else super()._like(name, param, group)
 
-    def _new_state(self, name: str, like: Tensor, entry: Entry) -> Tensor:
-        state = super()._new_state(name, like, entry)
-        return state.fill_(1.0) if name == "mu_product" else state
+    def _first_value(self, name: str) -> float:
+        return 1.0 if name == "mu_product" else 0.0
 
     def _upgrade_state(self, entry: Entry) -> None:
         if isinstance(entry.get("mu_product"), float):  # of torch before 2.0

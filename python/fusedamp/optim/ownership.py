@@ -8,13 +8,14 @@ tell whether somebody kept a part of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from sys import getrefcount
 from typing import Any
 from weakref import getweakrefcount
 
 import torch
 from torch import Tensor
+
+from .encoded import Encoded, Quantized, Scales
 
 
 def _counts(held: list[Any]) -> set[int]:
@@ -29,20 +30,31 @@ _CAN_TELL = _uses_of_storage is not None and hasattr(Tensor, "_use_count")
 
 def _beyond_python(tensor: Tensor) -> tuple[int, ...]:
     """References that Python's counts don't show: weak ones, those in C++, and other views of the memory."""
+    held = getweakrefcount(tensor), tensor._use_count()  # type: ignore[attr-defined]
+    if isinstance(tensor, Encoded):  # it has no memory
+        return held
     storage = tensor.untyped_storage()
-    uses = _uses_of_storage(storage._cdata)  # type: ignore[misc]
-    return getweakrefcount(tensor), tensor._use_count(), uses, getrefcount(storage)  # type: ignore[attr-defined]
+    return *held, _uses_of_storage(storage._cdata), getrefcount(storage)  # type: ignore[misc]
 
 
-def nobody_else_holds(*held: tuple[list[Any], int], tensors: Sequence[Tensor]) -> bool:
-    """Whether all references are known: each list's objects have so many besides the list's; ``tensors``
-    have, in C++ and to their memory, no more than new ones.
+def nothing_else_holds(attributes: dict[str, Any]) -> bool:
+    """Whether all references to the optimizer's state are known: of the state, its attribute; of each entry, the
+    state; of each tensor, its entry, or the encoded one that it is in; and nothing beyond Python.
     """
-    if not _CAN_TELL or any(
-        _counts(objects) != {_ONLY_THE_LIST + known} for objects, known in held if objects
-    ):
+    if not _CAN_TELL:
         return False
-    return set(map(_beyond_python, tensors)) <= {_beyond_python(torch.empty(1, device="cpu"))}
+    state = [attributes["state"]]
+    entries = list(attributes["state"].values())
+    tensors = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
+    inner = [value.bits for value in tensors if isinstance(value, Encoded) and not isinstance(value, Scales)]
+    scales = [
+        value.scales for value in tensors if isinstance(value, Quantized)
+    ]  # an entry names them as well
+    held = ((state, 1), (entries, 1), (tensors, 1), (inner, 1), (scales, 2))
+    if any(_counts(objects) - {_ONLY_THE_LIST + known} for objects, known in held):
+        return False
+    fresh = _beyond_python(torch.empty(1, device="cpu"))
+    return {_beyond_python(tensor) for tensor in (*tensors, *inner, *scales)} <= {fresh, fresh[:2]}
 
 
 class Watch:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .layout import memory_like
 
 SCALE_BLOCK = 128  # neighbours in memory that share a scale
+PIECE = 2**17  # elements that are recoded at once: temporaries stay small beside large tensors; whole blocks
 
 
 def joined(param: Tensor, remainder: Tensor) -> Tensor:
@@ -51,22 +52,45 @@ def _half_unit(weight: Tensor) -> Tensor:
 def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
     """The FP32 values of an 8-bit state, in its layout."""
     values = torch.empty_like(codes, dtype=torch.float32)
-    nonnegative = codes.dtype == torch.uint8
-    flat = _flat(codes).float()
-    magnitude = flat.abs()
-    tapered = ((magnitude.view(torch.int32) - _bias(nonnegative)) << 2).view(torch.float32)
-    x = torch.where(magnitude < 4, magnitude * 2.0 ** (-25 if nonnegative else -21), tapered)
-    _flat(values).copy_(x.copysign(flat) * scales.repeat_interleave(SCALE_BLOCK)[: x.numel()])
+    flat, to = _flat(codes), _flat(values)
+    for first in range(0, flat.numel(), PIECE):
+        piece = slice(first, first + PIECE)
+        to[piece] = _dequantized(flat[piece], scales[first // SCALE_BLOCK :])
     return values
 
 
-def quantized(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """FP32 values as codes, to the nearest, and their block scales."""
-    codes = memory_like(values, dtype)
+def _dequantized(codes: Tensor, scales: Tensor) -> Tensor:
+    nonnegative = codes.dtype == torch.uint8
+    flat = codes.float()
+    magnitude = flat.abs()
+    tapered = ((magnitude.view(torch.int32) - _bias(nonnegative)) << 2).view(torch.float32)
+    x = torch.where(magnitude < 4, magnitude * 2.0 ** (-25 if nonnegative else -21), tapered)
+    blocks = -(-flat.numel() // SCALE_BLOCK)
+    return x.copysign(flat) * scales[:blocks].repeat_interleave(SCALE_BLOCK)[: x.numel()]
+
+
+def quantized(
+    values: Tensor, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Floating-point values as 8-bit ones, to the nearest, and their block scales, on ``device``.
+
+    Cost: 33 bytes of temporaries for each of at most ``PIECE`` elements.
+    """
+    device = values.device if device is None else device
+    codes = memory_like(values, dtype, device)
+    flat, to = _flat(values), _flat(codes)
+    scales = torch.empty(-(-flat.numel() // SCALE_BLOCK), dtype=torch.float32, device=device)
+    for first in range(0, flat.numel(), PIECE):
+        piece = flat[first : first + PIECE].to(device, torch.float32)
+        to[first : first + PIECE], found = _quantized(piece, dtype)
+        scales[first // SCALE_BLOCK :][: found.numel()] = found
+    return codes, scales
+
+
+def _quantized(flat: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     nonnegative = dtype == torch.uint8
-    flat = _flat(values)
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
-    largest = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
+    largest = blocks.abs().amax(1)
     power = (largest.view(torch.int32) + (1 << (18 if nonnegative else 19))) & 0x7F800000
     scales = power.clamp(max=0x7E800000).view(torch.float32)
     scales = torch.where(largest.isfinite(), scales, torch.nan)
@@ -77,8 +101,12 @@ def quantized(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     y = torch.minimum(tapered, bits.view(torch.float32) * 2.0 ** (25 if nonnegative else 21))
     y = (y + 0.5).floor().clamp(int(nonnegative), 255 if nonnegative else 127).copysign(blocks)
     y = y.abs() if nonnegative else y
-    _flat(codes).copy_(y.view(-1).narrow(0, 0, flat.numel()))
-    return codes, scales
+    return y.view(-1).narrow(0, 0, flat.numel()).to(dtype), scales
+
+
+def zero_code(dtype: torch.dtype) -> int:
+    """The 8-bit value that stands for 0 where the scale is 0."""
+    return int(dtype == torch.uint8)
 
 
 def _bias(nonnegative: bool) -> int:

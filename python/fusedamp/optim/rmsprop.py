@@ -57,10 +57,10 @@ class RMSprop(FusedOptimizer):
         super()._check_group(where, group)
         for name in ("alpha", "eps", "momentum"):
             check_number(where, name, group[name])
-        if group["centered"] and group["state_dtype"] != torch.float32:
+        if group["centered"] and group["state_dtype"] != "float32":
             raise ValueError(
                 f"{where} state_dtype is {group['state_dtype']!r} with centered=True; expected "
-                "torch.float32, as a variance that is the difference of two roundings may vanish. Pass "
+                '"float32", as a variance that is the difference of two roundings may vanish. Pass '
                 "centered=False."
             )
 

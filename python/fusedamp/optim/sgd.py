@@ -74,11 +74,11 @@ class SGD(FusedOptimizer):
     def _active_states(self, group: Group) -> tuple[str, ...]:
         return self.state_names if group["momentum"] != 0 else ()
 
-    def _new_state(self, name: str, like: Tensor, entry: Entry) -> Tensor:
-        entry["step"] = torch.zeros_like(
-            entry["step"]
-        )  # the op starts the buffer from the first gradient it sees
-        return super()._new_state(name, like, entry)
+    def _new_state(self, name: str, like: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
+        entry[
+            "step"
+        ].zero_()  # in place, as it may be shared; the op starts the buffer from the first gradient it sees
+        return super()._new_state(name, like, dtype, entry)
 
     def _upgrade_state(self, entry: Entry) -> None:
         if "momentum_buffer" in entry:  # torch keeps no step count; a buffer exists from the first step on

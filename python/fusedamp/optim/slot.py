@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterable
 from operator import is_
 from typing import Any, NamedTuple
@@ -12,11 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..sharding import local
-from .layout import STATE_DTYPES, overlaps_itself, placed_like, strided_like
-from .storage import CODES, Entry, has_master, keep, keep_master, need_storable, scale_name, stored_dtype
+from .encoded import Quantized, Remainder, plain
+from .layout import STATE_DTYPES, is_fake, overlaps_itself, placed_like, strided_like
+from .storage import Entry, adapted, has_master, keep_master, label, need_storable, numel_name, stored_dtype
 
 Like = Callable[[str], Tensor | None]  # a tensor like the parameter's state of that name; None: it has none
-NewState = Callable[[str, Tensor, Entry], Tensor]  # from a tensor like it
+NewState = Callable[[str, Tensor, torch.dtype, Entry], Tensor]  # like a tensor, kept in a dtype
+MOST_STEPS = 2**62  # far more than anybody takes, and within int64
 
 
 class Mode(NamedTuple):
@@ -26,12 +29,12 @@ class Mode(NamedTuple):
     op: str
     nonnegative: tuple[str, ...]  # of the states
     master_weights: str
-    state_dtype: torch.dtype | str
+    state_dtype: str
     stochastic_rounding: bool
-    rounding_seed: int
+    rounding_seed: int | None
 
     def is_random(self) -> bool:
-        return self.stochastic_rounding or self.state_dtype != torch.float32
+        return self.stochastic_rounding or self.state_dtype != "float32"
 
 
 class Slot:
@@ -50,9 +53,17 @@ class Slot:
         self.param, self.source, self.entry, self.mode, self.names = param, source, entry, mode, names
         self.dense = source if source.stride() == wanted else torch.empty_like(source).copy_(source)
         self.target = _real(self.dense)
-        self.states = tuple(_real(local(entry[name])) for name in names)
-        self.scales = tuple(entry[scale_name(name)] for name in names if entry[name].dtype in CODES)
-        self.master = _real(local(entry["master"])) if "master" in entry else None
+        states = [entry[name] for name in names]
+        self.states = tuple(_real(plain(local(state))) for state in states)
+        self.scales = tuple(state.scales for state in states if isinstance(state, Quantized))
+        self.master = _real(plain(local(entry["master"]))) if "master" in entry else None
+        # What the tensors above are called in the state, in the order of an op's columns: key, and attribute of it.
+        self.columns: list[tuple[str, str | None]] = [("step", None)]
+        if self.master is not None:
+            self.columns.append(("master", "bits" if isinstance(entry["master"], Remainder) else None))
+        kinds = list(zip(names, states, strict=True))
+        self.columns += [(name, "bits" if isinstance(state, Quantized) else None) for name, state in kinds]
+        self.columns += [(name, "scales") for name, state in kinds if isinstance(state, Quantized)]
         self.step: Tensor = entry["step"]
         self.key = (str(source.device), self.master is None)  # what may share a call with it
         self.turn = -1  # the step that used it last
@@ -112,8 +123,27 @@ class Slot:
 def as_step(value: Any, param: Tensor) -> Tensor:
     """A new step count as the ops want it: FP32, 0-d, on the parameter's device; a number without a sync."""
     if not isinstance(value, Tensor):
+        check_step(value)
         return torch.full((), float(value), dtype=torch.float32, device=param.device)
+    if value.numel() != 1:
+        raise ValueError(
+            f"has a step count of shape {list(value.shape)}; expected one number. Assign a 0-d tensor."
+        )
+    check_step(value)
     return torch.as_tensor(value, dtype=torch.float32, device=param.device).detach().reshape(()).clone()
+
+
+def check_step(value: Any) -> None:
+    """Raise unless ``value`` is a step count, as far as that can be told without waiting for a device."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or is_fake(value):
+            return
+        value = local(value).item()
+    if not isinstance(value, (int, float)) or not (0 <= value <= MOST_STEPS and math.floor(value) == value):
+        raise ValueError(
+            f"has step count {value!r}; expected a whole number from 0 to 2**62. Load an intact checkpoint, or assign "
+            "the number of steps taken."
+        )
 
 
 def check_aliasing(where: str, slots: Iterable[Slot]) -> None:
@@ -121,7 +151,7 @@ def check_aliasing(where: str, slots: Iterable[Slot]) -> None:
     ranges = sorted(
         (slot.key[0], slot.target.data_ptr(), slot.target.numel() * slot.target.element_size())
         for slot in slots
-        if slot.target.numel()
+        if slot.target.numel() and not is_fake(slot.target)
     )
     for (device, start, size), (other_device, other_start, _) in itertools.pairwise(ranges):
         if device == other_device and start + size > other_start:
@@ -154,7 +184,7 @@ def check(source: Tensor) -> None:
     got = _kind(source)
     if source.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{got}; expected cpu or cuda. Move the model there before the step.")
-    if source.numel() and not source.data_ptr():
+    if source.numel() and not is_fake(source) and not source.data_ptr():
         raise ValueError(f"{got} and has no storage; expected memory to update. Restore it before the step.")
     if source.numel() and overlaps_itself(source):
         raise ValueError(
@@ -194,13 +224,14 @@ def making_complete(
             'into a group of its own with master_weights="fp32" or "none", and stochastic_rounding=False.'
         )
     needed = {"step", *likes, *(["master"] if wants_master else [])}
-    needed |= {scale_name(name) for name, dtype in stored.items() if dtype in CODES}
     if param.is_cuda and not needed <= entry.keys() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "has no optimizer state yet; expected it before graph capture, as a replay would reset it. "
             "Run one step before capturing."
         )
     step = entry.get("step", 0.0)
+    if isinstance(step, Tensor) and step.is_meta and not param.is_meta:
+        step = 0.0  # made with the parameter, before it had memory
     if (
         not isinstance(step, Tensor)
         or step.dtype != torch.float32
@@ -208,14 +239,20 @@ def making_complete(
         or step.device != param.device
     ):
         entry["step"] = as_step(step, param)
+    else:
+        check_step(step)
     yield
     for name, template in likes.items():
-        if entry.get(name) is None:
-            entry[name] = new_state(name, template, entry)
-        keep(entry, name, template, stored[name])
+        value = entry.get(name)
+        if value is None or (isinstance(value, Tensor) and value.is_meta and not param.is_meta):
+            entry[name] = new_state(name, template, stored[name], entry)
+        else:
+            entry[name] = adapted(entry, name, template, stored[name])
+        label(entry, name)
         yield
     if wants_master:
         keep_master(entry, param, mode.master_weights)
     else:
         entry.pop("master", None)
+        entry.pop(numel_name("master"), None)
     return tuple(likes)

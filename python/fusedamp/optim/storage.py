@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..sharding import local
-from .layout import STATE_DTYPES, fits, fitted, memory_like
-from .recoding import SCALE_BLOCK, dequantized, joined, quantized, rounded_away, split
+from .encoded import Encoded, Quantized, Remainder, Scales, plain
+from .layout import STATE_DTYPES, fits, fitted, is_fake, memory_like
+from .recoding import SCALE_BLOCK, joined, quantized, rounded_away, split, zero_code
 
 Entry = dict[str, Any]  # optimizer.state[param]
 CODES = (torch.int8, torch.uint8)  # of signed states, and of those that are never negative
@@ -23,9 +24,12 @@ class Storage(TypedDict, total=False):
     master_weights: str
     state_dtype: torch.dtype | str
     stochastic_rounding: bool
+    rounding_seed: int | None
 
 
-DEFAULTS = Storage(master_weights="auto", state_dtype=torch.float32, stochastic_rounding=False)
+DEFAULTS = Storage(
+    master_weights="auto", state_dtype="float32", stochastic_rounding=False, rounding_seed=None
+)
 
 
 def with_storage(optimizer: str, defaults: Entry, storage: Storage) -> Entry:
@@ -33,28 +37,45 @@ def with_storage(optimizer: str, defaults: Entry, storage: Storage) -> Entry:
     unknown = sorted(storage.keys() - DEFAULTS.keys())
     if unknown:
         raise TypeError(f"{optimizer}() got an unexpected keyword argument {unknown[0]!r}")
-    return {**defaults, **{k: defaults.get(k, v) for k, v in DEFAULTS.items()}, **storage, "rounding_seed": 0}
+    group = {**defaults, **{k: defaults.get(k, v) for k, v in DEFAULTS.items()}, **storage}
+    name_dtypes(group)
+    return group
 
 
-def spelled_out(init: Callable[..., None]) -> inspect.Signature:
-    """The signature of a constructor with each option of storage in the place of ``**storage``."""
-    _, *parameters = inspect.signature(init).parameters.values()
-    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+def name_dtypes(group: Entry) -> None:
+    """Replace each dtype in ``group`` by its name: groups hold plain values, which checkpoints of every kind take."""
+    for name, value in group.items():
+        if isinstance(value, torch.dtype):
+            group[name] = str(value).removeprefix("torch.")
+
+
+def spelled_out(cls: type) -> inspect.Signature:
+    """The signature of ``cls`` with each option of storage in the place of our own ``**storage``.
+
+    A user's ``**options`` stay: the constructor takes whatever it hands on.
+    """
+    _, *parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    if parameters and "Unpack[Storage]" in str(parameters[-1].annotation):
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters[-1:] = [inspect.Parameter(name, kind, default=value) for name, value in DEFAULTS.items()]
     return inspect.Signature(parameters)
 
 
 def scale_name(state: str) -> str:
-    """The key of the block scales of an 8-bit state."""
+    """The key in a checkpoint of the block scales of an 8-bit state."""
     return f"{state}_scale"
 
 
-def stored_dtype(param_dtype: torch.dtype, state_dtype: torch.dtype | str, nonnegative: bool) -> torch.dtype:
+def numel_name(state: str) -> str:
+    """The key in a checkpoint of the number of elements of a state whose bits are no numbers."""
+    return f"{state}_numel"
+
+
+def stored_dtype(param_dtype: torch.dtype, state_dtype: str, nonnegative: bool) -> torch.dtype:
     """The dtype of a state of a parameter, under an option ``state_dtype`` that fits the parameter."""
     if state_dtype == "int8":
         return CODES[nonnegative]
-    return STATE_DTYPES[param_dtype] if state_dtype == torch.float32 else torch.bfloat16
+    return STATE_DTYPES[param_dtype] if state_dtype == "float32" else torch.bfloat16
 
 
 def has_master(param: Tensor, master_weights: str) -> bool:
@@ -62,73 +83,148 @@ def has_master(param: Tensor, master_weights: str) -> bool:
     return master_weights != "none" and STATE_DTYPES.get(param.dtype, param.dtype) != param.dtype
 
 
-def need_storable(param: Tensor, state_dtype: torch.dtype | str) -> None:
+def need_storable(param: Tensor, state_dtype: str) -> None:
     """Raise unless the states of ``param`` can be kept as the option ``state_dtype`` says."""
-    if state_dtype == torch.float32:
+    if state_dtype == "float32":
         return
     kind = f"is {str(param.dtype).removeprefix('torch.')} of shape {list(param.shape)}"
     if STATE_DTYPES[param.dtype] != torch.float32:
         raise ValueError(
             f"{kind} in a group with state_dtype {state_dtype!r}; expected float16, bfloat16 or float32. Put "
-            "it into a group of its own with state_dtype=torch.float32, which means the wide type for it."
+            'it into a group of its own with state_dtype="float32", which means the wide type for it.'
         )
     if state_dtype == "int8" and local(param) is not param:
         raise ValueError(
             f"{kind}, a DTensor, in a group with state_dtype 'int8'; expected a plain tensor, as block "
-            "scales belong to a shard's memory and could not be resharded. Use state_dtype=torch.bfloat16."
+            'scales belong to a shard\'s memory and could not be resharded. Use state_dtype="bfloat16".'
         )
 
 
-def keep(entry: Entry, name: str, like: Tensor, dtype: torch.dtype) -> None:
-    """Bring the state ``name`` of ``entry`` into the layout of ``like`` and into ``dtype``."""
-    value, scales = entry[name], entry.get(scale_name(name))
-    if fits(value, like, dtype) and (dtype not in CODES or _are_scales(scales, like)):
-        if dtype not in CODES:
-            entry.pop(scale_name(name), None)
-        return
+def filled(like: Tensor, dtype: torch.dtype, value: float) -> Tensor:
+    """A new state like ``like``, kept in ``dtype``, with ``value`` everywhere."""
+    if dtype not in CODES:
+        return memory_like(like, dtype).fill_(complex(value, value) if dtype.is_complex else value)
+    codes = memory_like(like, dtype)
+    scales = torch.zeros(-(-like.numel() // SCALE_BLOCK), dtype=torch.float32, device=like.device)
+    code, scale = zero_code(dtype), 0.0
+    if value != 0.0:
+        one = quantized(torch.full((1,), value, device="cpu"), dtype)
+        code, scale = int(one[0]), float(one[1])
+    return Quantized(codes.fill_(code), scales.fill_(scale))
+
+
+def adapted(entry: Entry, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The state ``name`` of ``entry`` in the layout of ``like`` and in ``dtype``: itself where it fits already."""
+    value = entry[name]
     check_shape(name, value, like)
-    if value.dtype in CODES:
-        if not isinstance(scales, Tensor) or scales.numel() != -(-value.numel() // SCALE_BLOCK):
-            raise ValueError(
-                f"has 8-bit state {name!r} without the scales of its blocks, {scale_name(name)!r}; expected "
-                "both. Pass what state_dict() returned, or clear optimizer.state."
+    if isinstance(value, Quantized):
+        check_scales(name, value.bits, value.scales)
+        if value.bits.dtype == dtype and value.bits.stride() == _dense_stride(like):
+            if fits(value.bits, like, dtype) and value.scales.device == like.device:
+                return value
+            return Quantized(
+                fitted(value.bits, like, dtype), value.scales.to(like.device, torch.float32, copy=True)
             )
-        if value.dtype == dtype and value.stride() == torch.empty_like(like, device="meta").stride():
-            entry[name] = fitted(value, like, dtype)
-            entry[scale_name(name)] = scales.detach().to(like.device, torch.float32, copy=True)
-            return
-        value = dequantized(value, scales.float())
-    if dtype in CODES:
-        entry[name], entry[scale_name(name)] = quantized(fitted(value, like), dtype)
+        value = value.dequantize()
+    elif not isinstance(entry.get(scale_name(name)), Scales | None):
+        raise ValueError(
+            f"has state {name!r} of dtype {value.dtype} beside {scale_name(name)!r}, the block scales of an 8-bit "
+            f"state; expected its int8 or uint8 values, or floats alone. Quantized values are no numbers: load the "
+            f'checkpoint into an optimizer with state_dtype="float32" first, or remove {scale_name(name)!r}.'
+        )
+    elif not (value.is_floating_point() or value.is_complex()):
+        raise ValueError(
+            f"has state {name!r} of dtype {value.dtype}; expected floating-point values, or a state as this optimizer "
+            "made it. Assign floats, or remove the state."
+        )
+    if dtype not in CODES:
+        return value if fits(value, like, dtype) else fitted(value, like, dtype)
+    if local(value).stride() != _dense_stride(like):
+        value = fitted(value, like)
+    return Quantized(*quantized(value.detach(), dtype, like.device))
+
+
+def _dense_stride(like: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(like, device="meta").stride()
+
+
+def check_scales(name: str, values: Tensor, scales: Any) -> None:
+    """Raise unless ``scales`` can be the block scales of the 8-bit ``values``."""
+    wanted = -(-values.numel() // SCALE_BLOCK)
+    if not isinstance(scales, Tensor) or scales.shape != (wanted,) or scales.dtype != torch.float32:
+        got = f"{scales.dtype} of shape {list(scales.shape)}" if isinstance(scales, Tensor) else repr(scales)
+        raise ValueError(
+            f"has 8-bit state {name!r} of {values.numel()} elements with block scales {got}; expected torch.float32 of "
+            f"shape [{wanted}]. Pass what state_dict() returned, or clear optimizer.state."
+        )
+
+
+def taken_from_checkpoint(entry: Entry, name: str, nonnegative: bool) -> None:
+    """Make one tensor of the values, scales and size of an 8-bit state in a saved ``entry``, in place."""
+    value = entry.get(name)
+    if not isinstance(value, Tensor) or value.dtype not in CODES or isinstance(value, Encoded):
+        return
+    scales, numel = entry.pop(scale_name(name), None), entry.pop(numel_name(name), value.numel())
+    scales = plain(scales) if isinstance(scales, Tensor) else scales
+    check_scales(name, value, scales)
+    if value.dtype != CODES[nonnegative]:
+        raise ValueError(
+            f"has 8-bit state {name!r} of dtype {value.dtype}; expected {CODES[nonnegative]}, as it "
+            f"{'never is' if nonnegative else 'may be'} negative. Pass what state_dict() returned."
+        )
+    if numel != value.numel():
+        raise ValueError(
+            f"has 8-bit state {name!r} of {value.numel()} elements, which was saved with {numel}; expected all of "
+            "them, as their block scales belong to their places. To add or remove elements, load the checkpoint into "
+            'an optimizer with state_dtype="float32", whose states are numbers.'
+        )
+    powers = scales.view(torch.int32) & 0x7FFFFF if not is_fake(scales) else None
+    if powers is not None and not ((powers == 0) & (scales >= 0) | scales.isnan()).all():
+        raise ValueError(
+            f"has 8-bit state {name!r} with {scale_name(name)!r} that are no powers of two; expected the scales that "
+            "were saved with it. Scales can't be averaged or cast: do so with the states of an optimizer with "
+            'state_dtype="float32".'
+        )
+    entry[name] = Quantized(value, scales)
+    label(entry, name)
+
+
+def for_checkpoint(entry: Entry) -> Entry:
+    """``entry`` as plain tensors, which every program can read."""
+    return {name: plain(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
+
+
+def label(entry: Entry, name: str) -> None:
+    """Put beside the state ``name`` what a checkpoint needs to know of it, and nothing else."""
+    value, scales = entry[name], scale_name(name)
+    if isinstance(value, Encoded):
+        entry[numel_name(name)] = value.numel()
     else:
-        entry[name] = fitted(value, like, dtype)
-        entry.pop(scale_name(name), None)
-
-
-def _are_scales(scales: object, like: Tensor) -> bool:
-    return (
-        isinstance(scales, Tensor)
-        and scales.dtype == torch.float32
-        and scales.device == like.device
-        and scales.shape == (-(-like.numel() // SCALE_BLOCK),)
-        and scales.is_contiguous()
-    )
+        entry.pop(numel_name(name), None)
+    if not isinstance(value, Quantized):
+        entry.pop(scales, None)
+    elif getattr(entry.get(scales), "bits", None) is not value.scales:
+        entry[scales] = Scales(value.scales)
 
 
 def keep_master(entry: Entry, param: Tensor, master_weights: str) -> None:
     """Make the master of ``param``, or bring it into the form that ``master_weights`` names.
 
-    A master that is not what its weight rounds follows the weight, which somebody has written.
+    A master that is not what its weight rounds follows the weight, which was modified.
     """
     is_split = master_weights == "split"
     dtype = torch.int16 if is_split else STATE_DTYPES[param.dtype]
     value = entry.get("master")
     if value is None:
-        entry["master"] = memory_like(param, dtype).zero_() if is_split else fitted(param, param)
+        entry["master"] = _wrapped(memory_like(param, dtype).zero_()) if is_split else fitted(param, param)
+        label(entry, "master")
         return
-    if fits(value, param, dtype):
+    check_master(value, param)
+    if fits(plain(value), param, dtype):
+        entry["master"] = _wrapped(value)
+        label(entry, "master")
         return
-    check_shape("master", value, param)
+    value = plain(value)
     was_split = value.dtype == torch.int16
     value = fitted(value, param, torch.int16 if was_split else None)
     source = local(param)
@@ -145,7 +241,24 @@ def keep_master(entry: Entry, param: Tensor, master_weights: str) -> None:
         remainder = local(value)
         value = fitted(param, param)
         local(value).copy_(joined(source, remainder))
-    entry["master"] = value
+    entry["master"] = _wrapped(value)
+    label(entry, "master")
+
+
+def _wrapped(master: Tensor) -> Tensor:
+    """``master``, a remainder as what refuses to be a number; those of DTensors travel as plain tensors."""
+    is_remainder = type(master) is Tensor and master.dtype == torch.int16
+    return Remainder(master) if is_remainder else master
+
+
+def check_master(value: Any, param: Tensor) -> None:
+    """Raise unless ``value`` can become the master of ``param``."""
+    check_shape("master", value, param)
+    if value.dtype != torch.int16 and not (value.is_floating_point() or value.is_complex()):
+        raise ValueError(
+            f"has a master of dtype {value.dtype}; expected floating-point values, or the int16 remainder of a split "
+            'master. Remove state["master"]: it is made anew from the weight.'
+        )
 
 
 def check_shape(name: str, value: Any, param: Tensor) -> None:
