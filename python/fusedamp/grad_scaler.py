@@ -11,7 +11,6 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from . import ops, routes
-from .attach import WORTH_A_CALL, Attachment
 from .clip import check_norm, clip_grad_norm_
 from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, no_overflow, on
 from .loss_scale import LossScale
@@ -54,50 +53,11 @@ class GradScaler(LossScale):
         super()._start_watching()
         self._last_found_inf: Tensor | None = None
         self._overflows: weakref.WeakKeyDictionary[Optimizer, OverflowLog] = weakref.WeakKeyDictionary()
-        self._attached: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["_last_found_inf"], state["_overflows"], state["_attached"]
+        del state["_last_found_inf"], state["_overflows"]
         return state
-
-    def attach(
-        self, optimizer: Optimizer, norm_type: float = 2.0, *, min_numel: int = WORTH_A_CALL
-    ) -> Attachment:
-        """Read the large gradients of ``optimizer`` in backward, each as it appears; :meth:`step` and
-        :meth:`clip_grad_norm_` read the rest. Every result is the same, to the bit.
-
-        It pays where large gradients are still in the cache when their hook runs and each backward is
-        followed by a step. On a CPU with 2 MiB of L2 cache it broke even at 2**19 elements and saved about a
-        quarter of the read pass from 2**20 on, a few percent of the step at best; on an NVIDIA H200 a GPT-2
-        small gained nothing. It costs time with small gradients (a call for each that is read in backward,
-        where the read pass is one for 2,000), under gradient accumulation, where every backward reads and
-        only the last counts, and with optimizers that the host steps, which unscale instead. It changes
-        nothing among several ranks (DDP reduces gradients after the hooks), in a captured CUDA graph, and
-        for sparse, DTensor or non-contiguous gradients: ``step`` reads those.
-
-        What changes after backward (a gradient, as its identity and version counter tell, the scale, the
-        parameters in the groups) is read again in ``step``. Writes that move no version counter, as through
-        ``.data``, by a raw collective or by the replay of a CUDA graph, go unnoticed: detach first.
-        Attachments are neither pickled nor copied.
-
-        Args:
-            norm_type: of the :meth:`clip_grad_norm_` to come; for another, that one reads.
-            min_numel: the fewest elements of a gradient that is read in backward.
-        Returns: a handle with ``remove()``, as :meth:`detach`. A second call replaces the first.
-        Raises: TypeError or ValueError for what is no optimizer, norm or number of elements.
-        Cost: one call of the read pass per such gradient and backward, about 1 us for any other; no sync.
-        """
-        norm_type = check_norm("GradScaler.attach", 0.0, norm_type)
-        attachment = Attachment(self, optimizer, norm_type, min_numel)
-        self.detach(optimizer)
-        self._attached[optimizer] = attachment
-        return attachment
-
-    def detach(self, optimizer: Optimizer) -> None:
-        """Undo :meth:`attach`; does nothing where there is nothing to undo."""
-        if (attached := self._attached.get(optimizer)) is not None:
-            attached.remove()
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the scale in place, at once; a clipping that was put off is done here too.
@@ -139,15 +99,10 @@ class GradScaler(LossScale):
         """Read the gradients once, changing none; flags what is not finite, now or once unscaled."""
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         state = self._per_optimizer_states[id(optimizer)]
-        attached = self._attached.get(optimizer)
-        norm_type = state.get("norm_type", 2.0 if attached is None else attached.norm_type)
-        params = params_of(optimizer)
-        gradients = Gradients(params, magnitudes=norm_type != 2)
+        norm_type = state.get("norm_type", 2.0)
+        gradients = Gradients(params_of(optimizer), magnitudes=norm_type != 2)
         inv_scale = self._inverse()
-        if attached is None:
-            stats = gradients.stats(inv_scale, norm_type)
-        else:
-            stats = attached.stats(params, gradients, scale, inv_scale, norm_type)
+        stats = gradients.stats(inv_scale, norm_type)
         stamp = Stamp([scale, *gradients.originals])
         state["read"] = ReadPass(gradients, stats, inv_scale, norm_type, stamp)
         state["sharded_over"] = gradients.sharded_over
