@@ -14,12 +14,15 @@ from . import ops, routes
 from .clip import check_norm, clip_grad_norm_
 from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, no_overflow, on
 from .loss_scale import LossScale
-from .optim.base import AmpInputs, DeviceInputs
+from .ops.inputs import DeviceInputs, Number, divided, flag_on, handed_to, times
 from .optim.layout import gradient_of
 from .overflow import OverflowLog, OverflowReport, params_of
 from .routes import ReadPass
 from .sharding import local
 
+ByHand = tuple[Number | None, Number | None]  # in the order of _BY_HAND
+Stats = dict[torch.device, ops.GradStats]
+_BY_HAND = ("found_inf", "grad_scale")
 _NO_CLOSURE = "Closure use is not currently supported if GradScaler is enabled."
 
 
@@ -185,16 +188,19 @@ class GradScaler(LossScale):
             raise RuntimeError("step() has already been called since the last update().")
         if routes.is_legacy(optimizer):
             return super().step(optimizer, *args, **kwargs)
+        by_hand = routes.by_hand(optimizer)
         if self._is_fused(optimizer):
-            result = self._step_fused(optimizer, state, args, kwargs)
+            result = self._step_fused(optimizer, state, by_hand, args, kwargs)
         elif routes.takes_found_inf(optimizer):
-            result = self._step_torch_fused(optimizer, state, args, kwargs)
+            result = self._step_torch_fused(optimizer, state, by_hand, args, kwargs)
         else:
             if state["stage"] is OptState.READY:
                 self.unscale_(optimizer)
-            if not state["found_inf_per_device"]:
+            if not state["found_inf_per_device"] and not routes.is_fusedamps(optimizer):
                 raise AssertionError("No inf checks were recorded for this optimizer.")
+            self._divide(optimizer, state, by_hand[1])
             self._combined_flag(optimizer, state)
+            self._skip_by_hand(by_hand[0])
             result = self._maybe_opt_step(optimizer, state, *args, **kwargs)
         state["stage"] = OptState.STEPPED
         state["read"] = None
@@ -210,11 +216,16 @@ class GradScaler(LossScale):
         )
 
     def _step_fused(
-        self, optimizer: Optimizer, state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        by_hand: ByHand,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> float | None:
         if args and args[0] is not None:
             raise RuntimeError(_NO_CLOSURE)
-        flag, read = self._found_inf(optimizer, state)
+        flag, read = self._found_inf(optimizer, state, by_hand)
         inv_scale = clip_coef = None
         if read is None:
             devices = {local(p).device for p in params_of(optimizer) if gradient_of(p) is not None}
@@ -230,28 +241,41 @@ class GradScaler(LossScale):
             )
             for device in devices
         }
-        optimizer._amp = AmpInputs(per_device)  # type: ignore[attr-defined]
-        try:
-            return optimizer.step(*args, **kwargs)
-        finally:
-            optimizer._amp = None  # type: ignore[attr-defined]
+        with handed_to(optimizer, per_device):
+            result = optimizer.step(*args, **kwargs)
+        for name in _BY_HAND:  # set by hand, for one step, as with torch's scaler
+            vars(optimizer).pop(name, None)
+        return result
 
     def _step_torch_fused(
-        self, optimizer: Optimizer, state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        by_hand: ByHand,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> float | None:
-        flag, read = self._found_inf(optimizer, state)
-        grad_scale = getattr(optimizer, "grad_scale", None)  # a user's factor, on top of ours
-        if read is not None:
-            grad_scale = self._scale if grad_scale is None else self._scale * grad_scale
-        optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
-        optimizer.found_inf = flag.clamp(max=1)  # type: ignore[attr-defined]
+        flag, read = self._found_inf(optimizer, state, by_hand)
+        assert self._scale is not None
+        grad_scale = None if read is None else self._scale
+        if by_hand[1] is not None:  # a user's factor, on top of ours
+            grad_scale = times(grad_scale, by_hand[1], self._scale.device)
+        given = {name: vars(optimizer)[name] for name in _BY_HAND if name in vars(optimizer)}
+        vars(optimizer).update(grad_scale=grad_scale, found_inf=flag.clamp(max=1))
         try:
-            return optimizer.step(*args, **kwargs)
+            result = optimizer.step(*args, **kwargs)
+            given = {}
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+            vars(optimizer).update(given)
+        return result
 
-    def _found_inf(self, optimizer: Optimizer, state: dict[str, Any]) -> tuple[Tensor, ReadPass | None]:
-        """The flag over all devices, and the read pass behind it unless gradients were unscaled before."""
+    def _found_inf(
+        self, optimizer: Optimizer, state: dict[str, Any], by_hand: ByHand
+    ) -> tuple[Tensor, ReadPass | None]:
+        """Whether to skip, over all devices, and the read pass behind it unless gradients were unscaled
+        before.
+        """
         read = None
         if state["stage"] is OptState.READY and self._overrides("unscale_", "_unscale_grads_"):
             self.unscale_(optimizer)  # what replaces them may reduce the flags over ranks
@@ -260,15 +284,47 @@ class GradScaler(LossScale):
             if read is None:
                 self._check_inf_per_device(optimizer)
                 read = state["read"]
+        seen = self._divide(optimizer, state, by_hand[1])
         flag = self._combined_flag(optimizer, state)
         log = self._overflows[optimizer]
-        if read is not None:
+        if seen is not None:
+            log.record(*seen, flag)
+        elif read is not None:
             log.record(read.gradients, read.stats, flag)
         elif flag.device.type != "cpu":
             log.record_uncounted(Gradients(params_of(optimizer)), flag)
         elif flag.item():
             self._record_now(optimizer, flag)
-        return flag, read
+        return self._skip_by_hand(by_hand[0]), read
+
+    def _divide(
+        self, optimizer: Optimizer, state: dict[str, Any], grad_scale: Number | None
+    ) -> tuple[Gradients, Stats] | None:
+        """Read the gradients as they will be once divided by a user's ``grad_scale`` too; what is not finite
+        then is an overflow.
+        """
+        if grad_scale is None:
+            return None
+        assert self._scale is not None
+        read, factor = state.get("read"), None
+        gradients = Gradients(params_of(optimizer)) if read is None else read.gradients
+        if read is not None:
+            factor = read.inv_scale
+            if read.clip_coef is not None:  # NaN of a gradient that counts as it is
+                factor = factor * read.clip_coef.float().nan_to_num(nan=0.0)
+        stats = gradients.stats(divided(factor, grad_scale, self._scale.device))
+        flags = state["found_inf_per_device"]
+        for device, flag in gradients.agree_({d: stat.found_inf for d, stat in stats.items()}).items():
+            flags[device] = combine([flag, *([flags[device]] if device in flags else [])], device)
+        return gradients, stats
+
+    def _skip_by_hand(self, found_inf: Number | None) -> Tensor:
+        """The flag of the step at hand, with what a user set. That is no overflow: the scale stays."""
+        assert self._last_found_inf is not None
+        if found_inf is not None:
+            device = self._last_found_inf.device
+            self._last_found_inf = combine([self._last_found_inf, flag_on(device, found_inf)], device)
+        return self._last_found_inf
 
     def _combined_flag(self, optimizer: Optimizer, state: dict[str, Any]) -> Tensor:
         """The flag over all devices, on that of the scale; begins the step that it decides about."""
