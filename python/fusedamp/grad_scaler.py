@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import ops, routes
 from .clip import check_norm, clip_grad_norm_
-from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, no_overflow, on
+from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, has_value, lasting, no_overflow, on
 from .loss_scale import LossScale
 from .ops.inputs import DeviceInputs, Number, divided, flag_on, handed_to, times
 from .optim.layout import gradient_of
@@ -91,7 +91,8 @@ class GradScaler(LossScale):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> PerDevice:
         gradients = Gradients(params_of(optimizer))
-        flags = {device: on(found_inf, device).clone() for device in gradients.by_device}
+        with lasting():
+            flags = {device: on(found_inf, device).clone() for device in gradients.by_device}
         for device, bucket in gradients.by_device.items():
             ops.unscale_(bucket.tensors, on(inv_scale, device), flags[device])
         gradients.write_back()
@@ -105,7 +106,8 @@ class GradScaler(LossScale):
         norm_type = state.get("norm_type", 2.0)
         gradients = Gradients(params_of(optimizer), magnitudes=norm_type != 2)
         inv_scale = self._inverse()
-        stats = gradients.stats(inv_scale, norm_type)
+        with lasting():
+            stats = gradients.stats(inv_scale, norm_type)
         stamp = Stamp([scale, *gradients.originals])
         state["read"] = ReadPass(gradients, stats, inv_scale, norm_type, stamp)
         state["sharded_over"] = gradients.sharded_over
@@ -145,7 +147,8 @@ class GradScaler(LossScale):
         goes into the step, which uses the same read pass (or into :meth:`unscale_`, if that comes first). If
         gradients or scale change in between, which the identity and version counter of each gradient tell,
         the step reads and clips the new ones; writes through ``.data`` and raw collectives move no version
-        counter and must come before this call. Otherwise the gradients are unscaled, unless they are, and
+        counter and must come before this call. Gradients made in inference mode have none and are read
+        again. Otherwise the gradients are unscaled, unless they are, and
         clipped in place.
 
         Args:
@@ -293,7 +296,7 @@ class GradScaler(LossScale):
             log.record(read.gradients, read.stats, flag)
         elif flag.device.type != "cpu":
             log.record_uncounted(Gradients(params_of(optimizer)), flag)
-        elif flag.item():
+        elif has_value(flag) and flag.item():
             self._record_now(optimizer, flag)
         return self._skip_by_hand(by_hand[0]), read
 
@@ -343,7 +346,7 @@ class GradScaler(LossScale):
     def _maybe_opt_step(
         self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
     ) -> float | None:
-        if any(flag.item() for flag in optimizer_state["found_inf_per_device"].values()):
+        if any(has_value(flag) and flag.item() for flag in optimizer_state["found_inf_per_device"].values()):
             assert self._last_found_inf is not None
             self._record_now(optimizer, self._last_found_inf)
             return None

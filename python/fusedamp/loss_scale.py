@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from . import limits, ops
 from .floor import FloorWatch
-from .gradients import PerDevice, combine, on
+from .gradients import PerDevice, combine, lasting, on
 from .limits import MIN_SCALE
 from .sharding import all_reduce_
 
@@ -79,8 +79,9 @@ class LossScale(torch.amp.GradScaler):
                 "[GradScaler.scale] the scale is not on the device yet; expected it before graph capture, as "
                 "each replay would reset it. Call scaler.scale() once before capturing."
             )
-        self._scale = torch.full((), self._init_scale, dtype=torch.float32, device=dev)
-        self._growth_tracker = torch.full((), self._init_growth_tracker, dtype=torch.int32, device=dev)
+        with lasting():
+            self._scale = torch.full((), self._init_scale, dtype=torch.float32, device=dev)
+            self._growth_tracker = torch.full((), self._init_growth_tracker, dtype=torch.int32, device=dev)
 
     @overload
     def scale(self, outputs: Tensor) -> Tensor: ...
@@ -174,9 +175,9 @@ class LossScale(torch.amp.GradScaler):
     def _hysteresis_budget(self, device: torch.device) -> Tensor | None:
         if self._hysteresis > 1 and self._hysteresis_tracker is None:
             left = self._init_hysteresis_tracker
-            self._hysteresis_tracker = torch.full(
-                (), self._hysteresis if left is None else left, dtype=torch.int32, device=device
-            )
+            left = self._hysteresis if left is None else left
+            with lasting():
+                self._hysteresis_tracker = torch.full((), left, dtype=torch.int32, device=device)
         return self._hysteresis_tracker
 
     def _complain_about_floor(self) -> None:
