@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .gradients import Gradients, on
+from .sharding import refuse_flattened
 
 
 def check_norm(op: str, max_norm: float | Tensor, norm_type: float) -> float:
@@ -64,7 +65,7 @@ def clip_grad_norm_(
         gradient, FP32, or FP64 if any gradient is FP64. It is accumulated in FP64, so FP16 gradients do not
         overflow it.
     Raises: ValueError for a negative or NaN ``max_norm`` or ``norm_type``, a ``max_norm`` tensor of several
-        elements.
+        elements. RuntimeError for FSDP1's shards on several ranks.
     Cost: one read of the gradients and one read and write.
     """
     if isinstance(parameters, Tensor):
@@ -77,6 +78,7 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
             )
     norm_type = check_norm("clip_grad_norm_", max_norm, norm_type)
+    refuse_flattened("clip_grad_norm_", parameters)
     gradients = Gradients(parameters)
     if not gradients.by_device:
         return torch.tensor(0.0)

@@ -18,7 +18,7 @@ from .ops.inputs import DeviceInputs, Number, divided, flag_on, handed_to, times
 from .optim.layout import gradient_of
 from .overflow import OverflowLog, OverflowReport, params_of
 from .routes import ReadPass
-from .sharding import local
+from .sharding import local, refuse_flattened
 
 ByHand = tuple[Number | None, Number | None]  # in the order of _BY_HAND
 Stats = dict[torch.device, ops.GradStats]
@@ -49,7 +49,8 @@ class GradScaler(LossScale):
             once, or ``"raise"`` a RuntimeError. Both name the parameters. On CUDA a later update does it; in
             a captured graph nothing does.
 
-    Raises: AssertionError where torch does, ValueError or TypeError for other bad arguments.
+    Raises: AssertionError where torch does, ValueError or TypeError for other bad arguments, RuntimeError for
+        parameters that FSDP1 shards over several ranks (use fully_shard, or torch's ShardedGradScaler).
     """
 
     def _start_watching(self) -> None:
@@ -78,6 +79,7 @@ class GradScaler(LossScale):
             )
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("unscale_() is being called after step().")
+        self._refuse_flattened("unscale_", optimizer)
         read = self._current_read(optimizer, state)
         inv_scale = self._inverse()
         found_inf = no_overflow(inv_scale.device)
@@ -162,6 +164,7 @@ class GradScaler(LossScale):
             state = self._per_optimizer_states[id(optimizer)]
             if state["stage"] is OptState.STEPPED:
                 raise RuntimeError("clip_grad_norm_() is being called after step().")
+            refuse_flattened("GradScaler.clip_grad_norm_", params_of(optimizer))
             if state["stage"] is OptState.READY:
                 if self._is_fused(optimizer) and not self._overrides("unscale_", "_unscale_grads_"):
                     self._current_read(optimizer, state)
@@ -189,6 +192,7 @@ class GradScaler(LossScale):
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
+        self._refuse_flattened("step", optimizer)
         if routes.is_legacy(optimizer):
             return super().step(optimizer, *args, **kwargs)
         by_hand = routes.by_hand(optimizer)
@@ -208,6 +212,10 @@ class GradScaler(LossScale):
         state["stage"] = OptState.STEPPED
         state["read"] = None
         return result
+
+    def _refuse_flattened(self, method: str, optimizer: Optimizer) -> None:
+        if not self._overrides("unscale_", "_unscale_grads_"):  # what replaces them may know FSDP1's ranks
+            refuse_flattened(f"GradScaler.{method}", params_of(optimizer))
 
     def _is_fused(self, optimizer: Optimizer) -> bool:
         return routes.is_ours(optimizer) and not self._overrides("_maybe_opt_step")
