@@ -11,21 +11,24 @@ import torch
 from torch import Tensor
 
 from .gradients import Gradients, on
+from .limits import number
 from .sharding import refuse_flattened
 
 
 def check_norm(op: str, max_norm: float | Tensor, norm_type: float) -> float:
     """The norm type as a float, or an error; a ``max_norm`` tensor is not looked into (no sync)."""
     if isinstance(max_norm, Tensor):
-        if max_norm.numel() != 1:
+        if max_norm.numel() != 1 or max_norm.dtype is torch.bool or max_norm.is_complex():
             raise ValueError(
-                f"[{op}] max_norm has shape {list(max_norm.shape)}; expected a number or 1 element."
+                f"[{op}] max_norm has shape {list(max_norm.shape)} and dtype {max_norm.dtype}; expected "
+                "a number or 1 real element."
             )
-    elif not float(max_norm) >= 0:
+    elif not number("max_norm", max_norm, op) >= 0:
         raise ValueError(
             f"[{op}] max_norm is {max_norm}; expected a number >= 0 (inf only measures the norm)."
         )
-    norm_type = float(norm_type)
+    # torch takes "inf", too.
+    norm_type = float(norm_type) if isinstance(norm_type, str) else number("norm_type", norm_type, op)
     if not norm_type >= 0:
         raise ValueError(
             f"[{op}] norm_type is {norm_type}; expected a number >= 0, or inf for the largest element."
@@ -37,6 +40,8 @@ def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """min(1, max_norm / (norm + 1e-6)) as torch computes it, a 0-d FP64 tensor beside ``norm``; no sync."""
     if isinstance(max_norm, Tensor):
         max_norm = on(max_norm.detach(), norm.device).double().reshape(())
+    else:
+        max_norm = number("max_norm", max_norm)
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
