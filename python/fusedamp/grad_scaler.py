@@ -38,6 +38,13 @@ class GradScaler(LossScale):
 
     If any gradient of an optimizer is not finite before or after unscaling, its step changes nothing at all.
 
+    The fused step is taken only where ``optimizer.step`` is fusedamp's own on that object. Step pre-hooks
+    (own and global), subclasses with a ``step`` of their own, wrappers and a replaced ``step`` get unscaled,
+    clipped gradients, and are not called in a skipped step. Post-hooks keep the fused step and see scaled
+    gradients. ``optimizer.found_inf`` and ``optimizer.grad_scale`` set by hand are obeyed for one step, as by
+    torch's fused optimizers: it is skipped too where ``found_inf`` is not 0, which leaves the scale alone;
+    gradients are divided by ``grad_scale`` too, and where this makes one infinite, it is an overflow.
+
     Args:
         device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as torch's.
         min_scale: the scale never falls below; the default only keeps 1/scale finite.
@@ -175,14 +182,15 @@ class GradScaler(LossScale):
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step ``optimizer`` unless a gradient is not finite; ``*args`` and ``**kwargs`` go to its ``step``.
 
-        A fusedamp optimizer's ``step`` is called in any case, once, and skips on the device: hooks and LR
-        schedulers count it, :attr:`last_step_skipped` tells. It is no error if it has no gradients. A
-        fusedamp optimizer whose ``step`` somebody replaced, and any other optimizer without AMP support of
-        its own, is called only if the host read no overflow. torch's fused optimizers get ``grad_scale`` and
+        A fusedamp optimizer's own ``step`` is called in any case, once, and skips on the device: post-hooks
+        and LR schedulers count it, :attr:`last_step_skipped` tells. It is no error if it has no gradients.
+        One with anything before its step, and any other optimizer without AMP support of its own, is called
+        only if the host read no overflow. torch's fused optimizers get ``grad_scale`` and
         ``found_inf`` (never above 1: at 2 they step); torch's fused SGD is called the host's way until it has
         its momentum buffers, since it would make them uninitialised in a skipped step.
 
         Returns: what ``optimizer.step`` returns; None where it was not called.
+        Raises: RuntimeError if a fused step did not run on ``optimizer``, or ran on another object.
         """
         if not self._enabled:
             return optimizer.step(*args, **kwargs)
