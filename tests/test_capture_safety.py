@@ -180,7 +180,6 @@ def test_tail_on_fake_cuda(make, storage, fake_cuda):
     scaler = GradScaler("cuda", hysteresis=2)
     assert scaler.is_enabled()
     scaler.scale(torch.ones((), device="cuda"))
-    scaler.attach(optimizer, min_numel=0)
     with Watch() as watch:
         for tail in tails(scaler, optimizer, params):
             for watch.strict, fake_cuda.capturing in ((False, False), (True, False), (True, True)):
@@ -206,15 +205,12 @@ def test_a_scale_made_while_capturing_is_refused(fake_cuda):
 
 
 @pytest.mark.parametrize(("make", "storage"), combinations(OPTIMIZERS))
-@pytest.mark.parametrize("attached", [False, True])
-def test_repeated_steps_read_nothing(make, storage, attached):
+def test_repeated_steps_read_nothing(make, storage):
     """The replayed step, which passes addresses; good and skipped steps alike, as backward makes them."""
     dtypes = [torch.float16, torch.bfloat16, torch.float32]
     params = [torch.nn.Parameter(torch.ones(4, 3, dtype=dtype)) for dtype in dtypes]
     optimizer = make(params, **storage)
     scaler = GradScaler("cpu", init_scale=64.0, growth_interval=2)
-    if attached:
-        scaler.attach(optimizer, min_numel=0)
     outcomes = []
     for i, factor in enumerate((1.0, 1.0, 1.0, math.inf, 1.0, math.nan, 1.0, 1.0)):
         optimizer.zero_grad()

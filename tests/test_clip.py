@@ -123,7 +123,10 @@ def test_nonfinite(bad):
 BAD = [
     ({"max_norm": -1.0}, r"max_norm is -1.0; expected a number >= 0"),
     ({"max_norm": math.nan}, r"max_norm is nan"),
-    ({"max_norm": torch.ones(2)}, r"max_norm has shape \[2\]; expected a number or 1 element"),
+    (
+        {"max_norm": torch.ones(2)},
+        r"max_norm has shape \[2\] and dtype torch.float32; expected a number or 1 real element",
+    ),
     ({"max_norm": 1.0, "norm_type": -1.0}, r"norm_type is -1.0; expected a number >= 0, or inf"),
     ({"max_norm": 1.0, "norm_type": math.nan}, r"norm_type is nan"),
 ]

@@ -77,7 +77,11 @@ def test_without_cuda_it_disables_itself_as_torchs():
         ({"growth_factor": math.nan}, ValueError, "growth_factor is nan"),
         ({"backoff_factor": 0.0}, ValueError, "backoff_factor is 0.0; expected a number > 0"),
         ({"backoff_factor": math.nan}, ValueError, "backoff_factor is nan"),
-        ({"growth_interval": 0}, ValueError, "growth_interval is 0; expected a whole number >= 1"),
+        (
+            {"growth_interval": 0},
+            ValueError,
+            "growth_interval is 0; expected a whole number from 1 to 2147483647",
+        ),
         ({"growth_interval": 1.5}, ValueError, "growth_interval is 1.5; expected a whole number"),
         ({"growth_interval": math.inf}, ValueError, "growth_interval is inf"),
         ({"init_scale": 0.0}, ValueError, "init_scale is 0.0; expected a finite number > 0"),
@@ -100,7 +104,7 @@ def test_without_cuda_it_disables_itself_as_torchs():
             "max_scale is 1.0; expected a number >= min_scale",
         ),
         ({"max_scale": math.nan}, ValueError, "max_scale is nan"),
-        ({"hysteresis": 0}, ValueError, "hysteresis is 0; expected a whole number >= 1"),
+        ({"hysteresis": 0}, ValueError, "hysteresis is 0; expected a whole number from 1 to 2147483647"),
         ({"hysteresis": None}, TypeError, "hysteresis is None; expected a number"),
         (
             {"hysteresis_refill": "always"},
@@ -181,7 +185,7 @@ def test_update_refuses(new, error, match):
 def test_new_scale_is_brought_into_the_bounds():
     scaler, optimizer = make(min_scale=2.0, max_scale=32.0)
     iterate(scaler, optimizer)
-    for new, expected in ((1, 2.0), (1e9, 32.0), (torch.tensor(0.0), 2.0), (torch.tensor(math.inf), 32.0)):
+    for new, expected in ((1, 2.0), (1e9, 32.0), (torch.tensor(1e-9), 2.0), (torch.tensor(64), 32.0)):
         scaler.update(new)
         assert scaler.get_scale() == expected
 
@@ -230,7 +234,7 @@ def test_scale_takes_what_torchs_takes_and_refuses_the_rest_at_once():
     assert list(scaler.scale(one for _ in range(2))) == [8, 8]
     assert scaler.scale(torch.ones((), dtype=torch.float16)).dtype is torch.float32
     assert scaler.scale(torch.ones(1, dtype=torch.float16)).dtype is torch.float16
-    for bad in (3.0, "loss", {"loss": one}, None):
+    for bad in (3.0, "loss", {"loss": 3.0}, None):
         with pytest.raises(ValueError, match="outputs must be a Tensor or an iterable of Tensors"):
             scaler.scale(bad)
 

@@ -118,7 +118,7 @@ def fake_kinds():
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("make", fake_kinds())
+@pytest.mark.parametrize("make", list(fake_kinds()))
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fake_tensors(make, tail, dtype):

@@ -87,7 +87,7 @@ def test_late_parameter_of_fused_sgd_overflows_first():
 def test_its_own_step_is_called_with_the_flag_once_it_has_buffers():
     params, scaler, optimizer = make(FUSED[2])
     calls = []
-    optimizer.register_step_pre_hook(
+    optimizer.register_step_post_hook(
         lambda o, *_: calls.append([float(getattr(o, name, -1)) for name in ("found_inf", "grad_scale")])
     )
     for value in (1.0, 1.0, math.inf):
@@ -103,7 +103,7 @@ def test_attributes_do_not_leak_from_a_step_that_raises(make_optimizer):
     def refuse(*args):
         raise KeyError("hook")
 
-    optimizer.register_step_pre_hook(refuse)
+    optimizer.register_step_post_hook(refuse)
     with pytest.raises(KeyError):
         iterate(params, scaler, optimizer)
     assert not hasattr(optimizer, "grad_scale")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import BY_NAME, LAYERWISE, bits
 from fusedamp import optim
-from fusedamp.optim.base import AmpInputs, DeviceInputs
+from fusedamp.ops.inputs import AmpInputs, DeviceInputs
 from on_device import HERE, SUMS
 
 HALVES = [torch.bfloat16, torch.float16]

@@ -8,8 +8,8 @@ import storage_reference
 import torch
 from cases import CASES, bits, kept, make_params, set_grads
 from fusedamp import optim
+from fusedamp.ops.inputs import AmpInputs, DeviceInputs
 from fusedamp.optim import recoding
-from fusedamp.optim.base import AmpInputs, DeviceInputs
 from fusedamp.optim.hyper import STORAGE
 from on_device import HERE, SUMS, fetched
 

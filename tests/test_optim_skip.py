@@ -5,7 +5,7 @@ the step.
 import pytest
 import torch
 from cases import BY_NAME, CASES, COMPOSED, MAIN, bits, make_params, set_grads
-from fusedamp.optim.base import AmpInputs, DeviceInputs
+from fusedamp.ops.inputs import AmpInputs, DeviceInputs
 from on_device import HERE
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -11,20 +11,24 @@ import torch
 from torch import Tensor
 
 from .gradients import Gradients, on
+from .limits import number
+from .sharding import refuse_flattened
 
 
 def check_norm(op: str, max_norm: float | Tensor, norm_type: float) -> float:
     """The norm type as a float, or an error; a ``max_norm`` tensor is not looked into (no sync)."""
     if isinstance(max_norm, Tensor):
-        if max_norm.numel() != 1:
+        if max_norm.numel() != 1 or max_norm.dtype is torch.bool or max_norm.is_complex():
             raise ValueError(
-                f"[{op}] max_norm has shape {list(max_norm.shape)}; expected a number or 1 element."
+                f"[{op}] max_norm has shape {list(max_norm.shape)} and dtype {max_norm.dtype}; expected "
+                "a number or 1 real element."
             )
-    elif not float(max_norm) >= 0:
+    elif not number("max_norm", max_norm, op) >= 0:
         raise ValueError(
             f"[{op}] max_norm is {max_norm}; expected a number >= 0 (inf only measures the norm)."
         )
-    norm_type = float(norm_type)
+    # torch takes "inf", too.
+    norm_type = float(norm_type) if isinstance(norm_type, str) else number("norm_type", norm_type, op)
     if not norm_type >= 0:
         raise ValueError(
             f"[{op}] norm_type is {norm_type}; expected a number >= 0, or inf for the largest element."
@@ -36,6 +40,8 @@ def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     """min(1, max_norm / (norm + 1e-6)) as torch computes it, a 0-d FP64 tensor beside ``norm``; no sync."""
     if isinstance(max_norm, Tensor):
         max_norm = on(max_norm.detach(), norm.device).double().reshape(())
+    else:
+        max_norm = number("max_norm", max_norm)
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -64,7 +70,7 @@ def clip_grad_norm_(
         gradient, FP32, or FP64 if any gradient is FP64. It is accumulated in FP64, so FP16 gradients do not
         overflow it.
     Raises: ValueError for a negative or NaN ``max_norm`` or ``norm_type``, a ``max_norm`` tensor of several
-        elements.
+        elements. RuntimeError for FSDP1's shards on several ranks.
     Cost: one read of the gradients and one read and write.
     """
     if isinstance(parameters, Tensor):
@@ -77,6 +83,7 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
             )
     norm_type = check_norm("clip_grad_norm_", max_norm, norm_type)
+    refuse_flattened("clip_grad_norm_", parameters)
     gradients = Gradients(parameters)
     if not gradients.by_device:
         return torch.tensor(0.0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gradients import has_value
+
 
 class FloorWatch:
     """Looks at the scale only when it can have reached the floor.
@@ -30,6 +32,8 @@ class FloorWatch:
             return self._poll(floor, backoff)
         if self._at_least > floor:
             self._at_least *= backoff
+            return False
+        if not has_value(scale):
             return False
         look = torch.stack((scale.reshape(()), found_inf.reshape(())))
         if scale.is_cuda:

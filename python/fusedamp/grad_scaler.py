@@ -11,16 +11,18 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from . import ops, routes
-from .attach import WORTH_A_CALL, Attachment
 from .clip import check_norm, clip_grad_norm_
-from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, no_overflow, on
+from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, has_value, lasting, no_overflow, on
 from .loss_scale import LossScale
-from .optim.base import AmpInputs, DeviceInputs
+from .ops.inputs import DeviceInputs, Number, divided, flag_on, handed_to, times
 from .optim.layout import gradient_of
 from .overflow import OverflowLog, OverflowReport, params_of
 from .routes import ReadPass
-from .sharding import local
+from .sharding import local, refuse_flattened
 
+ByHand = tuple[Number | None, Number | None]  # in the order of _BY_HAND
+Stats = dict[torch.device, ops.GradStats]
+_BY_HAND = ("found_inf", "grad_scale")
 _NO_CLOSURE = "Closure use is not currently supported if GradScaler is enabled."
 
 
@@ -36,6 +38,13 @@ class GradScaler(LossScale):
 
     If any gradient of an optimizer is not finite before or after unscaling, its step changes nothing at all.
 
+    The fused step is taken only where ``optimizer.step`` is fusedamp's own on that object. Step pre-hooks
+    (own and global), subclasses with a ``step`` of their own, wrappers and a replaced ``step`` get unscaled,
+    clipped gradients, and are not called in a skipped step. Post-hooks keep the fused step and see scaled
+    gradients. ``optimizer.found_inf`` and ``optimizer.grad_scale`` set by hand are obeyed for one step, as by
+    torch's fused optimizers: it is skipped too where ``found_inf`` is not 0, which leaves the scale alone;
+    gradients are divided by ``grad_scale`` too, and where this makes one infinite, it is an overflow.
+
     Args:
         device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as torch's.
         min_scale: the scale never falls below; the default only keeps 1/scale finite.
@@ -47,57 +56,19 @@ class GradScaler(LossScale):
             once, or ``"raise"`` a RuntimeError. Both name the parameters. On CUDA a later update does it; in
             a captured graph nothing does.
 
-    Raises: AssertionError where torch does, ValueError or TypeError for other bad arguments.
+    Raises: AssertionError where torch does, ValueError or TypeError for other bad arguments, RuntimeError for
+        parameters that FSDP1 shards over several ranks (use fully_shard, or torch's ShardedGradScaler).
     """
 
     def _start_watching(self) -> None:
         super()._start_watching()
         self._last_found_inf: Tensor | None = None
         self._overflows: weakref.WeakKeyDictionary[Optimizer, OverflowLog] = weakref.WeakKeyDictionary()
-        self._attached: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["_last_found_inf"], state["_overflows"], state["_attached"]
+        del state["_last_found_inf"], state["_overflows"]
         return state
-
-    def attach(
-        self, optimizer: Optimizer, norm_type: float = 2.0, *, min_numel: int = WORTH_A_CALL
-    ) -> Attachment:
-        """Read the large gradients of ``optimizer`` in backward, each as it appears; :meth:`step` and
-        :meth:`clip_grad_norm_` read the rest. Every result is the same, to the bit.
-
-        It pays where large gradients are still in the cache when their hook runs and each backward is
-        followed by a step. On a CPU with 2 MiB of L2 cache it broke even at 2**19 elements and saved about a
-        quarter of the read pass from 2**20 on, a few percent of the step at best; on an NVIDIA H200 a GPT-2
-        small gained nothing. It costs time with small gradients (a call for each that is read in backward,
-        where the read pass is one for 2,000), under gradient accumulation, where every backward reads and
-        only the last counts, and with optimizers that the host steps, which unscale instead. It changes
-        nothing among several ranks (DDP reduces gradients after the hooks), in a captured CUDA graph, and
-        for sparse, DTensor or non-contiguous gradients: ``step`` reads those.
-
-        What changes after backward (a gradient, as its identity and version counter tell, the scale, the
-        parameters in the groups) is read again in ``step``. Writes that move no version counter, as through
-        ``.data``, by a raw collective or by the replay of a CUDA graph, go unnoticed: detach first.
-        Attachments are neither pickled nor copied.
-
-        Args:
-            norm_type: of the :meth:`clip_grad_norm_` to come; for another, that one reads.
-            min_numel: the fewest elements of a gradient that is read in backward.
-        Returns: a handle with ``remove()``, as :meth:`detach`. A second call replaces the first.
-        Raises: TypeError or ValueError for what is no optimizer, norm or number of elements.
-        Cost: one call of the read pass per such gradient and backward, about 1 us for any other; no sync.
-        """
-        norm_type = check_norm("GradScaler.attach", 0.0, norm_type)
-        attachment = Attachment(self, optimizer, norm_type, min_numel)
-        self.detach(optimizer)
-        self._attached[optimizer] = attachment
-        return attachment
-
-    def detach(self, optimizer: Optimizer) -> None:
-        """Undo :meth:`attach`; does nothing where there is nothing to undo."""
-        if (attached := self._attached.get(optimizer)) is not None:
-            attached.remove()
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the scale in place, at once; a clipping that was put off is done here too.
@@ -115,6 +86,7 @@ class GradScaler(LossScale):
             )
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("unscale_() is being called after step().")
+        self._refuse_flattened("unscale_", optimizer)
         read = self._current_read(optimizer, state)
         inv_scale = self._inverse()
         found_inf = no_overflow(inv_scale.device)
@@ -128,7 +100,8 @@ class GradScaler(LossScale):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> PerDevice:
         gradients = Gradients(params_of(optimizer))
-        flags = {device: on(found_inf, device).clone() for device in gradients.by_device}
+        with lasting():
+            flags = {device: on(found_inf, device).clone() for device in gradients.by_device}
         for device, bucket in gradients.by_device.items():
             ops.unscale_(bucket.tensors, on(inv_scale, device), flags[device])
         gradients.write_back()
@@ -139,15 +112,11 @@ class GradScaler(LossScale):
         """Read the gradients once, changing none; flags what is not finite, now or once unscaled."""
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         state = self._per_optimizer_states[id(optimizer)]
-        attached = self._attached.get(optimizer)
-        norm_type = state.get("norm_type", 2.0 if attached is None else attached.norm_type)
-        params = params_of(optimizer)
-        gradients = Gradients(params, magnitudes=norm_type != 2)
+        norm_type = state.get("norm_type", 2.0)
+        gradients = Gradients(params_of(optimizer), magnitudes=norm_type != 2)
         inv_scale = self._inverse()
-        if attached is None:
+        with lasting():
             stats = gradients.stats(inv_scale, norm_type)
-        else:
-            stats = attached.stats(params, gradients, scale, inv_scale, norm_type)
         stamp = Stamp([scale, *gradients.originals])
         state["read"] = ReadPass(gradients, stats, inv_scale, norm_type, stamp)
         state["sharded_over"] = gradients.sharded_over
@@ -187,7 +156,8 @@ class GradScaler(LossScale):
         goes into the step, which uses the same read pass (or into :meth:`unscale_`, if that comes first). If
         gradients or scale change in between, which the identity and version counter of each gradient tell,
         the step reads and clips the new ones; writes through ``.data`` and raw collectives move no version
-        counter and must come before this call. Otherwise the gradients are unscaled, unless they are, and
+        counter and must come before this call. Gradients made in inference mode have none and are read
+        again. Otherwise the gradients are unscaled, unless they are, and
         clipped in place.
 
         Args:
@@ -201,6 +171,7 @@ class GradScaler(LossScale):
             state = self._per_optimizer_states[id(optimizer)]
             if state["stage"] is OptState.STEPPED:
                 raise RuntimeError("clip_grad_norm_() is being called after step().")
+            refuse_flattened("GradScaler.clip_grad_norm_", params_of(optimizer))
             if state["stage"] is OptState.READY:
                 if self._is_fused(optimizer) and not self._overrides("unscale_", "_unscale_grads_"):
                     self._current_read(optimizer, state)
@@ -211,14 +182,15 @@ class GradScaler(LossScale):
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step ``optimizer`` unless a gradient is not finite; ``*args`` and ``**kwargs`` go to its ``step``.
 
-        A fusedamp optimizer's ``step`` is called in any case, once, and skips on the device: hooks and LR
-        schedulers count it, :attr:`last_step_skipped` tells. It is no error if it has no gradients. A
-        fusedamp optimizer whose ``step`` somebody replaced, and any other optimizer without AMP support of
-        its own, is called only if the host read no overflow. torch's fused optimizers get ``grad_scale`` and
+        A fusedamp optimizer's own ``step`` is called in any case, once, and skips on the device: post-hooks
+        and LR schedulers count it, :attr:`last_step_skipped` tells. It is no error if it has no gradients.
+        One with anything before its step, and any other optimizer without AMP support of its own, is called
+        only if the host read no overflow. torch's fused optimizers get ``grad_scale`` and
         ``found_inf`` (never above 1: at 2 they step); torch's fused SGD is called the host's way until it has
         its momentum buffers, since it would make them uninitialised in a skipped step.
 
         Returns: what ``optimizer.step`` returns; None where it was not called.
+        Raises: RuntimeError if a fused step did not run on ``optimizer``, or ran on another object.
         """
         if not self._enabled:
             return optimizer.step(*args, **kwargs)
@@ -228,22 +200,30 @@ class GradScaler(LossScale):
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
+        self._refuse_flattened("step", optimizer)
         if routes.is_legacy(optimizer):
             return super().step(optimizer, *args, **kwargs)
+        by_hand = routes.by_hand(optimizer)
         if self._is_fused(optimizer):
-            result = self._step_fused(optimizer, state, args, kwargs)
+            result = self._step_fused(optimizer, state, by_hand, args, kwargs)
         elif routes.takes_found_inf(optimizer):
-            result = self._step_torch_fused(optimizer, state, args, kwargs)
+            result = self._step_torch_fused(optimizer, state, by_hand, args, kwargs)
         else:
             if state["stage"] is OptState.READY:
                 self.unscale_(optimizer)
-            if not state["found_inf_per_device"]:
+            if not state["found_inf_per_device"] and not routes.is_fusedamps(optimizer):
                 raise AssertionError("No inf checks were recorded for this optimizer.")
+            self._divide(optimizer, state, by_hand[1])
             self._combined_flag(optimizer, state)
+            self._skip_by_hand(by_hand[0])
             result = self._maybe_opt_step(optimizer, state, *args, **kwargs)
         state["stage"] = OptState.STEPPED
         state["read"] = None
         return result
+
+    def _refuse_flattened(self, method: str, optimizer: Optimizer) -> None:
+        if not self._overrides("unscale_", "_unscale_grads_"):  # what replaces them may know FSDP1's ranks
+            refuse_flattened(f"GradScaler.{method}", params_of(optimizer))
 
     def _is_fused(self, optimizer: Optimizer) -> bool:
         return routes.is_ours(optimizer) and not self._overrides("_maybe_opt_step")
@@ -255,11 +235,16 @@ class GradScaler(LossScale):
         )
 
     def _step_fused(
-        self, optimizer: Optimizer, state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        by_hand: ByHand,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> float | None:
         if args and args[0] is not None:
             raise RuntimeError(_NO_CLOSURE)
-        flag, read = self._found_inf(optimizer, state)
+        flag, read = self._found_inf(optimizer, state, by_hand)
         inv_scale = clip_coef = None
         if read is None:
             devices = {local(p).device for p in params_of(optimizer) if gradient_of(p) is not None}
@@ -275,28 +260,41 @@ class GradScaler(LossScale):
             )
             for device in devices
         }
-        optimizer._amp = AmpInputs(per_device)  # type: ignore[attr-defined]
-        try:
-            return optimizer.step(*args, **kwargs)
-        finally:
-            optimizer._amp = None  # type: ignore[attr-defined]
+        with handed_to(optimizer, per_device):
+            result = optimizer.step(*args, **kwargs)
+        for name in _BY_HAND:  # set by hand, for one step, as with torch's scaler
+            vars(optimizer).pop(name, None)
+        return result
 
     def _step_torch_fused(
-        self, optimizer: Optimizer, state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        by_hand: ByHand,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> float | None:
-        flag, read = self._found_inf(optimizer, state)
-        grad_scale = getattr(optimizer, "grad_scale", None)  # a user's factor, on top of ours
-        if read is not None:
-            grad_scale = self._scale if grad_scale is None else self._scale * grad_scale
-        optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
-        optimizer.found_inf = flag.clamp(max=1)  # type: ignore[attr-defined]
+        flag, read = self._found_inf(optimizer, state, by_hand)
+        assert self._scale is not None
+        grad_scale = None if read is None else self._scale
+        if by_hand[1] is not None:  # a user's factor, on top of ours
+            grad_scale = times(grad_scale, by_hand[1], self._scale.device)
+        given = {name: vars(optimizer)[name] for name in _BY_HAND if name in vars(optimizer)}
+        vars(optimizer).update(grad_scale=grad_scale, found_inf=flag.clamp(max=1))
         try:
-            return optimizer.step(*args, **kwargs)
+            result = optimizer.step(*args, **kwargs)
+            given = {}
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+            vars(optimizer).update(given)
+        return result
 
-    def _found_inf(self, optimizer: Optimizer, state: dict[str, Any]) -> tuple[Tensor, ReadPass | None]:
-        """The flag over all devices, and the read pass behind it unless gradients were unscaled before."""
+    def _found_inf(
+        self, optimizer: Optimizer, state: dict[str, Any], by_hand: ByHand
+    ) -> tuple[Tensor, ReadPass | None]:
+        """Whether to skip, over all devices, and the read pass behind it unless gradients were unscaled
+        before.
+        """
         read = None
         if state["stage"] is OptState.READY and self._overrides("unscale_", "_unscale_grads_"):
             self.unscale_(optimizer)  # what replaces them may reduce the flags over ranks
@@ -305,15 +303,47 @@ class GradScaler(LossScale):
             if read is None:
                 self._check_inf_per_device(optimizer)
                 read = state["read"]
+        seen = self._divide(optimizer, state, by_hand[1])
         flag = self._combined_flag(optimizer, state)
         log = self._overflows[optimizer]
-        if read is not None:
+        if seen is not None:
+            log.record(*seen, flag)
+        elif read is not None:
             log.record(read.gradients, read.stats, flag)
         elif flag.device.type != "cpu":
             log.record_uncounted(Gradients(params_of(optimizer)), flag)
-        elif flag.item():
+        elif has_value(flag) and flag.item():
             self._record_now(optimizer, flag)
-        return flag, read
+        return self._skip_by_hand(by_hand[0]), read
+
+    def _divide(
+        self, optimizer: Optimizer, state: dict[str, Any], grad_scale: Number | None
+    ) -> tuple[Gradients, Stats] | None:
+        """Read the gradients as they will be once divided by a user's ``grad_scale`` too; what is not finite
+        then is an overflow.
+        """
+        if grad_scale is None:
+            return None
+        assert self._scale is not None
+        read, factor = state.get("read"), None
+        gradients = Gradients(params_of(optimizer)) if read is None else read.gradients
+        if read is not None:
+            factor = read.inv_scale
+            if read.clip_coef is not None:  # NaN of a gradient that counts as it is
+                factor = factor * read.clip_coef.float().nan_to_num(nan=0.0)
+        stats = gradients.stats(divided(factor, grad_scale, self._scale.device))
+        flags = state["found_inf_per_device"]
+        for device, flag in gradients.agree_({d: stat.found_inf for d, stat in stats.items()}).items():
+            flags[device] = combine([flag, *([flags[device]] if device in flags else [])], device)
+        return gradients, stats
+
+    def _skip_by_hand(self, found_inf: Number | None) -> Tensor:
+        """The flag of the step at hand, with what a user set. That is no overflow: the scale stays."""
+        assert self._last_found_inf is not None
+        if found_inf is not None:
+            device = self._last_found_inf.device
+            self._last_found_inf = combine([self._last_found_inf, flag_on(device, found_inf)], device)
+        return self._last_found_inf
 
     def _combined_flag(self, optimizer: Optimizer, state: dict[str, Any]) -> Tensor:
         """The flag over all devices, on that of the scale; begins the step that it decides about."""
@@ -332,7 +362,7 @@ class GradScaler(LossScale):
     def _maybe_opt_step(
         self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
     ) -> float | None:
-        if any(flag.item() for flag in optimizer_state["found_inf_per_device"].values()):
+        if any(has_value(flag) and flag.item() for flag in optimizer_state["found_inf_per_device"].values()):
             assert self._last_found_inf is not None
             self._record_now(optimizer, self._last_found_inf)
             return None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils.weak import TensorWeakRef
 
 from . import ops
@@ -24,8 +27,32 @@ def on(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
+def lasting() -> AbstractContextManager[None]:
+    """A context in which new tensors can be written later also outside of inference mode."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return _outside_inference_mode()
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def no_overflow(device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=torch.float32, device=device)
+    with lasting():
+        return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def writing(*grads: Tensor) -> AbstractContextManager[Any]:
+    """A context in which torch's operations may write ``grads``, which inference mode may have made."""
+    return torch.inference_mode() if any(grad.is_inference() for grad in grads) else torch.no_grad()
+
+
+def has_value(tensor: Tensor) -> bool:
+    """Whether there is a value to look at; a tensor of FakeTensorMode or on the meta device has none."""
+    return not (is_fake(tensor) or tensor.is_meta)
 
 
 def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -159,8 +186,8 @@ class Gradients:
 
     def write_back(self) -> None:
         """Bring what an op wrote into dense copies of gradients with gaps back into these."""
-        with torch.no_grad():
-            for target, dense in self._copies:
+        for target, dense in self._copies:
+            with writing(target):
                 target.copy_(dense)
 
     @property
@@ -233,7 +260,8 @@ class Gradients:
             wide = [g for g in bucket.tensors if g.dtype is torch.float64]
             narrow = [g for g in bucket.tensors if g.dtype is not torch.float64]
             if wide:
-                torch._foreach_mul_(wide, here)
+                with writing(*wide):
+                    torch._foreach_mul_(wide, here)
             if narrow:
                 ops.unscale_(narrow, here.float(), no_overflow(device))
         self.write_back()
@@ -249,7 +277,8 @@ class Stamp:
     """Remembers which gradients were seen; with ``weak``, without keeping them alive.
 
     A gradient counts as the same while it is the same tensor with the same version counter. Writes that move
-    no version counter (through ``.data``, by a raw collective) go unnoticed.
+    no version counter (through ``.data``, by a raw collective) go unnoticed; one without a version counter,
+    made in inference mode, never counts as the same.
     """
 
     def __init__(self, grads: list[Tensor], weak: bool = False) -> None:
@@ -259,9 +288,9 @@ class Stamp:
 
     def matches(self, grads: list[Tensor]) -> bool:
         seen = [ref() for ref in self._seen] if self._weak else self._seen  # type: ignore[operator]
-        return same_items([grads], seen) and _versions(grads) == self._versions
+        return self._versions is not None and same_items([grads], seen) and _versions(grads) == self._versions
 
 
-def _versions(grads: list[Tensor]) -> bytes | list[int]:
+def _versions(grads: list[Tensor]) -> bytes | list[int] | None:
     """The version counters, and those of the shards that DTensors hold."""
     return versions(grads if PLAIN.issuperset(map(type, grads)) else [*grads, *map(local, grads)])

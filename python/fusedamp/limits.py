@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NoReturn, TypedDict
 
+import torch
 from torch import Tensor
+
+from .gradients import has_value
 
 # The smallest normal FP32 number. Its reciprocal is finite; from 2**-128 on it would be inf.
 MIN_SCALE = 2.0**-126
+FP32_MAX = torch.finfo(torch.float32).max
+INT32_MAX = 2**31 - 1
 
 
 class ScaleLimits(TypedDict, total=False):
@@ -21,81 +26,117 @@ class ScaleLimits(TypedDict, total=False):
     on_floor: Literal["warn", "raise"]
 
 
-def _refuse(name: str, got: object, wanted: str) -> NoReturn:
-    raise ValueError(f"[GradScaler] {name} is {got!r}; expected {wanted}.")
+def _refuse(name: str, got: object, wanted: str, op: str = "GradScaler") -> NoReturn:
+    raise ValueError(f"[{op}] {name} is {got!r}; expected {wanted}.")
 
 
-def number(name: str, value: Any) -> float:
+def number(name: str, value: Any, op: str = "GradScaler") -> float:
+    """``value``, a real number or a tensor of 1 element, as a float; inf where it is beyond a float."""
+    odd = isinstance(value, (str, bytes, bool, complex))
+    if isinstance(value, Tensor):
+        odd = value.numel() != 1 or value.dtype is torch.bool or value.is_complex() or not has_value(value)
     try:
-        if not isinstance(value, (str, bytes)):
+        if not odd:
             return float(value)
-    except (TypeError, ValueError):
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError, RuntimeError):
         pass
-    raise TypeError(f"[GradScaler] {name} is {value!r}; expected a number.")
+    raise TypeError(f"[{op}] {name} is {value!r}; expected a number.")
 
 
-def count(name: str, value: Any, wanted: str) -> int:
-    if not number(name, value).is_integer() or value < 1:
-        _refuse(name, value, wanted)
+def count(name: str, value: Any, wanted: str, low: int = 1, high: int = INT32_MAX) -> int:
+    if not low <= number(name, value) <= high or not float(value).is_integer():
+        _refuse(name, value, f"a whole number from {low} to {high}: {wanted}")
     return int(value)
 
 
 def check_scale(name: str, value: Any) -> float:
     scale = number(name, value)
-    if not 0 < scale < math.inf:
-        _refuse(name, value, "a finite number > 0, such as 2.0**16")
+    if not 0 < scale <= FP32_MAX:
+        _refuse(name, value, f"a finite number > 0 and at most {FP32_MAX:.8g} as in FP32, such as 2.0**16")
     return scale
 
 
-def check_factors(growth_factor: Any, backoff_factor: Any) -> None:
-    if not 1 <= number("growth_factor", growth_factor) < math.inf:
-        _refuse("growth_factor", growth_factor, "a finite number >= 1, such as 2.0")
-    if not 0 < number("backoff_factor", backoff_factor) <= 1:
-        _refuse("backoff_factor", backoff_factor, "a number > 0 and <= 1, such as 0.5")
+def check_growth_factor(value: Any) -> float:
+    factor = number("growth_factor", value)
+    if not 1 <= factor < math.inf:
+        _refuse("growth_factor", value, "a finite number >= 1, such as 2.0")
+    return factor
+
+
+def check_backoff_factor(value: Any) -> float:
+    factor = number("backoff_factor", value)
+    if not 0 < factor <= 1:
+        _refuse("backoff_factor", value, "a number > 0 and <= 1, such as 0.5")
+    return factor
 
 
 def check_interval(value: Any) -> int:
-    return count(
-        "growth_interval", value, "a whole number >= 1: how many good steps in a row raise the scale"
-    )
+    return count("growth_interval", value, "how many good steps in a row raise the scale")
 
 
 def check_limits(
     min_scale: Any, max_scale: Any, hysteresis: Any, hysteresis_refill: Any, on_floor: Any
-) -> None:
-    if not MIN_SCALE <= number("min_scale", min_scale) < math.inf:
-        _refuse(
-            "min_scale", min_scale, "a finite number >= 2**-126 (the default), which keeps 1/scale finite"
+) -> tuple[float, float, int]:
+    """``min_scale``, ``max_scale`` and ``hysteresis`` as plain numbers."""
+    low, high = number("min_scale", min_scale), number("max_scale", max_scale)
+    if not MIN_SCALE <= low <= FP32_MAX:
+        wanted = (
+            f"a finite number >= 2**-126 (the default), which keeps 1/scale finite, and <= {FP32_MAX:.8g}"
         )
-    if not number("max_scale", max_scale) >= min_scale:
-        _refuse("max_scale", max_scale, f"a number >= min_scale ({min_scale!r}), or inf for no ceiling")
-    count(
-        "hysteresis",
-        hysteresis,
-        "a whole number >= 1: how many overflows lower the scale once; 1 is torch's way",
-    )
+        _refuse("min_scale", min_scale, wanted)
+    if not (low <= high <= FP32_MAX or high == math.inf):
+        wanted = f"a number >= min_scale ({low!r}) and <= {FP32_MAX:.8g}, or inf for no ceiling"
+        _refuse("max_scale", max_scale, wanted)
+    budget = count("hysteresis", hysteresis, "how many overflows lower the scale once; 1 is torch's way")
     if hysteresis_refill not in ("growth", "good_step"):
         _refuse("hysteresis_refill", hysteresis_refill, '"growth" or "good_step"')
     if on_floor not in ("warn", "raise"):
         _refuse("on_floor", on_floor, '"warn" or "raise"')
+    return low, high, budget
 
 
-def check_init_scale(init_scale: Any, min_scale: float, max_scale: float) -> None:
-    if not min_scale <= check_scale("init_scale", init_scale) <= max_scale:
+def check_init_scale(init_scale: Any, min_scale: float, max_scale: float) -> float:
+    scale = check_scale("init_scale", init_scale)
+    if not min_scale <= scale <= max_scale:
         _refuse(
             "init_scale", init_scale, f"a number from min_scale ({min_scale!r}) to max_scale ({max_scale!r})"
         )
+    return scale
 
 
 def new_scale_value(new_scale: Any, device_type: str) -> float | Tensor:
-    """What ``update(new_scale)`` was given, checked as torch does; a tensor's value is not looked at (no
-    sync).
+    """What ``update(new_scale)`` was given, checked as torch does. A tensor's value is looked at on the CPU
+    only (no sync).
     """
-    if isinstance(new_scale, Tensor):
-        if new_scale.device.type != device_type or new_scale.numel() != 1 or new_scale.requires_grad:
-            raise AssertionError(
-                "new_scale should be a float or a 1-element torch.cuda.FloatTensor or "
-                "torch.FloatTensor with requires_grad=False."
-            )
-        return new_scale.reshape(())
-    return check_scale("new_scale", new_scale)
+    if not isinstance(new_scale, Tensor):
+        return check_scale("new_scale", new_scale)
+    if new_scale.device.type != device_type or new_scale.numel() != 1 or new_scale.requires_grad:
+        raise AssertionError(
+            "new_scale should be a float or a 1-element torch.cuda.FloatTensor or "
+            "torch.FloatTensor with requires_grad=False."
+        )
+    if device_type == "cpu" and has_value(new_scale):
+        check_scale("new_scale", new_scale)
+    return new_scale.reshape(())
+
+
+def checked_state(state: dict[str, Any], min_scale: float, max_scale: float) -> dict[str, Any]:
+    """A scaler's ``state_dict()`` as plain numbers within their types and the scaler's bounds."""
+    scale = number("state_dict['scale']", state["scale"])
+    if scale != 0:  # where torch's scaler may have fallen to
+        scale = check_scale("state_dict['scale']", scale)
+    checked = {
+        **state,
+        "scale": min(max(scale, min_scale), max_scale),
+        "growth_factor": check_growth_factor(state["growth_factor"]),
+        "backoff_factor": check_backoff_factor(state["backoff_factor"]),
+        "growth_interval": check_interval(state["growth_interval"]),
+    }
+    # One more good step must still fit.
+    trackers = {"_growth_tracker": "good steps in a row", "_hysteresis_tracker": "overflows left to forgive"}
+    for name, wanted in trackers.items():
+        if name == "_growth_tracker" or state.get(name) is not None:
+            checked[name] = count(f"state_dict[{name!r}]", state[name], wanted, 0, INT32_MAX - 1)
+    return checked

@@ -4,10 +4,11 @@ grad_scaler.py.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections import abc, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -16,9 +17,23 @@ from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from . import limits, ops
 from .floor import FloorWatch
-from .gradients import PerDevice, combine, on
+from .gradients import PerDevice, combine, lasting, on
 from .limits import MIN_SCALE
 from .sharding import all_reduce_
+
+
+def _like(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """``values`` in a mapping of the same type as ``mapping``, of the same keys; else ``values``."""
+    if type(mapping) is dict:
+        return values
+    try:
+        if not isinstance(mapping, dict):
+            return type(mapping)(values)  # type: ignore[call-arg]
+        made = copy.copy(mapping)  # with what else it holds, like a default; its items are its own
+        made.update(values)
+        return made
+    except Exception:  # whatever a foreign class objects
+        return values
 
 
 class LossScale(torch.amp.GradScaler):
@@ -50,14 +65,19 @@ class LossScale(torch.amp.GradScaler):
         hysteresis_refill: Literal["growth", "good_step"] = "growth",
         on_floor: Literal["warn", "raise"] = "warn",
     ) -> None:
-        limits.check_limits(min_scale, max_scale, hysteresis, hysteresis_refill, on_floor)
+        floor, ceiling, budget = limits.check_limits(
+            min_scale, max_scale, hysteresis, hysteresis_refill, on_floor
+        )
+        if enabled:  # torch compares these before they are known to be numbers
+            limits.number("growth_factor", growth_factor), limits.number("backoff_factor", backoff_factor)
         super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         if self._enabled:  # torch does not look at its own arguments otherwise
-            limits.check_factors(growth_factor, backoff_factor)
-            limits.check_interval(growth_interval)
-            limits.check_init_scale(init_scale, min_scale, max_scale)
-        self._min_scale, self._max_scale = float(min_scale), float(max_scale)
-        self._hysteresis, self._hysteresis_refill = int(hysteresis), hysteresis_refill
+            self._growth_factor = limits.check_growth_factor(growth_factor)
+            self._backoff_factor = limits.check_backoff_factor(backoff_factor)
+            self._growth_interval = limits.check_interval(growth_interval)
+            self._init_scale = limits.check_init_scale(init_scale, floor, ceiling)
+        self._min_scale, self._max_scale = floor, ceiling
+        self._hysteresis, self._hysteresis_refill = budget, hysteresis_refill
         self._on_floor = on_floor
         self._start_watching()
 
@@ -79,8 +99,9 @@ class LossScale(torch.amp.GradScaler):
                 "[GradScaler.scale] the scale is not on the device yet; expected it before graph capture, as "
                 "each replay would reset it. Call scaler.scale() once before capturing."
             )
-        self._scale = torch.full((), self._init_scale, dtype=torch.float32, device=dev)
-        self._growth_tracker = torch.full((), self._init_growth_tracker, dtype=torch.int32, device=dev)
+        with lasting():
+            self._scale = torch.full((), self._init_scale, dtype=torch.float32, device=dev)
+            self._growth_tracker = torch.full((), self._init_growth_tracker, dtype=torch.int32, device=dev)
 
     @overload
     def scale(self, outputs: Tensor) -> Tensor: ...
@@ -90,10 +111,15 @@ class LossScale(torch.amp.GradScaler):
     def scale(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
     @overload
     def scale(self, outputs: Iterable[Tensor]) -> Iterable[Tensor]: ...
+    @overload
+    def scale(self, outputs: Mapping[Any, Any]) -> Mapping[Any, Any]: ...
 
-    def scale(self, outputs: Tensor | Iterable[Tensor]) -> Tensor | Iterable[Tensor]:
-        """Multiply a tensor, or each in a nested list, tuple or other iterable, by the scale. Traceable by
-        ``torch.compile``. A disabled scaler returns ``outputs`` itself."""
+    def scale(self, outputs: Tensor | Mapping[Any, Any] | Iterable[Tensor]) -> Any:
+        """Multiply a tensor, or each in a nested list, tuple, mapping or other iterable, by the scale.
+
+        Mappings keep their type where it can be made again, as dicts and the outputs of models can, else a
+        dict is returned. Traceable by ``torch.compile``. A disabled scaler returns ``outputs`` itself.
+        """
         if not self._enabled:
             return outputs
         return self._scaled(outputs, {})
@@ -106,7 +132,9 @@ class LossScale(torch.amp.GradScaler):
             if outputs.device not in copies:
                 copies[outputs.device] = on(self._scale, outputs.device)
             return outputs * copies[outputs.device]
-        if isinstance(outputs, abc.Iterable) and not isinstance(outputs, (str, bytes, abc.Mapping)):
+        if isinstance(outputs, abc.Mapping):
+            return _like(outputs, {key: self._scaled(value, copies) for key, value in outputs.items()})
+        if isinstance(outputs, abc.Iterable) and not isinstance(outputs, (str, bytes)):
             scaled = (self._scaled(value, copies) for value in outputs)
             if isinstance(outputs, (list, tuple)):
                 return type(outputs)(*scaled) if hasattr(outputs, "_fields") else type(outputs)(scaled)
@@ -120,7 +148,9 @@ class LossScale(torch.amp.GradScaler):
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Set the scale for the next iteration, in place: from what the steps found, or to ``new_scale``.
 
-        ``new_scale`` may be any number > 0 or a tensor of 1 element; it is brought into min_scale..max_scale.
+        ``new_scale`` may be any finite number > 0 or a tensor of 1 element; it is brought into
+        min_scale..max_scale. Any other number is refused; a tensor on a device is not looked at by the host,
+        and where its value is not finite or not > 0, the scale stays as it was.
         An iteration whose only steps were of fused optimizers without gradients leaves the scale as it is.
         """
         if not self._enabled:
@@ -150,8 +180,12 @@ class LossScale(torch.amp.GradScaler):
 
     def _set_scale(self, value: float | Tensor) -> None:
         assert self._scale is not None
-        self._scale.copy_(value) if isinstance(value, Tensor) else self._scale.fill_(value)
-        self._scale.clamp_(self._min_scale, self._max_scale)
+        if isinstance(value, Tensor):
+            value = value.to(self._scale)
+            bounded = value.clamp(self._min_scale, self._max_scale)
+            self._scale.copy_(torch.where(value.isfinite() & (value > 0), bounded, self._scale))
+        else:
+            self._scale.fill_(min(max(value, self._min_scale), self._max_scale))
         self._floor.forget()
 
     def _found_inf_of_all(self, device: torch.device) -> Tensor | None:
@@ -174,9 +208,9 @@ class LossScale(torch.amp.GradScaler):
     def _hysteresis_budget(self, device: torch.device) -> Tensor | None:
         if self._hysteresis > 1 and self._hysteresis_tracker is None:
             left = self._init_hysteresis_tracker
-            self._hysteresis_tracker = torch.full(
-                (), self._hysteresis if left is None else left, dtype=torch.int32, device=device
-            )
+            left = self._hysteresis if left is None else left
+            with lasting():
+                self._hysteresis_tracker = torch.full((), left, dtype=torch.int32, device=device)
         return self._hysteresis_tracker
 
     def _complain_about_floor(self) -> None:
@@ -194,13 +228,11 @@ class LossScale(torch.amp.GradScaler):
 
     def set_growth_factor(self, new_factor: float) -> None:
         """As torch's; a ValueError for less than 1, which would not be growth."""
-        limits.check_factors(new_factor, 1.0)
-        super().set_growth_factor(new_factor)
+        super().set_growth_factor(limits.check_growth_factor(new_factor))
 
     def set_backoff_factor(self, new_factor: float) -> None:
         """As torch's; a ValueError outside 0..1."""
-        limits.check_factors(1.0, new_factor)
-        super().set_backoff_factor(new_factor)
+        super().set_backoff_factor(limits.check_backoff_factor(new_factor))
 
     def set_growth_interval(self, new_interval: int) -> None:
         """As torch's; a ValueError for less than 1, at which the scale would never grow."""
@@ -224,25 +256,19 @@ class LossScale(torch.amp.GradScaler):
         """Load a state of ours or of torch's scaler; ``min_scale`` and the like are not part of it, and bound
         its scale.
 
-        Raises: RuntimeError for an empty state, KeyError for an incomplete one, ValueError for values that
-            are no scale or factor; nothing is changed then.
+        Raises: RuntimeError for an empty state, KeyError for an incomplete one, TypeError or ValueError for
+            values that are no scale, factor or count; nothing is changed then.
         """
         if not self._enabled:
             return
         if state_dict:
-            state_dict = dict(state_dict)
-            limits.check_factors(state_dict["growth_factor"], state_dict["backoff_factor"])
-            limits.check_interval(state_dict["growth_interval"])
-            scale = max(state_dict["scale"], self._min_scale)  # torch's scaler may have fallen to 0
-            state_dict["scale"] = min(limits.check_scale("state_dict['scale']", scale), self._max_scale)
-            state_dict["_growth_tracker"] = int(state_dict["_growth_tracker"])
+            state_dict = limits.checked_state(state_dict, self._min_scale, self._max_scale)
         super().load_state_dict(state_dict)
         left = state_dict.get("_hysteresis_tracker")
-        self._init_hysteresis_tracker = None if left is None else min(int(left), self._hysteresis)
+        left = None if left is None else min(left, self._hysteresis)
+        self._init_hysteresis_tracker = left
         if self._hysteresis_tracker is not None:
-            self._hysteresis_tracker.fill_(
-                self._hysteresis if left is None else min(int(left), self._hysteresis)
-            )
+            self._hysteresis_tracker.fill_(self._hysteresis if left is None else left)
         self._floor.forget()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .gradients import Gradients, Stamp, on
+from .gradients import Gradients, Stamp, lasting, on
 from .ops import GradStats
 
 _MAX_RECORDS = (
@@ -69,7 +69,8 @@ class OverflowLog:
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._steps = torch.zeros((), dtype=torch.int64, device=device)
+        with lasting():
+            self._steps = torch.zeros((), dtype=torch.int64, device=device)
         self._records: dict[tuple[torch.device, Sequence[int]], _Record] = {}
         self._uncounted: tuple[Stamp, Tensor, Tensor] | None = None
 
@@ -93,8 +94,9 @@ class OverflowLog:
         if key not in self._records:
             while len(self._records) >= _MAX_RECORDS:
                 del self._records[next(iter(self._records))]
-            never = torch.zeros((), dtype=torch.int64, device=counts.device)
-            self._records[key] = _Record(torch.zeros_like(counts), never)
+            with lasting():
+                never = torch.zeros((), dtype=torch.int64, device=counts.device)
+                self._records[key] = _Record(torch.zeros_like(counts), never)
         record = self._records[key]
         overflow = on(found_inf, counts.device) != 0
         torch.where(overflow, counts, record.counts, out=record.counts)

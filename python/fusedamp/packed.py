@@ -42,9 +42,15 @@ def grads_of(params: list[Tensor]) -> tuple[list[Any], int] | None:
     return _C.grads_of(params) if _can_read() else None
 
 
-def versions(tensors: list[Tensor]) -> bytes | list[int]:
-    """The version counters of ``tensors``, to be compared with others."""
-    return _C.versions(tensors) if _can_read() else list(map(attrgetter("_version"), tensors))
+def versions(tensors: list[Tensor]) -> bytes | list[int] | None:
+    """The version counters of ``tensors``, to be compared with others; None where one has no counter, as
+    those made in inference mode."""
+    try:
+        return _C.versions(tensors) if _can_read() else list(map(attrgetter("_version"), tensors))
+    except RuntimeError:
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        raise
 
 
 def read(tensors: Sequence[Any], stored: bool = False) -> Fields | None:

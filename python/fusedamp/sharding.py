@@ -5,7 +5,7 @@ here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,36 @@ def is_dtensor(tensor: Tensor) -> bool:
     # Nobody can hold a DTensor before its module is imported, and importing it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return isinstance(tensor, getattr(module, "DTensor", ()))
+
+
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether FSDP1 has made ``tensor`` a part of its flat parameters, which it shards by elements."""
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
+def refuse_flattened(op: str, params: Sequence[Tensor]) -> None:
+    """Raise where ranks hold shards of FSDP1, of which nothing tells how they belong together."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for i, param in enumerate(params):
+        if is_flattened(param):
+            raise RuntimeError(
+                f"[{op}] parameter {i} of shape {list(param.shape)} is sharded by FSDP1; expected plain "
+                "parameters or DTensors, since each rank would see only its own overflows and norms. Shard "
+                "the model with fully_shard (FSDP2), or keep FSDP1 with its own clip_grad_norm_, torch's "
+                "ShardedGradScaler and an elementwise optimizer such as fusedamp.optim.AdamW."
+            )
+
+
+def need_whole(param: Tensor, optimizer: str) -> None:
+    """Raise where ``param`` is one of FSDP1's: ``optimizer`` needs norms or matrices of whole tensors."""
+    if is_flattened(param):
+        raise ValueError(
+            f"of shape {list(param.shape)} belongs to a flat parameter of FSDP1; expected the whole tensor "
+            f"on each rank, as {optimizer} needs its norm or its shape. Use an elementwise optimizer such as "
+            "AdamW, or replicate the model (DistributedDataParallel)."
+        )
 
 
 def local(tensor: Tensor) -> Tensor:

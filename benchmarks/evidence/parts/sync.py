@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from fusedamp import clip_grad_norm_
 
-from ..borrowed import cases, differing
+from ..borrowed import cases
 from ..place import Place
 from .graphs import Training, feed, formats, training
 
@@ -45,8 +45,6 @@ def run(place: Place) -> None:
                 except RuntimeError:
                     heard = True
             assert heard, "torch did not raise at .item()"
-    with place.attempt("gradients read in backward: no wait, and the same bits"):
-        attached(place)
     with place.attempt("the host is free while the device sleeps"):
         place.note("host_ms_beside_sleeping_device", free_host(place))
     flows = [
@@ -64,32 +62,6 @@ def run(place: Place) -> None:
                 with alarmed(place):
                     tails(model)
     place.note("flows", len(flows))
-
-
-def attached(place: Place) -> None:
-    """Backward with and without hooks that read the gradients as they appear, on a stream of its own."""
-    case = cases.BY_NAME["adamw"]
-    plain, hooked = (training(place, case, torch.bfloat16, {}, "fused") for _ in range(2))
-    hooked.scaler.attach(hooked.optimizer, min_numel=1)
-    side = torch.cuda.Stream() if place.device == "cuda" else None
-    if side is not None:
-        side.wait_stream(torch.cuda.current_stream())
-    for step in range(5):
-        with torch.cuda.stream(side):
-            for model in (plain, hooked):
-                feed(model, step)
-                wanted = [param.grad for param in model.params]
-                model.optimizer.zero_grad()
-                with alarmed(place):
-                    pairs = zip(model.params, wanted, strict=True)
-                    sum((param * grad).float().sum() for param, grad in pairs).backward()
-                    model.tail()
-                for param in model.params:
-                    param.grad = torch.zeros_like(param)
-        if side is not None:
-            side.synchronize()
-    found = differing(plain.everything(), hooked.everything())
-    assert not found, "; ".join(found[:3])
 
 
 def free_host(place: Place) -> float:

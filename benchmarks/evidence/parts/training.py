@@ -78,7 +78,6 @@ class Recipe:
     autocast: bool  # else the model itself is 16-bit, with FP32 masters
     dtype: torch.dtype
     clip: Callable[[Any, Any, list[Tensor]], object]
-    attach: bool = False  # read large gradients in backward
 
 
 OPTIONS: dict[str, Any] = dict(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
@@ -130,15 +129,6 @@ RECIPES = [
     Recipe(
         "fusedamp, FP16 weights with masters", fusedamp.GradScaler, fusedamp_adamw, False, torch.float16, ours
     ),
-    Recipe(
-        "fusedamp, BF16 weights with masters, attached",
-        fusedamp.GradScaler,
-        fusedamp_adamw,
-        False,
-        torch.bfloat16,
-        ours,
-        attach=True,
-    ),
 ]
 
 
@@ -150,8 +140,6 @@ def train(place: Place, recipe: Recipe, size: Size) -> dict[str, Any]:
         model = model.to(recipe.dtype)
     params = list(model.parameters())
     optimizer, scaler = recipe.optimizer(params), recipe.amp(device, init_scale=2.0**12)
-    if recipe.attach:
-        scaler.attach(optimizer, **place.sized({}, {"min_numel": 1}))
     draw = torch.Generator().manual_seed(1)
     shape = (size.batch, size.context + 1)
     batches = [torch.randint(size.vocabulary, shape, generator=draw).to(device) for _ in range(2)]

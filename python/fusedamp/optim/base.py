@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import ops
+from ..ops.inputs import AmpInputs, begin_step, inputs_on
 from ..packed import read
 from ..sharding import local
 from . import state_io
@@ -28,32 +29,6 @@ Group = dict[str, Any]
 # One for each optimizer that rounds stochastically, so that no two of a program draw alike. Not from torch's generators:
 # replicas on several ranks must draw alike, and their generators often are seeded apart.
 _seeds = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceInputs:
-    """What the scaler hands to the ops on one device: FP32 tensors of one element, or None."""
-
-    inv_scale: Tensor | None = None
-    clip_coef: Tensor | None = None
-    found_inf: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class AmpInputs:
-    """What the scaler hands to one step."""
-
-    per_device: dict[torch.device, DeviceInputs]
-
-    def for_device(self, device: torch.device) -> DeviceInputs:
-        """The inputs on ``device``; an error where the scaler saw no gradient there."""
-        if device not in self.per_device:
-            raise RuntimeError(
-                f"[GradScaler.step] the optimizer has gradients on {device}; expected only "
-                f"{[str(seen) for seen in self.per_device]}, where the scaler looked for overflows. "
-                "Don't add gradients between unscale_ and step."
-            )
-        return self.per_device[device]
 
 
 @dataclass(slots=True)
@@ -119,12 +94,21 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
+<<<<<<< HEAD
         """As in torch, a dict of dicts by parameter. Callers may change it: the next step looks at all of it.
 
         Nothing else keeps its tensors: what is removed from it is freed.
         """
         self._looked()
         return vars(self)["state"]
+=======
+        """As in torch, a dict of dicts by parameter. Whoever asks may change it; steps see that."""
+        own = vars(self)
+        if "state" not in own:  # as of any attribute: a wrapper that forwards them answers then
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'state'")
+        self._looks += 1
+        return own["state"]
+>>>>>>> scaler
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -205,8 +189,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._step()
         return loss
 
+    _fusedamp_step = step  # by which the scaler sees that nothing stands in its place
+
     @torch._disable_dynamo  # compiled callers run it eagerly: a trace would freeze what is remembered
     def _step(self) -> None:
+        begin_step(self)
         for g, group in enumerate(self.param_groups):
             if type(group["state_dtype"]) is not str:
                 name_dtypes(group)
@@ -346,7 +333,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _scalars(self, group: Group, params: list[Tensor]) -> dict[str, Any]:
         device = params[0].device
-        amp = DeviceInputs() if self._amp is None else self._amp.for_device(device)
+        amp = inputs_on(self, device)
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != device:
             lr = lr.to(device)

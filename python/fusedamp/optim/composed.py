@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sharding import is_dtensor
+from ..sharding import is_dtensor, need_whole
 from .base import Batch, FusedOptimizer, Group
 from .layout import STATE_DTYPES
 from .slot import Slot
@@ -42,6 +42,7 @@ class ComposedOptimizer(FusedOptimizer):
         return type(self).__name__, {}
 
     def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+        need_whole(param, type(self).__name__)
         if param.is_complex() or is_dtensor(param):
             kind = "a DTensor" if is_dtensor(param) else "complex"
             raise ValueError(

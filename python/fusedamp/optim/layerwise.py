@@ -12,7 +12,7 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..sharding import sharded_dims
+from ..sharding import need_whole, sharded_dims
 from .base import FusedOptimizer, Group
 from .hyper import check_betas, check_number
 from .layout import scalar_like
@@ -23,6 +23,7 @@ class Layerwise(FusedOptimizer):
     """What they share: a parameter must be whole on its rank."""
 
     def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+        need_whole(param, type(self).__name__)
         if any(mesh.size(dim) > 1 for mesh, dim in sharded_dims(param)):
             placements = param.placements  # type: ignore[attr-defined]
             raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..sharding import need_whole
 from .base import Batch, Group
 from .composed import ComposedOptimizer, Values
 from .hyper import check_number
@@ -115,6 +116,8 @@ class Muon(ComposedOptimizer):
 
     def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
         matrix = _is_matrix(param, group)
+        if group["use_muon"] is not False:
+            need_whole(param, type(self).__name__)
         if (name == "momentum_buffer") != matrix:
             return None
         if param.dim() != 2 and matrix:

@@ -1,0 +1,149 @@
+"""FSDP1 on 2 gloo ranks: what would let them drift apart is refused; torch's own scaler is the way out."""
+
+import copy
+import math
+from functools import partial
+from pathlib import Path
+
+import fusedamp
+import pytest
+import torch
+import torch.multiprocessing as mp
+from cases import BY_NAME, COMPOSED
+from fusedamp import GradScaler, optim
+from ranks import run_scenarios
+from torch import nn
+
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+        reason="needs torch.distributed with gloo",
+    ),
+]
+WORLD = 2
+WHOLE = [BY_NAME[name] for name in ("lamb", "lars", "novograd")] + COMPOSED
+
+
+def agreed(value):
+    everyone = [None] * WORLD
+    torch.distributed.all_gather_object(everyone, value)
+    assert everyone[0] == everyone[1], everyone
+    return value
+
+
+def model(**options):
+    """Of whose one weight each rank holds one half."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    net = nn.Linear(4, 1, bias=False)
+    nn.init.ones_(net.weight)
+    return FullyShardedDataParallel(net, device_id=torch.device("cpu"), **options)
+
+
+def backward(net, scaler, bad=False):
+    """With ``bad`` the gradient of rank 1's shard alone is infinite."""
+    x = torch.ones(1, 4)
+    if bad:
+        x[0, 3] = math.inf
+    scaler.scale(net(x).nan_to_num(posinf=1.0).sum() if not bad else net(x).sum()).backward()
+
+
+def scalers(rank, **options):
+    net = model(**options)
+    params = list(net.parameters())
+    for make in (optim.AdamW, torch.optim.SGD, lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True)):
+        scaler, optimizer = GradScaler("cpu", init_scale=4.0), make(params, lr=0.1)
+        optimizer.zero_grad()
+        backward(net, scaler)
+        before = (
+            [copy.deepcopy(p.detach()) for p in params],
+            [p.grad.clone() for p in params if p.grad is not None],
+        )
+        for name, args in {"unscale_": (), "clip_grad_norm_": (1.0,), "step": ()}.items():
+            wanted = rf"\[GradScaler\.{name}\] parameter 0 .* by FSDP1; .* fully_shard .*ShardedGradScaler"
+            with pytest.raises(RuntimeError, match=wanted):
+                getattr(scaler, name)(optimizer, *args)
+        with pytest.raises(RuntimeError, match=r"\[clip_grad_norm_\] parameter 0 .* FSDP1"):
+            fusedamp.clip_grad_norm_(params, 1.0)
+        after = [p.detach() for p in params], [p.grad for p in params if p.grad is not None]
+        for old, new in zip([*before[0], *before[1]], [*after[0], *after[1]], strict=True):
+            assert torch.equal(old, new)
+        assert not optimizer.state
+
+
+def way_out(rank):
+    """torch's ShardedGradScaler, and one that is ours as well, with an elementwise optimizer."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    class Both(ShardedGradScaler, GradScaler):
+        pass
+
+    for cls in (ShardedGradScaler, Both):
+        net = model()
+        scaler, optimizer = cls("cpu", init_scale=4.0), optim.SGD(net.parameters(), lr=0.25)
+        for bad in (False, True):
+            optimizer.zero_grad()
+            backward(net, scaler, bad)
+            scaler.step(optimizer)
+            scaler.update()
+            weights = [p.detach().tolist() for p in net.parameters() if p.numel()]
+            assert all(set(values) == {0.75} for values in weights)
+            assert agreed(scaler.get_scale()) == (2.0 if bad else 4.0)
+
+
+def whole_tensors(rank, **options):
+    net = model(**options)
+    params = list(net.parameters())
+    backward(net, GradScaler("cpu", enabled=False))
+    before = [copy.deepcopy(p.detach()) for p in params]
+    for case in WHOLE:
+        name = case.ours.__name__
+        if all(p.grad is None for p in params):
+            return  # this rank holds nothing
+        with pytest.raises(
+            ValueError, match=rf"\[{name}\] group 0: params\[0\] of shape .* FSDP1; expected the whole"
+        ):
+            case.ours(params, **case.options).step()
+        assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+SCENARIOS = {
+    "scalers": (scalers, {}),
+    "scalers, original parameters": (scalers, {"use_orig_params": True}),
+    "torch's scaler": (way_out, {}),
+    "whole tensors": (whole_tensors, {}),
+    "whole tensors, original parameters": (whole_tensors, {"use_orig_params": True}),
+}
+
+
+def run_all(rank, folder):
+    calls = {name: partial(body, rank, **options) for name, (body, options) in SCENARIOS.items()}
+    run_scenarios(calls, rank, WORLD, folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = Path(tmp_path_factory.mktemp("fsdp1"))
+    mp.spawn(run_all, (path,), nprocs=WORLD)
+    return path
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_on_two_ranks(name, folder):
+    failures = [path.read_text() for path in sorted(folder.glob(f"{name}.failed*"))]
+    assert not failures, "\n".join(failures)
+
+
+def test_one_process_may_step_what_is_marked():
+    """There is nobody to drift apart from; but what needs whole tensors still refuses flat ones."""
+    param = torch.ones(3, requires_grad=True)
+    param._fsdp_flattened = True
+    scaler, optimizer = GradScaler("cpu", init_scale=4.0), optim.SGD([param], lr=0.25)
+    scaler.scale(param.sum()).backward()
+    scaler.step(optimizer)
+    assert param.tolist() == [0.75] * 3
+    for case in WHOLE:
+        with pytest.raises(ValueError, match="FSDP1"):
+            case.ours([param], **case.options).step()
+    assert param.tolist() == [0.75] * 3
