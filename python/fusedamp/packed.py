@@ -72,7 +72,8 @@ def holds_float64(fields: Fields) -> bool:
 
 
 class StepTable:
-    """The addresses of the parameters of one step op and of what belongs to them, while none of their memory moves.
+    """The addresses of the parameters of one step op and of what belongs to them, while none of their memory
+    moves.
 
     Keeps no tensor alive but ``params``, which :meth:`let_go` gives up until the next :meth:`take`.
 

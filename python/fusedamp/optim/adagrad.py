@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch.optim.optimizer import ParamsT
 from ..sharding import local
 from .base import FusedOptimizer, Group
 from .hyper import check_number
-from .layout import STATE_DTYPES
-from .slot import complete
+from .layout import STATE_DTYPES, in_turns
 from .storage import Storage
 
 
@@ -54,11 +52,7 @@ class Adagrad(FusedOptimizer):
         defaults |= dict(initial_accumulator_value=initial_accumulator_value, foreach=foreach)
         defaults |= dict(maximize=maximize, differentiable=differentiable, fused=fused)
         super().__init__(params, defaults, storage)
-        for group in self.param_groups:
-            for param in group["params"]:
-                if local(param).dtype in STATE_DTYPES:  # others are refused by the step
-                    like = partial(self._like, param=param, group=group)
-                    complete(param, self.state[param], self._mode(group), like, self._new_state)
+        in_turns(list(self._missing_states(_can_have_state)))
 
     def share_memory(self) -> None:
         """Move the states into memory that processes share, as torch's; call it before they start."""
@@ -79,3 +73,8 @@ class Adagrad(FusedOptimizer):
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
         return "adagrad_", {name: group[name] for name in ("lr_decay", "eps", "weight_decay")}
+
+
+def _can_have_state(param: Tensor) -> bool:
+    """Others get theirs at the first step, or are refused by it."""
+    return param.device.type in ("cpu", "cuda") and local(param).dtype in STATE_DTYPES

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,40 +17,16 @@ from ..ops.inputs import AmpInputs, begin_step, inputs_on
 from ..packed import read
 from ..sharding import local
 from . import state_io
+from .batch import Batch, Group
 from .hyper import check_common, is_compressed
 from .layout import gradient_of, in_turns
 from .replay import Replay
 from .slot import Mode, Slot, check, check_aliasing, check_dtype, complete, making_complete
 from .storage import Entry, Storage, filled, name_dtypes, spelled_out, taken_from_checkpoint, with_storage
 
-Group = dict[str, Any]
-
-# One for each optimizer that rounds stochastically, so that no two of a program draw alike. Not from torch's generators:
-# replicas on several ranks must draw alike, and their generators often are seeded apart.
+# One for each optimizer that rounds stochastically, so that no two of a program draw alike. Not from torch's
+# generators: replicas on several ranks must draw alike, and their generators often are seeded apart.
 _seeds = itertools.count()
-
-
-@dataclass(slots=True)
-class Batch:
-    """What one op call updates: parameters of one group on one device, all with masters or all without."""
-
-    group: Group
-    state_names: tuple[str, ...]
-    op: str
-    scalars: dict[str, Any]
-    slots: list[Slot] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-
-    def launch(self) -> None:
-        states = {f"{name}s": [s.states[i] for s in self.slots] for i, name in enumerate(self.state_names)}
-        masters = [slot.master for slot in self.slots if slot.master is not None]
-        params, steps = [slot.target for slot in self.slots], [slot.step for slot in self.slots]
-        scales = [slot.scales[j] for j in range(len(self.slots[0].scales)) for slot in self.slots]
-        seeds = [slot.seed for slot in self.slots] if self.slots[0].mode.is_random() else []
-        ops.step_lists(self.op, params, self.grads, masters, states, steps, self.scalars, scales, seeds)
-        for slot in self.slots:
-            if slot.target is not slot.param:
-                slot.finish()
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -72,9 +47,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     nonnegative_states: tuple[str, ...] = ()  # those of them that are sums of squares
     can_compress: bool = True  # whether masters and states may be kept in less than FP32
     required_state: tuple[str, ...] = ()  # what a checkpoint must have for every parameter that it knows
-    _slots: dict[
-        int, Slot
-    ]  # by id of the parameter, which the slot keeps alive, until the state is asked for
+    _slots: dict[int, Slot]  # by id of the parameter; given up when the state is asked for
     _unchecked: bool  # whether slots were made since memory was last checked for sharing
     _stepped: list[Slot]  # of the last step
     _replay: Replay | None = None  # what makes the same step again quick
@@ -94,21 +67,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-<<<<<<< HEAD
         """As in torch, a dict of dicts by parameter. Callers may change it: the next step looks at all of it.
 
         Nothing else keeps its tensors: what is removed from it is freed.
         """
-        self._looked()
-        return vars(self)["state"]
-=======
-        """As in torch, a dict of dicts by parameter. Whoever asks may change it; steps see that."""
         own = vars(self)
         if "state" not in own:  # as of any attribute: a wrapper that forwards them answers then
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'state'")
-        self._looks += 1
+        self._looked()
         return own["state"]
->>>>>>> scaler
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -251,7 +218,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         position = 0  # of a group's first parameter in the optimizer: replicas and resumed runs draw alike
         for key in [key for key, slot in known.items() if state.get(slot.param) is not slot.entry]:
             del known[key]  # its state was removed or replaced
-        in_turns(list(self._missing_states(state)))
+        in_turns(list(self._missing_states(lambda param: gradient_of(param) is not None)))
         for g, group in enumerate(self.param_groups):
             mode = self._mode(group)
             seeds, position = ((mode.rounding_seed or 0) << 32) + position, position + len(group["params"])
@@ -293,12 +260,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._unchecked = False
         return calls
 
-    def _missing_states(self, state: dict[Tensor, Entry]) -> Iterator[Iterator[None]]:
-        """What makes the states of parameters that take their first step, one tensor at a time."""
+    def _missing_states(self, wanted: Callable[[Tensor], bool]) -> Iterator[Iterator[None]]:
+        """What makes the states of the ``wanted`` parameters that have none, one tensor at a time."""
+        state = vars(self)["state"]
         for g, group in enumerate(self.param_groups):
             mode = self._mode(group)
             for i, param in enumerate(group["params"]):
-                if not state.get(param) and gradient_of(param) is not None:
+                if not state.get(param) and wanted(param):
                     yield self._making_state(
                         f"{self._where(g)} params[{i}]", group, mode, param, state[param]
                     )
@@ -393,9 +361,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with plain tensors and plain options.
 
-        A state in 8 bits is saved as ``exp_avg`` (int8, or uint8 where it is never negative), ``exp_avg_scale`` and
-        ``exp_avg_numel``; the remainder of a split master as an int16 ``master``. These are no numbers:
-        :meth:`load_state_dict` refuses them where they were cast or resized. Tensors are the optimizer's own, as in torch.
+        A state in 8 bits is saved as ``exp_avg`` (int8, or uint8 where it is never negative),
+        ``exp_avg_scale`` and ``exp_avg_numel``; the remainder of a split master as an int16 ``master``.
+        These are no numbers: :meth:`load_state_dict` refuses them where they were cast or resized. Tensors
+        are the optimizer's own, as in torch.
         """
         with state_io.plainly(self):
             return super().state_dict()
@@ -403,9 +372,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict()`` of ours or of the ``torch.optim`` namesake. Copies; FP32 state stays FP32.
 
-        A missing ``master`` is made from the weights at the next step. The options of storage stay as they were, but for
-        ``rounding_seed``. Options that this optimizer does not have are kept in the group, and warned of by name where
-        they would change its steps.
+        A missing ``master`` is made from the weights at the next step. The options of storage stay as they
+        were, but for ``rounding_seed``. Options that this optimizer does not have are kept in the group, and
+        warned of by name where they would change its steps.
         Raises: ValueError naming the state that doesn't fit; nothing was loaded then.
         """
         with state_io.converting(self), torch.inference_mode(False):

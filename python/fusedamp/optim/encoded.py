@@ -1,9 +1,9 @@
 """States whose bits mean a number only together with something else, as tensors that know it.
 
-A generic edit of an optimizer's state (appending rows, masking, casting, averaging over workers) must not take quantized
-values for numbers. So live states in 8 bits and the remainders of split masters are tensors of classes of their own:
-what computes with a quantized state gets its values, whole copies stay what they are, and everything else is refused by
-name. Steps use the plain tensors inside.
+A generic edit of an optimizer's state (appending rows, masking, casting, averaging over workers) must not
+take quantized values for numbers. So live states in 8 bits and the remainders of split masters are tensors
+of classes of their own: what computes with a quantized state gets its values, whole copies stay what they
+are, and everything else is refused by name. Steps use the plain tensors inside.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Encoded(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def data(self) -> Encoded:  # type: ignore[override]
-        return self.detach()  # type: ignore[return-value]
+    def data(self) -> Any:  # type: ignore[override]
+        return self.detach()
 
     @data.setter
     def data(self, value: Any) -> None:
@@ -65,8 +65,9 @@ class Encoded(Tensor):
     def __dlpack__(self, **kwargs: Any) -> Any:
         return self._refuse("__dlpack__()")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"{type(self).__name__}(shape={list(self.shape)}, bits={self.bits.dtype}, device={self.bits.device})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        bits = self.bits
+        return f"{type(self).__name__}(shape={list(bits.shape)}, bits={bits.dtype}, device={bits.device})"
 
     def _values(self) -> Tensor:
         return self._refuse("a conversion to numbers")
@@ -74,14 +75,17 @@ class Encoded(Tensor):
     @classmethod
     def _refuse(cls, what: object) -> NoReturn:
         raise TypeError(
-            f"[fusedamp.optim] {what} was asked of {cls._what}, whose bits are no numbers; expected whole copies. "
+            f"[fusedamp.optim] {what} was asked of {cls._what}, whose bits are no numbers; expected whole "
+            "copies. "
             f"{cls._way_out}"
         )
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        source = args[0] if args else None
+        source: Any = args[0] if args else None
         if func in _COPIES and type(source) is cls:
             return source._map(lambda tensor: func(tensor, *args[1:], **kwargs))
         if func is _aten._to_copy.default and kwargs.get("dtype") in (None, source.dtype):
@@ -118,9 +122,10 @@ class Encoded(Tensor):
 class Quantized(Encoded):
     """A state in 8 bits: quantized values and the FP32 scales of their blocks.
 
-    ``bits`` (int8, or uint8 where values are never negative) has the parameter's shape and strides; ``scales`` has one
-    number for each 128 elements in the order of memory. Arithmetic, indexing and conversions give FP32 tensors of the
-    values; a view, a write in place other than ``zero_`` and ``copy_`` of the like, and a collective raise a TypeError.
+    ``bits`` (int8, or uint8 where values are never negative) has the parameter's shape and strides;
+    ``scales`` has one number for each 128 elements in the order of memory. Arithmetic, indexing and
+    conversions give FP32 tensors of the values; a view, a write in place other than ``zero_`` and ``copy_``
+    of the like, and a collective raise a TypeError.
     """
 
     scales: Tensor
@@ -155,7 +160,8 @@ class Quantized(Encoded):
 
 
 class Scales(Encoded):
-    """The block scales of a state in 8 bits, for checkpoints to find them; steps use those in the state itself."""
+    """The block scales of a state in 8 bits, for checkpoints to find them; steps use those in the state
+    itself."""
 
     _what = "the block scales of a state in 8 bits"
     _way_out = Quantized._way_out
@@ -173,7 +179,8 @@ class Remainder(Encoded):
 
     _what = "the remainder of a split master"
     _way_out = (
-        'Remove state["master"]: it is made anew from the weight. Or load state_dict() into an optimizer with '
+        'Remove state["master"]: it is made anew from the weight. Or load state_dict() into an optimizer '
+        "with "
         'master_weights="fp32"'
     )
 

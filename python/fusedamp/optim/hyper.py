@@ -38,10 +38,12 @@ def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: 
         raise TypeError(
             f"{where} {name} is {value!r} ({type(value).__name__}); expected a number. Pass a float."
         )
-    if not (low <= value < below and abs(value) <= LARGEST):
+    number: Any = value  # of any size: a whole number may be too large for a float
+    if not (low <= number < below and abs(number) <= LARGEST):
         bound = "a finite number" if below == math.inf else f"a number < {below:g}"
         raise ValueError(
-            f"{where} {name} is {value}; expected {bound} >= {low:g}, at most 3.4e38 as in FP32. Pass such a value."
+            f"{where} {name} is {value}; expected {bound} >= {low:g}, at most 3.4e38 as in FP32. Pass such a "
+            "value."
         )
 
 
@@ -98,6 +100,7 @@ def _check_compression(where: str, group: dict[str, Any]) -> None:
     seed = group["rounding_seed"]
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31):
         raise ValueError(
-            f"{where} rounding_seed is {seed!r}; expected a whole number from 0 to 2**31 - 1, or None for one that no "
+            f"{where} rounding_seed is {seed!r}; expected a whole number from 0 to 2**31 - 1, or None for "
+            "one that no "
             "other optimizer of this process has. Pass one."
         )

@@ -38,7 +38,8 @@ class Muon(ComposedOptimizer):
             parameters of two dimensions and AdamW for the others. Embeddings and output layers have two
             dimensions, too: give them a group of their own with ``use_muon=False``, and its ``lr``.
         adamw_betas, adamw_eps: AdamW's; its ``lr`` and ``weight_decay`` are the group's.
-        ns_dtype: of the Newton-Schulz iterations, or its name: bfloat16 as in torch, float16, float32, float64.
+        ns_dtype: of the Newton-Schulz iterations, or its name: bfloat16 as in torch, float16, float32,
+        float64.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step`` and ``momentum_buffer``, or AdamW's ``exp_avg`` and ``exp_avg_sq``; and ``master``.
     Cost: 3 products of matrices per iteration, by torch's matmul; AdamW's part is one fused op. No host sync.

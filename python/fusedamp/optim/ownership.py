@@ -38,8 +38,8 @@ def _beyond_python(tensor: Tensor) -> tuple[int, ...]:
 
 
 def nothing_else_holds(attributes: dict[str, Any]) -> bool:
-    """Whether all references to the optimizer's state are known: of the state, its attribute; of each entry, the
-    state; of each tensor, its entry, or the encoded one that it is in; and nothing beyond Python.
+    """Whether all references to the optimizer's state are known: of the state, its attribute; of each entry,
+    the state; of each tensor, its entry, or the encoded one that it is in; and nothing beyond Python.
     """
     if not _CAN_TELL:
         return False

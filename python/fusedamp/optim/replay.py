@@ -1,8 +1,8 @@
 """The calls of a step, made again with new gradients for as long as nothing but the gradients has changed.
 
 Preparing a step costs microseconds per parameter, mostly to see that everything is as it was. Here the same
-is seen by bulk comparisons of identities and addresses; those of the state are left out where nothing else can
-have changed it. No state is kept alive: what is removed from the optimizer's state is freed at once.
+is seen by bulk comparisons of identities and addresses; those of the state are left out where nothing else
+can have changed it. No state is kept alive: what is removed from the optimizer's state is freed at once.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class Replay:
     ) -> list[tuple[Group, StepTable, Fields]] | None:
         """The op calls of this step, or None where more than the gradients has changed.
 
-        ``attributes`` are the optimizer's, with its state; ``looks`` says how often the optimizer's state was asked for.
+        ``attributes`` are the optimizer's, with its state; ``looks`` says how often the optimizer's state
+        was asked for.
         """
         if (
             not _C.same_items([groups], self._groups)

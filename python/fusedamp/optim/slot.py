@@ -57,7 +57,8 @@ class Slot:
         self.states = tuple(_real(plain(local(state))) for state in states)
         self.scales = tuple(state.scales for state in states if isinstance(state, Quantized))
         self.master = _real(plain(local(entry["master"]))) if "master" in entry else None
-        # What the tensors above are called in the state, in the order of an op's columns: key, and attribute of it.
+        # What the tensors above are called in the state, in the order of an op's columns: key, and attribute
+        # of it.
         self.columns: list[tuple[str, str | None]] = [("step", None)]
         if self.master is not None:
             self.columns.append(("master", "bits" if isinstance(entry["master"], Remainder) else None))
@@ -141,7 +142,8 @@ def check_step(value: Any) -> None:
         value = local(value).item()
     if not isinstance(value, (int, float)) or not (0 <= value <= MOST_STEPS and math.floor(value) == value):
         raise ValueError(
-            f"has step count {value!r}; expected a whole number from 0 to 2**62. Load an intact checkpoint, or assign "
+            f"has step count {value!r}; expected a whole number from 0 to 2**62. Load an intact checkpoint, "
+            "or assign "
             "the number of steps taken."
         )
 
@@ -230,8 +232,6 @@ def making_complete(
             "Run one step before capturing."
         )
     step = entry.get("step", 0.0)
-    if isinstance(step, Tensor) and step.is_meta and not param.is_meta:
-        step = 0.0  # made with the parameter, before it had memory
     if (
         not isinstance(step, Tensor)
         or step.dtype != torch.float32
@@ -243,8 +243,7 @@ def making_complete(
         check_step(step)
     yield
     for name, template in likes.items():
-        value = entry.get(name)
-        if value is None or (isinstance(value, Tensor) and value.is_meta and not param.is_meta):
+        if entry.get(name) is None:
             entry[name] = new_state(name, template, stored[name], entry)
         else:
             entry[name] = adapted(entry, name, template, stored[name])

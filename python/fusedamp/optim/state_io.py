@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from .base import FusedOptimizer
 
 
-# Keys that schedulers, trainers and torch's optimizers put into groups; they say nothing about the update rule.
-_NO_RULE = set(
-    "params param_names name initial_lr max_lr min_lr base_lr swa_lr lr_scale max_momentum min_momentum base_momentum "
-    "foreach fused capturable differentiable maximize step use_orig_params".split()
-)
+# Keys that schedulers, trainers and torch's optimizers put into groups; they say nothing about the update
+# rule.
+_NO_RULE = {
+    *("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale"),
+    *("max_momentum", "min_momentum", "base_momentum", "step", "use_orig_params"),
+    *("foreach", "fused", "capturable", "differentiable", "maximize"),
+}
 # Options of other optimizers, and the values at which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias_correction": (True,),
@@ -111,7 +113,8 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
         saved = dict(saved)
         name_dtypes(saved)
         _warn_of_rules(f"{where} group {g}:", type(optimizer).__name__, saved, group)
-        # How masters and states are kept is the present optimizer's choice, not the checkpoint's; what it lacks stays.
+        # How masters and states are kept is the present optimizer's choice, not the checkpoint's; what it
+        # lacks stays.
         kept = {name: group[name] for name in DEFAULTS}
         if saved.get("rounding_seed") is not None:  # random numbers go on where they were
             kept["rounding_seed"] = saved["rounding_seed"]
@@ -131,7 +134,8 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def _warn_of_rules(where: str, optimizer: str, saved: dict[str, Any], group: dict[str, Any]) -> None:
-    """Warn of options of the checkpoint that this optimizer does not have, and that would change its steps."""
+    """Warn of options of the checkpoint that this optimizer does not have, and that would change its
+    steps."""
     unknown = {name: value for name, value in saved.items() if name not in group and name not in _NO_RULE}
     ignored = {
         name: value
@@ -140,8 +144,10 @@ def _warn_of_rules(where: str, optimizer: str, saved: dict[str, Any], group: dic
     }
     if ignored:
         warnings.warn(
-            f"{where} the checkpoint has {', '.join(f'{k}={v!r}' for k, v in ignored.items())}, which {optimizer} does "
-            "not have: kept in the group and ignored by its steps. Set this optimizer's own options to the same effect.",
+            f"{where} the checkpoint has {', '.join(f'{k}={v!r}' for k, v in ignored.items())}, which "
+            f"{optimizer} does "
+            "not have: kept in the group and ignored by its steps. Set this optimizer's own options to the "
+            "same effect.",
             stacklevel=6,
         )
 
@@ -187,8 +193,10 @@ def _convert_tensors(
         name = scales[0].removesuffix(scale_name(""))
         dtype = getattr(entry.get(name), "dtype", "missing")
         raise ValueError(
-            f"has {scales[0]!r}, the block scales of an 8-bit state, beside {name!r} of dtype {dtype}; expected its int8 "
-            "or uint8 values. Quantized values are no numbers, so they can't be cast or computed with: load the intact "
+            f"has {scales[0]!r}, the block scales of an 8-bit state, beside {name!r} of dtype {dtype}; "
+            "expected its int8 "
+            "or uint8 values. Quantized values are no numbers, so they can't be cast or computed with: load "
+            "the intact "
             'checkpoint into an optimizer with state_dtype="float32", whose states are.'
         )
     numel = entry.pop(numel_name("master"), None)
@@ -202,7 +210,8 @@ def _convert_tensors(
             was_split = plain(value).dtype == torch.int16
             if numel is not None and (not was_split or numel != value.numel()):
                 raise ValueError(
-                    f"has a master of dtype {value.dtype} with {value.numel()} elements, saved as the remainder "
+                    f"has a master of dtype {value.dtype} with {value.numel()} elements, saved as the "
+                    "remainder "
                     f"of a split one of {numel}; expected the int16 bits as they were, which are no numbers. "
                     "Load the intact checkpoint, or remove 'master' from it: it is made from the weight."
                 )

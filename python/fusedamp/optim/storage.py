@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
@@ -43,7 +42,8 @@ def with_storage(optimizer: str, defaults: Entry, storage: Storage) -> Entry:
 
 
 def name_dtypes(group: Entry) -> None:
-    """Replace each dtype in ``group`` by its name: groups hold plain values, which checkpoints of every kind take."""
+    """Replace each dtype in ``group`` by its name: groups hold plain values, which checkpoints of every kind
+    take."""
     for name, value in group.items():
         if isinstance(value, torch.dtype):
             group[name] = str(value).removeprefix("torch.")
@@ -114,7 +114,8 @@ def filled(like: Tensor, dtype: torch.dtype, value: float) -> Tensor:
 
 
 def adapted(entry: Entry, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The state ``name`` of ``entry`` in the layout of ``like`` and in ``dtype``: itself where it fits already."""
+    """The state ``name`` of ``entry`` in the layout of ``like`` and in ``dtype``: itself where it fits
+    already."""
     value = entry[name]
     check_shape(name, value, like)
     if isinstance(value, Quantized):
@@ -128,13 +129,16 @@ def adapted(entry: Entry, name: str, like: Tensor, dtype: torch.dtype) -> Tensor
         value = value.dequantize()
     elif not isinstance(entry.get(scale_name(name)), Scales | None):
         raise ValueError(
-            f"has state {name!r} of dtype {value.dtype} beside {scale_name(name)!r}, the block scales of an 8-bit "
-            f"state; expected its int8 or uint8 values, or floats alone. Quantized values are no numbers: load the "
+            f"has state {name!r} of dtype {value.dtype} beside {scale_name(name)!r}, the block scales of an "
+            "8-bit "
+            "state; expected its int8 or uint8 values, or floats alone. Quantized values are no numbers: "
+            "load the "
             f'checkpoint into an optimizer with state_dtype="float32" first, or remove {scale_name(name)!r}.'
         )
     elif not (value.is_floating_point() or value.is_complex()):
         raise ValueError(
-            f"has state {name!r} of dtype {value.dtype}; expected floating-point values, or a state as this optimizer "
+            f"has state {name!r} of dtype {value.dtype}; expected floating-point values, or a state as this "
+            "optimizer "
             "made it. Assign floats, or remove the state."
         )
     if dtype not in CODES:
@@ -154,7 +158,8 @@ def check_scales(name: str, values: Tensor, scales: Any) -> None:
     if not isinstance(scales, Tensor) or scales.shape != (wanted,) or scales.dtype != torch.float32:
         got = f"{scales.dtype} of shape {list(scales.shape)}" if isinstance(scales, Tensor) else repr(scales)
         raise ValueError(
-            f"has 8-bit state {name!r} of {values.numel()} elements with block scales {got}; expected torch.float32 of "
+            f"has 8-bit state {name!r} of {values.numel()} elements with block scales {got}; expected "
+            "torch.float32 of "
             f"shape [{wanted}]. Pass what state_dict() returned, or clear optimizer.state."
         )
 
@@ -174,15 +179,19 @@ def taken_from_checkpoint(entry: Entry, name: str, nonnegative: bool) -> None:
         )
     if numel != value.numel():
         raise ValueError(
-            f"has 8-bit state {name!r} of {value.numel()} elements, which was saved with {numel}; expected all of "
-            "them, as their block scales belong to their places. To add or remove elements, load the checkpoint into "
+            f"has 8-bit state {name!r} of {value.numel()} elements, which was saved with {numel}; expected "
+            "all of "
+            "them, as their block scales belong to their places. To add or remove elements, load the "
+            "checkpoint into "
             'an optimizer with state_dtype="float32", whose states are numbers.'
         )
     powers = scales.view(torch.int32) & 0x7FFFFF if not is_fake(scales) else None
     if powers is not None and not ((powers == 0) & (scales >= 0) | scales.isnan()).all():
         raise ValueError(
-            f"has 8-bit state {name!r} with {scale_name(name)!r} that are no powers of two; expected the scales that "
-            "were saved with it. Scales can't be averaged or cast: do so with the states of an optimizer with "
+            f"has 8-bit state {name!r} with {scale_name(name)!r} that are no powers of two; expected the "
+            "scales that "
+            "were saved with it. Scales can't be averaged or cast: do so with the states of an optimizer "
+            "with "
             'state_dtype="float32".'
         )
     entry[name] = Quantized(value, scales)
@@ -256,7 +265,8 @@ def check_master(value: Any, param: Tensor) -> None:
     check_shape("master", value, param)
     if value.dtype != torch.int16 and not (value.is_floating_point() or value.is_complex()):
         raise ValueError(
-            f"has a master of dtype {value.dtype}; expected floating-point values, or the int16 remainder of a split "
+            f"has a master of dtype {value.dtype}; expected floating-point values, or the int16 remainder of "
+            "a split "
             'master. Remove state["master"]: it is made anew from the weight.'
         )
 

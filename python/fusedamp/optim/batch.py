@@ -1,0 +1,36 @@
+"""What one op call updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .. import ops
+from .slot import Slot
+
+Group = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one op call updates: parameters of one group on one device, all with masters or all without."""
+
+    group: Group
+    state_names: tuple[str, ...]
+    op: str
+    scalars: dict[str, Any]
+    slots: list[Slot] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+
+    def launch(self) -> None:
+        states = {f"{name}s": [s.states[i] for s in self.slots] for i, name in enumerate(self.state_names)}
+        masters = [slot.master for slot in self.slots if slot.master is not None]
+        params, steps = [slot.target for slot in self.slots], [slot.step for slot in self.slots]
+        scales = [slot.scales[j] for j in range(len(self.slots[0].scales)) for slot in self.slots]
+        seeds = [slot.seed for slot in self.slots] if self.slots[0].mode.is_random() else []
+        ops.step_lists(self.op, params, self.grads, masters, states, steps, self.scalars, scales, seeds)
+        for slot in self.slots:
+            if slot.target is not slot.param:
+                slot.finish()
