@@ -69,7 +69,8 @@ def quantized(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
     power = (largest.view(torch.int32) + (1 << (18 if nonnegative else 19))) & 0x7F800000
     scales = power.clamp(max=0x7E800000).view(torch.float32)
-    scales = torch.where(largest.isfinite(), scales, torch.nan)
+    poisoned = largest.isnan() if nonnegative else ~largest.isfinite()
+    scales = torch.where(poisoned, torch.nan, scales)
     rows = scales.unsqueeze(1)
     x = torch.where(rows > 0, blocks.abs() / rows, 0.0)
     bits = x.view(torch.int32).clamp(max=0x3FFFFFFF)
