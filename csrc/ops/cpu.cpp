@@ -37,7 +37,9 @@ void step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensor
   const RuleId rule = rule_for(op, params.size(), states.size());
   const StepScalars scalars =
       step_scalars(op, params[0], lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
-  cpu::step(rule, step_rows(op, rule, lists), scalars, parallel);
+  const std::vector<StepRow> rows = step_rows(op, rule, lists);
+  need_counts(op, rows);
+  cpu::step(rule, rows, scalars, parallel);
 }
 
 void packed_step_(Tensor rows, Tensor grads, Tensor like, std::string op, int64_t states, double lr,
@@ -45,7 +47,9 @@ void packed_step_(Tensor rows, Tensor grads, Tensor like, std::string op, int64_
                   OptionalTensor clip_coef, OptionalTensor found_inf, bool stochastic_rounding) {
   const StepScalars scalars =
       step_scalars(op, like, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
-  cpu::step(rule_for(op, 1, states), packed_step_rows(rows, grads), scalars, parallel);
+  const std::vector<StepRow> unpacked = packed_step_rows(rows, grads);
+  need_counts(op, unpacked);
+  cpu::step(rule_for(op, 1, states), unpacked, scalars, parallel);
 }
 
 void unscale_(Tensors grads, Tensor inv_scale, Tensor found_inf) {

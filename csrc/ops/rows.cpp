@@ -1,5 +1,6 @@
 #include "rows.h"
 
+#include "../math/count.h"
 #include "../math/quantize.h"
 
 namespace fusedamp {
@@ -189,6 +190,16 @@ std::vector<GradRow> packed_grad_rows(const Tensor& rows) {
   for (int64_t i = 0; i < n; ++i)
     unpacked[i] = {reinterpret_cast<void* const*>(from)[i], from[n + i], static_cast<DType>(from[2 * n + i])};
   return unpacked;
+}
+
+void need_counts(const std::string& op, const std::vector<StepRow>& rows) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const float count = *rows[i].step;
+    const bool in_range = count >= 0.0f && count <= kMostSteps;
+    if (!in_range || static_cast<float>(static_cast<int64_t>(count)) != count)
+      fail(op, at("steps", i), " is ", count,
+           "; expected a whole number from 0 to 2^62. Set it to the number of steps ", "that the parameter has taken");
+  }
 }
 
 float* scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like) {

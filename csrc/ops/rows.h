@@ -23,6 +23,9 @@ std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool
 std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads);
 std::vector<GradRow> packed_grad_rows(const Tensor& rows);
 
+// Throws unless every step count is a whole number from 0 to 2^62. For counts that the host can read.
+void need_counts(const std::string& op, const std::vector<StepRow>& rows);
+
 // The address of a one-element fp32 tensor on `like`'s device; null where there is none.
 float* scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like);
 int32_t* int_scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like);

@@ -111,7 +111,8 @@ inline StepTensor step_tensor(Random& random, int64_t numel, RuleStates rule, Mi
                   {}};
   t.grad.fill(random, 50.0);
   t.param.fill(random, 1.0);
-  t.step.set(0, below(random, 3) ? 4.0 : double(below(random, 2000)));
+  const double late[] = {0x1p24 - 1, 0x1p24, 0x1p24 + 2, 0x1p62, 1e30, kNaN, -3.0};  // the last ones: never undefined
+  t.step.set(0, below(random, 3) ? 4.0 : below(random, 8) ? double(below(random, 2000)) : late[below(random, 7)]);
   if (mix.master == DType::f32) {
     t.master.emplace_back(DType::f32, numel, offsets.next());
     for (int64_t i = 0; i < numel; ++i) {

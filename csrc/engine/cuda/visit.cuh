@@ -87,7 +87,7 @@ using ValueOf = std::conditional_t<kKind == Kind::kDouble, double, float>;
 template <class Rule, Kind kKind, class Action>
 __device__ __forceinline__ void visit(const StepRow& row, Span span, const StepScalars& scalars, Action& act) {
   if constexpr (kKind == Kind::kCompressed) {
-    const auto t = static_cast<int64_t>(*row.step);  // of this step, which is counted before it is taken
+    const int64_t t = step_number(*row.step);  // of this step, which is counted before it is taken
     visit_compressed_chunk<Rule>(row, span, act, scalars.stochastic, random_stream(row.seed, t));
   } else {
     visit_any_chunk<Rule, ValueOf<kKind>>(row, span, act);

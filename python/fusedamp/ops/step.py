@@ -43,7 +43,8 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
             Where a weight is not its master rounded, somebody wrote the weight, and the master follows it
             before the step. Or int16: what a split master has beyond its weight, which is then the master
             rounded with ties away from zero (bf16), or to nearest even (fp16).
-        steps (list of 1-element fp32 tensors): how many steps each parameter has taken; incremented.
+        steps (list of 1-element fp32 tensors): how many steps each parameter has taken; incremented, from
+            2^24 on to the next number that fp32 has. Whole numbers from 0 to 2^62; the CPU refuses others.
         lr (float, or 1 element fp32|fp64, on the CPU or on the same device): learning rate.
         inv_scale, clip_coef (1 element, fp32): the gradient enters as ``g * (inv_scale * clip_coef)``; None
             stands for 1.

@@ -66,7 +66,7 @@ class ComposedOptimizer(FusedOptimizer):
         lr = scalars["lr"] if lr is None else lr.double().reshape(())
         weight = followed(slot)
         states = dict(zip(slot.names, slot.states, strict=True))
-        step = slot.step + 1
+        step = next_count(slot.step)
         grad = _unscaled(grad.to(weight.dtype), scalars)
         new_weight, new_states = self._rule(group, lr, weight, grad, states, step.double())
         written = [(slot.target, new_weight.to(slot.target.dtype)), (slot.step, step)]
@@ -77,6 +77,14 @@ class ComposedOptimizer(FusedOptimizer):
             old.copy_(new if found_inf is None else torch.where(found_inf.reshape(()) != 0, old, new))
         if slot.target is not slot.param:
             slot.finish()
+
+
+def next_count(step: Tensor) -> Tensor:
+    """The FP32 step count after ``step``: one more, or from 2^24 on, where FP32 has no such number, the next
+    that it has (csrc/math/count.h)."""
+    following = step + 1
+    above = torch.nextafter(step, step.new_tensor(torch.inf))
+    return torch.where(step < 2.0**62, torch.where(following > step, following, above), step)
 
 
 def followed(slot: Slot) -> Tensor:
