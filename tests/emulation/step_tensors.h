@@ -118,7 +118,10 @@ inline StepTensor step_tensor(Random& random, int64_t numel, RuleStates rule, Mi
     for (int64_t i = 0; i < numel; ++i) {
       const float master = static_cast<float>(normal(random, 1.0));
       t.master[0].set(i, master);
-      if (below(random, 50)) t.param.set(i, master);  // else somebody wrote the weight
+      t.param.set(i, master);
+      if (below(random, 50)) continue;  // else the weight was modified: somewhat, or to anything
+      const double anything[] = {0.0, -0.0, kInf, kNaN, 1e-7, normal(random, 1.0), normal(random, 1e-4), 1e4};
+      t.param.set(i, below(random, 2) ? master * 1.25 : anything[below(random, 8)]);
     }
   } else if (mix.master == DType::i16) {
     t.master.emplace_back(DType::i16, numel, offsets.next());

@@ -38,9 +38,10 @@ __device__ __forceinline__ void visit_chunk(const StepRow& row, Span span, Actio
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       V weight, s[kStates];
-      // A weight that is not its master rounded was written by somebody: the master follows it.
-      if (kMaster && narrow<P>(master.v[e], param_dtype) == param.v[e]) {
-        weight = master.v[e];
+      if constexpr (kMaster) {
+        // A weight that is not its master rounded was modified: the master follows it.
+        const P rounded = narrow<P>(master.v[e], param_dtype);
+        weight = rounded == param.v[e] ? master.v[e] : followed(master.v[e], rounded, param.v[e], param_dtype);
       } else {
         weight = widen<V>(param.v[e], param_dtype);
       }

@@ -11,7 +11,7 @@ from .call import bump, call
 
 Tensors = Sequence[Tensor]
 Wrapper = TypeVar("Wrapper", bound=Callable[..., None])
-FOLLOW = "and the 2 B that see whether the weight was written"  # of the cost of a step with masters
+FOLLOW = "and the 2 B that see whether the weight was modified"  # of the cost of a step with masters
 OPTIONAL = ("masters", "max_exp_avg_sqs", "momentum_buffers")  # lists that may be empty, if the op agrees
 
 
@@ -40,9 +40,10 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
             parameter bf16, rounded stochastically; or 8-bit codes: uint8 of states that are never negative,
             int8 of others.
         masters (as ``params``, fp32; one per parameter, all of them fp16 or bf16; or empty): rewritten.
-            Where a weight is not its master rounded, somebody wrote the weight, and the master follows it
-            before the step. Or int16: what a split master has beyond its weight, which is then the master
-            rounded with ties away from zero (bf16), or to nearest even (fp16).
+            Where a weight is not its master rounded, the weight was modified, and the master follows it
+            before the step: it keeps what it has below half a unit, where that fits the new weight. Or
+            int16: what a split master has beyond its weight, which is then the master rounded with ties away
+            from zero (bf16), or to nearest even (fp16).
         steps (list of 1-element fp32 tensors): how many steps each parameter has taken; incremented, from
             2^24 on to the next number that fp32 has. Whole numbers from 0 to 2^62; the CPU refuses others.
         lr (float, or 1 element fp32|fp64, on the CPU or on the same device): learning rate.

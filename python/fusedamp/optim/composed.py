@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..sharding import is_dtensor
+from . import recoding
 from .base import Batch, FusedOptimizer, Group
 from .layout import STATE_DTYPES
 from .slot import Slot
@@ -19,7 +20,7 @@ class ComposedOptimizer(FusedOptimizer):
     """A :class:`FusedOptimizer` whose step is a function of torch tensors instead of one op.
 
     It keeps what the op promises: gradients are read still scaled and never written, FP32 masters follow
-    weights that somebody wrote, a skipped step changes no bit, step counts are per parameter, and the host
+    weights that were modified, a skipped step changes no bit, step counts are per parameter, and the host
     waits for nothing, so that a CUDA graph can capture it. New values are computed aside, in FP32 (FP64 for
     FP64 parameters), and selected on the device.
     """
@@ -88,12 +89,11 @@ def next_count(step: Tensor) -> Tensor:
 
 
 def followed(slot: Slot) -> Tensor:
-    """The value that the step starts from: the master, but the weight where it is not the master rounded."""
+    """The value that the step starts from: the master, which follows its weight where that was modified."""
     weight, master = slot.target, slot.master
     if master is None:
         return weight.to(STATE_DTYPES[weight.dtype])
-    written = weight.view(torch.int16) != master.to(weight.dtype).view(torch.int16)
-    return torch.where(written, weight.to(master.dtype), master)
+    return recoding.followed(master, weight)
 
 
 def _unscaled(grad: Tensor, scalars: dict[str, Any]) -> Tensor:
