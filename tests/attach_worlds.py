@@ -47,12 +47,12 @@ class World:
 
 def record_reads(monkeypatch):
     """The gradients that each read pass was given, by their address; sums of results are not read passes."""
-    record, real = [], ops.grad_stats
+    record, real = [], ops._grad_stats
 
     def spy(grads, inv_scale=None, *rest):
         if inv_scale is not None:
             record.append([grad.data_ptr() for grad in grads])
         return real(grads, inv_scale, *rest)
 
-    monkeypatch.setattr(ops, "grad_stats", spy)
+    monkeypatch.setattr(ops, "_grad_stats", spy)
     return record

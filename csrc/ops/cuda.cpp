@@ -67,7 +67,9 @@ void packed_step_(Tensor rows, Tensor grads, Tensor like, std::string op, int64_
                   OptionalTensor clip_coef, OptionalTensor found_inf, bool stochastic_rounding) {
   const StepScalars scalars =
       step_scalars(op, like, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
-  cuda::step(Call(like).device(), rule_for(op, 1, states), packed_step_rows(rows, grads), scalars);
+  const RuleId rule = rule_for(op, 1, states);
+  const std::vector<StepRow> unpacked = packed_step_rows(op, rule, rows, grads);
+  cuda::step(Call(like).device(), rule, unpacked, scalars);
 }
 
 void unscale_(Tensors grads, Tensor inv_scale, Tensor found_inf) {
@@ -125,8 +127,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedamp, CUDA, m) {
   m.impl("unscale_", TORCH_BOX(&unscale_));
   m.impl("grad_stats", TORCH_BOX(&grad_stats));
   m.impl("update_scale_", TORCH_BOX(&update_scale_));
-  m.impl("packed_step_", TORCH_BOX(&packed_step_));
-  m.impl("packed_grad_stats", TORCH_BOX(&packed_grad_stats));
+  m.impl("_packed_step_", TORCH_BOX(&packed_step_));
+  m.impl("_packed_grad_stats", TORCH_BOX(&packed_grad_stats));
 #define FUSEDAMP_OP(op, Hyper) m.impl(#op "_", TORCH_BOX(&step<kName_##op>));
 #include "../math/optimizers.def"
 }

@@ -6,14 +6,6 @@
 namespace fusedamp {
 namespace {
 
-int64_t packed_count(const std::string& op, const Tensor& packed, int64_t columns) {
-  if (packed.scalar_type() != ScalarType::Long || !packed.is_cpu() || !packed.is_contiguous() ||
-      packed.numel() % columns != 0)
-    fail(op, "rows are ", dtype_name(packed), " of shape ", list_text(packed.sizes()), " on ", device_name(packed),
-         "; expected contiguous int64 [n, ", columns, "] on the cpu");
-  return packed.numel() / columns;
-}
-
 bool never_negative(RuleId rule, size_t state) {
   static constexpr int kMasks[] = {
 #define FUSEDAMP_RULE(op, Rule) Rule::kNonNegative,
@@ -154,42 +146,6 @@ std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool
   }
   need_own_memory(op, spans);
   return rows;
-}
-
-std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads) {
-  constexpr int64_t kColumns = 12;
-  const int64_t n = packed_count("packed_step_", rows, kColumns);
-  if (packed_count("packed_step_", grads, 1) != n) fail("packed_step_", "grads and rows differ in length");
-  const auto* from = static_cast<const int64_t*>(rows.data_ptr());
-  const auto* grad = static_cast<void* const*>(grads.data_ptr());
-  std::vector<StepRow> unpacked(n);
-  for (int64_t i = 0; i < n; ++i, from += kColumns) {
-    void* const* at = reinterpret_cast<void* const*>(from);
-    const auto scales = [&](int j) { return static_cast<float*>(at[j]); };
-    const auto dtype = [&](int byte) { return static_cast<DType>(from[11] >> 8 * byte & 255); };
-    unpacked[i] = {grad[i],
-                   at[0],
-                   at[1],
-                   {at[2], at[3], at[4]},
-                   {scales(5), scales(6), scales(7)},
-                   static_cast<float*>(at[8]),
-                   from[9],
-                   from[10],
-                   dtype(1),
-                   dtype(0),
-                   dtype(2),
-                   is_8bit(dtype(3)) ? DType::i8 : dtype(3)};
-  }
-  return unpacked;
-}
-
-std::vector<GradRow> packed_grad_rows(const Tensor& rows) {
-  const int64_t n = packed_count("packed_grad_stats", rows, 3);
-  std::vector<GradRow> unpacked(n);
-  const auto* from = static_cast<const int64_t*>(rows.data_ptr());
-  for (int64_t i = 0; i < n; ++i)
-    unpacked[i] = {reinterpret_cast<void* const*>(from)[i], from[n + i], static_cast<DType>(from[2 * n + i])};
-  return unpacked;
 }
 
 void need_counts(const std::string& op, const std::vector<StepRow>& rows) {

@@ -16,11 +16,12 @@ struct StepLists {
 std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLists& lists);
 std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool written = false);
 
-// Rows that Python packed into int64 tensors on the CPU, of tensors that it has checked and keeps alive.
+// Rows that Python packed into int64 tensors on the CPU, of tensors that it has checked and keeps alive. Whether an
+// address is the right one only it knows; dtypes, counts and missing addresses are checked here once more.
 // Step rows, [n, 12]: param, master (or 0), three states (or 0), their scales (or 0), step, numel, seed, and the dtypes
 // of param, gradient, master and states, 8 bits each from the lowest; grads, [n]. Gradient rows, [n, 3]: gradient,
 // numel, dtype.
-std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads);
+std::vector<StepRow> packed_step_rows(const std::string& op, RuleId rule, const Tensor& rows, const Tensor& grads);
 std::vector<GradRow> packed_grad_rows(const Tensor& rows);
 
 // Throws unless every step count is a whole number from 0 to 2^62. For counts that the host can read.

@@ -24,10 +24,10 @@ constexpr const char* kGradStatsSchema =
 // The same two passes over addresses that the caller has packed (rows.h says how): handing over a tensor costs about
 // 0.5 us of host time, an address a tenth of that. For fusedamp's own Python only. `like` is any tensor on the device.
 constexpr const char* kPackedStepSchema =
-    "packed_step_(Tensor rows, Tensor grads, Tensor like, str op, int states, *, " FUSEDAMP_STEP_SCALARS
+    "_packed_step_(Tensor rows, Tensor grads, Tensor like, str op, int states, *, " FUSEDAMP_STEP_SCALARS
     "bool stochastic_rounding=False) -> ()";
 constexpr const char* kPackedGradStatsSchema =
-    "packed_grad_stats(Tensor rows, Tensor like, Tensor? inv_scale=None, float norm_type=2.0) -> "
+    "_packed_grad_stats(Tensor rows, Tensor like, Tensor? inv_scale=None, float norm_type=2.0) -> "
     "(Tensor, Tensor, Tensor, Tensor)";
 
 constexpr const char* kUpdateScaleSchema =

@@ -121,7 +121,7 @@ class Attachment:
         if scale is None or fields is None or _must_wait(grad):
             return
         stream = torch.cuda.current_stream(grad.device) if grad.is_cuda else None
-        stats = ops.grad_stats([grad], self._inverse(scaler, grad.device, stream), self.norm_type, fields)
+        stats = ops._grad_stats([grad], self._inverse(scaler, grad.device, stream), self.norm_type, fields)
         self._found[id(param)] = _Finding(
             TensorWeakRef(grad), grad._version, scale, scale._version, stats, stream
         )
@@ -188,8 +188,8 @@ def _combined(
     """The statistics of ``grads`` in their order: found by hooks where fresh, read in one call elsewhere."""
     missing = [grad for finding, grad in zip(fresh, grads, strict=True) if finding is None]
     if len(missing) == len(grads):
-        return ops.grad_stats(grads, inv_scale, norm_type, fields)
-    rest = ops.grad_stats(missing, inv_scale, norm_type) if missing else None
+        return ops._grad_stats(grads, inv_scale, norm_type, fields)
+    rest = ops._grad_stats(missing, inv_scale, norm_type) if missing else None
     parts: list[tuple[Tensor, Tensor]] = []
     used = 0
     for is_missing, run in groupby(fresh, lambda finding: finding is None):
@@ -202,7 +202,7 @@ def _combined(
             parts += [_settled(finding) for finding in findings if finding is not None]
     per_tensor, counts = (torch.cat(column) for column in zip(*parts, strict=True))
     # Added by the op that adds them in a read pass, so in the same order.
-    total = ops.grad_stats([per_tensor], None, math.inf if norm_type == math.inf else 1.0).total
+    total = ops._grad_stats([per_tensor], None, math.inf if norm_type == math.inf else 1.0).total
     return ops.GradStats(counts.any().float(), total, per_tensor, counts)
 
 

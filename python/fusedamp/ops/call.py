@@ -1,6 +1,5 @@
 """How an op is called: its complaints as Python's errors, and version counters that move."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,17 +11,16 @@ from .. import _library, arguments
 
 def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Calls the op. Its own complaints ("[op_] params[3] is ...") become ValueErrors without C++ line
-    numbers."""
+    numbers, with the error as their cause; errors of torch and of the device stay what they are."""
     first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
     if isinstance(first, Tensor) and first.is_meta:
         arguments.explain(op, RuntimeError(), args, kwargs, "")
     try:
         return getattr(torch.ops.fusedamp, op)(*args, **kwargs)
     except RuntimeError as error:
-        complaint = re.search(r"\[\w+_?\] .+", str(error))
-        if complaint is None:
-            arguments.explain(op, error, args, kwargs, "yes" if _library.HAS_CUDA_OPS else "no")
-        raise ValueError(complaint.group()) from None
+        if (complaint := arguments.complaint(op, error)) is not None:
+            raise complaint from error
+        arguments.explain(op, error, args, kwargs, "yes" if _library.HAS_CUDA_OPS else "no")
 
 
 def bump(*lists: Sequence[Tensor]) -> None:

@@ -132,7 +132,7 @@ def step_lists(
         # The op has one list of states; the caller knows them by name.
         names = [f"{name}[{i}]" for name, tensors in states.items() for i in range(len(tensors))]
         text = re.sub(r"\bstates\[(\d+)\]", lambda match: names[int(match[1])], str(error))
-        raise type(error)(text) from None
+        raise type(error)(text) from error.__cause__
     bump(params, masters, flat, steps, scales)
 
 
