@@ -205,4 +205,36 @@ StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, c
   return s;
 }
 
+CheckedStep checked_step(const std::string& op, const StepLists& lists, double lr, const std::vector<double>& hyper,
+                         bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
+                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf, bool stochastic_rounding) {
+  const Tensor& like = lists.params[0];
+  const RuleId rule = rule_for(op, lists.params.size(), lists.states.size());
+  const StepScalars scalars =
+      step_scalars(op, like, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
+  CheckedStep step = {rule, scalars, step_rows(op, rule, lists)};
+  if (like.is_cpu()) need_counts(op, step.rows);
+  return step;
+}
+
+void check_step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales,
+                std::string op, double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
+                OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf,
+                std::vector<int64_t> seeds, bool stochastic_rounding) {
+  if (params.empty()) return;
+  const StepLists lists = {params, grads, masters, states, steps, scales, seeds};
+  checked_step(op, lists, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
+}
+
+std::tuple<int64_t, int64_t> find_shared_memory(Tensors tensors, int64_t written) {
+  std::vector<Span> spans;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Name name = at("tensors", i);
+    const void* data = data_of("_find_shared_memory", name, tensors[i]);
+    add_span(spans, static_cast<int64_t>(i) < written, name, tensors[i], data, tensors[i].element_size());
+  }
+  const auto [one, two] = find_shared(spans);
+  return one ? std::tuple{one->name.index, two->name.index} : std::tuple{int64_t{-1}, int64_t{-1}};
+}
+
 }  // namespace fusedamp

@@ -1,7 +1,9 @@
 // From torch tensors to the engines' rows: every check of an op's tensors, with messages that name the op, the index,
 // what it got, what it wanted and the way out. Throws before anything is changed.
 #pragma once
+#include <tuple>
 #include "../math/rules.h"
+
 #include "checks.h"
 
 namespace fusedamp {
@@ -37,5 +39,22 @@ RuleId rule_for(const std::string& op, size_t params, size_t states);
 StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, const std::vector<double>& hyper,
                          bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
                          const OptionalTensor& clip_coef, const OptionalTensor& found_inf, bool stochastic_rounding);
+
+// A step op's arguments, all of them checked: nothing can be refused any more.
+struct CheckedStep {
+  RuleId rule;
+  StepScalars scalars;
+  std::vector<StepRow> rows;
+};
+CheckedStep checked_step(const std::string& op, const StepLists& lists, double lr, const std::vector<double>& hyper,
+                         bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
+                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf, bool stochastic_rounding);
+
+// The ops _check_step and _find_shared_memory (schemas.h), the same on every device.
+void check_step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales,
+                std::string op, double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
+                OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf,
+                std::vector<int64_t> seeds, bool stochastic_rounding);
+std::tuple<int64_t, int64_t> find_shared_memory(Tensors tensors, int64_t written);
 
 }  // namespace fusedamp

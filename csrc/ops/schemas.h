@@ -15,6 +15,14 @@ namespace fusedamp {
   #op "_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, Tensor(d!)[] steps, " \
       "Tensor(e!)[] scales, *, " FUSEDAMP_STEP_SCALARS "int[] seeds=[], bool stochastic_rounding=False) -> ()"
 
+// All checks of a step op, which `op` names, and nothing else.
+constexpr const char* kCheckStepSchema =
+    "_check_step(Tensor[] params, Tensor[] grads, Tensor[] masters, Tensor[] states, Tensor[] steps, Tensor[] scales, "
+    "*, str op, " FUSEDAMP_STEP_SCALARS "int[] seeds=[], bool stochastic_rounding=False) -> ()";
+
+// -> the places of two dense tensors that share memory, of which one is among the first `written`; -1, -1 where none do
+constexpr const char* kFindSharedSchema = "_find_shared_memory(Tensor[] tensors, int written) -> (int, int)";
+
 constexpr const char* kUnscaleSchema = "unscale_(Tensor(a!)[] grads, Tensor inv_scale, Tensor(b!) found_inf) -> ()";
 
 // -> found_inf fp32 [], total fp64 [], per_tensor fp64 [n], counts int64 [n, 3] (inf, NaN, overflowing when unscaled)

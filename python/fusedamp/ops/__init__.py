@@ -17,7 +17,9 @@ from .gradients import _grad_stats as _grad_stats  # for fusedamp.gradients
 from .layerwise import lamb_, lars_, novograd_
 from .loss_scale import update_scale_
 from .sgd import lion_, sgd_
-from .step import step_lists as step_lists  # for fusedamp.optim
+from .step import StepCall as StepCall  # for fusedamp.optim
+from .step import check_steps as check_steps
+from .step import step_lists as step_lists
 from .step import step_scalars as step_scalars
 
 __all__ = [
