@@ -183,7 +183,7 @@ class Build(build_ext):
             for target, flags in targets.items():
                 define = [f"-DFUSEDAMP_TARGET={target}"] if target else []
                 yield source, f"{source.stem}_{target}", [self.cxx, *CXX_FLAGS, *flags, *define]
-        for name in ("rows", "library", "cpu"):
+        for name in ("rows", "packed", "library", "cpu"):
             yield ROOT / f"csrc/ops/{name}.cpp", name, [self.cxx, *CXX_FLAGS, *self.torch_flags()]
 
     def jobs_for_cuda(self):
@@ -193,7 +193,11 @@ class Build(build_ext):
         nvcc = [self.nvcc, "-O3", "-std=c++17", "--fmad=false", "--expt-relaxed-constexpr", *host]
         for source in ROOT.glob("csrc/engine/cuda/*.cu"):
             yield source, source.stem, [*nvcc, *gencode(self.archs)]
-        for source in (ROOT / "csrc/ops/rows.cpp", *ROOT.glob("csrc/ops/cuda*.cpp")):
+        for source in (
+            ROOT / "csrc/ops/rows.cpp",
+            ROOT / "csrc/ops/packed.cpp",
+            *ROOT.glob("csrc/ops/cuda*.cpp"),
+        ):
             yield source, source.stem, [*nvcc, "-x", "c++", "-DUSE_CUDA", *self.torch_flags()]
 
     def jobs_for_c(self):

@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     sys.exit(f"The benchmarks need {error.name}: pip install '.[bench]' in the source folder.")
 
-from benchmarks import chart, scaling, storage
+from benchmarks import chart, scaling, storage, zeros
 from benchmarks.contenders import DTYPES
 from benchmarks.duel import Duel, WrongResult, agreed, check_small
 from benchmarks.machine import ROOT, Machine, this_machine
@@ -80,6 +80,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="instead of the rows: formats of masters and states, ours against ours",
     )
+    add(
+        "--zeros",
+        action="store_true",
+        help="instead of the rows: the gradient check of zeros, ours against ours",
+    )
     options = parser.parse_args(arguments)
     options.threads = sorted(set(options.threads or [1, min(2, cores)]))
     if not 1 <= options.threads[0] <= options.threads[-1] <= cores:
@@ -88,14 +93,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.samples = 5 if options.quick else 15
     if options.samples < 1:
         parser.error(f"argument --samples: got {options.samples}; expected at least 1")
-    for alone in ("scaling", "storage"):
+    for alone in (alones := ("scaling", "storage", "zeros")):
         if getattr(options, alone) and (options.workload or options.rival or options.dtype):
             parser.error(
                 f"argument --{alone}: has its own workloads and rivals; leave out --workload, --rival and "
                 "--dtype"
             )
-    if options.scaling and options.storage:
-        parser.error("argument --storage: not allowed with --scaling; run one after the other")
+    chosen = [alone for alone in alones if getattr(options, alone)]
+    if len(chosen) > 1:
+        parser.error(f"argument --{chosen[1]}: not allowed with --{chosen[0]}; run one after the other")
     options.rows = select(options)
     if not options.rows:
         parser.error("no row matches --workload, --rival and --dtype together; there are: "
@@ -143,6 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
             return scaling.run(options, machine, out, pictures, console)
         if options.storage:
             return storage.run(options, machine, out, console)
+        if options.zeros:
+            return zeros.run(options, machine, out, console)
         return _run(options, machine, out, pictures, console)
     except WrongResult as error:
         console.print(f"[red]Wrong result, nothing written.[/red] {error}")

@@ -90,6 +90,8 @@ def digest() -> dict[str, str]:
     for norm_type in (2.0, 1.0, 0.0, 3.5, float("inf")):
         note(f"norm {norm_type}", list(ops.grad_stats(call.grads, scalar(0.3), norm_type)))
         note(f"finite norm {norm_type}", list(ops.grad_stats(call.params, scalar(0.3), norm_type)))
+        tiny = [p.detach() * 1e-30 for p in call.params]  # squares underflow
+        note(f"tiny norm {norm_type}", list(ops.grad_stats(tiny, scalar(0.3), norm_type)))
     ops.unscale_(call.params, scalar(0.3), scalar(0.0))
     note("unscale_", call.params)
     for name, tensors in stored(shapes):

@@ -60,3 +60,30 @@ def are_neighbours(codes: Tensor, scales: Tensor, wanted: Tensor) -> bool:
         if not ((magnitude == below) | (magnitude == above)).all() or (stored * block < 0).any():
             return False
     return True
+
+
+def followed(masters: Tensor, weights: Tensor) -> Tensor:
+    """FP32 masters beside 16-bit weights that may have been modified: the remainder is kept where it fits.
+
+    BF16 by whole numbers, FP16 in float64.
+    """
+    home, masters = masters.device, masters.cpu().numpy()
+    wide = weights.float().cpu().numpy()
+    if weights.dtype == torch.bfloat16:
+        bits, new = masters.view(np.uint32).astype(np.int64), wide.view(np.uint32).astype(np.int64)
+        rounded = torch.from_numpy(masters).bfloat16().float().numpy().view(np.uint32).astype(np.int64)
+        moved = (new + bits - rounded).astype(np.uint32).view(np.float32)
+    else:
+        rounded = masters.astype(np.float16).astype(np.float64)
+
+        def unit(x: np.ndarray) -> np.ndarray:
+            _, exponent = np.frexp(np.where(np.isfinite(x), x, 1.0))
+            return 2.0 ** np.maximum(np.where(x == 0, -13, exponent), -13)
+
+        with np.errstate(invalid="ignore"):
+            moved = wide + (masters - rounded) * unit(wide.astype(np.float64)) / unit(rounded)
+        moved = moved.astype(np.float32)
+    moved = torch.from_numpy(moved)
+    back = moved.to(weights.dtype).view(torch.int16)
+    fits = (back == weights.cpu().view(torch.int16)) & ~torch.from_numpy(masters).isnan()
+    return torch.where(fits, moved, weights.cpu().float()).to(home)

@@ -113,8 +113,8 @@ def test_overflow_made_by_unscaling_skips():
 
 def test_one_read_pass_for_clip_and_step(monkeypatch):
     calls = []
-    real = ops.grad_stats
-    monkeypatch.setattr(ops, "grad_stats", lambda *args: calls.append(args) or real(*args))
+    real = ops._grad_stats
+    monkeypatch.setattr(ops, "_grad_stats", lambda *args: calls.append(args) or real(*args))
     params, optimizer, scaler = make()
     fill(params)
     scaler.clip_grad_norm_(optimizer, 1.0)

@@ -56,8 +56,8 @@ def test_torch_trajectory_to_the_bit(seed):
     rng = random.Random(seed)
     growth, backoff = rng.choice([(2.0, 0.5), (1.7, 0.3), (1.001, 0.999), (10.0, 0.9)])
     interval, chance = rng.choice([1, 2, 5]), rng.choice([0.05, 0.3, 0.9])
-    # A tracker beyond the interval is what a user leaves who makes the interval smaller: no growth then.
-    ours = [scalar(rng.choice([65536.0, 1.0, 1e-30, 1e38])), tracker(rng.choice([0, 1, 7]))]
+    # Below the interval: beyond it torch never grows again.
+    ours = [scalar(rng.choice([65536.0, 1.0, 1e-30, 1e38])), tracker(rng.randrange(interval))]
     theirs = [t.clone() for t in ours]
     for _ in range(400):
         found_inf = scalar(float(rng.random() < chance))
@@ -130,11 +130,48 @@ def test_grows_exactly_after_the_interval():
     assert seen == [(8.0, 1), (8.0, 2), (16.0, 0), (16.0, 1), (16.0, 2), (32.0, 0), (32.0, 1)]
 
 
-def test_a_tracker_beyond_the_interval_does_not_grow():
-    """Where a user made the interval smaller; as torch has it."""
-    scale, good = scalar(8.0), tracker(5)
+@pytest.mark.parametrize("count", [2, 3, 5, 2**31 - 1])
+def test_a_tracker_beyond_the_interval_grows(count):
+    """Where a user made the interval smaller (torch's scale never grows again), up to int32's end."""
+    scale, good = scalar(8.0), tracker(count)
     update(scale, good, 0.0)
-    assert (scale.item(), good.item()) == (8.0, 6)
+    assert (scale.item(), good.item()) == (16.0, 0)
+
+
+def test_the_longest_interval():
+    scale, good = scalar(8.0), tracker(2**31 - 3)
+    for wanted in ((8.0, 2**31 - 2), (16.0, 0)):
+        update(scale, good, 0.0, growth_interval=2**31 - 1)
+        assert (scale.item(), good.item()) == wanted
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        (dict(growth_factor=NAN), "growth_factor is nan; expected a number"),
+        (dict(backoff_factor=NAN), "backoff_factor is nan; expected a number"),
+        (dict(min_scale=NAN), "min_scale is nan; expected a number from 0 to inf"),
+        (dict(min_scale=-1.0), "min_scale is -1.0; expected a number from 0 to inf"),
+        (dict(max_scale=NAN), "max_scale is nan; expected a number from 0 to inf"),
+        (dict(max_scale=-INF), "max_scale is -inf; expected a number from 0 to inf"),
+        (dict(growth_interval=0), "growth_interval is 0; expected a whole number from 1 to 2**31 - 1"),
+        (dict(growth_interval=-3), "growth_interval is -3; expected a whole number from 1"),
+        (dict(growth_interval=2**31), "growth_interval is 2147483648; expected a whole number from 1"),
+        (dict(growth_interval=2.0), "growth_interval is 2.0; expected a whole number from 1"),
+        (dict(hysteresis=0), "hysteresis is 0; expected a whole number from 1"),
+        (dict(hysteresis=2**32), "hysteresis is 4294967296; expected a whole number from 1"),
+    ],
+    ids=str,
+)
+def test_numbers_that_fit_nothing_are_refused(option, text):
+    scale, good, budget = scalar(8.0), tracker(1), tracker(1)
+    with pytest.raises(ValueError, match=r"^\[update_scale_\] ") as caught:
+        update(scale, good, 0.0, hysteresis_tracker=budget, **option)
+    assert text in str(caught.value)
+    assert (scale.item(), good.item(), budget.item()) == (8.0, 1, 1)
 
 
 def test_never_grows_to_infinity():

@@ -1,6 +1,8 @@
 """grad_stats: one read pass. Norms of every order against float64, counts and found_inf element by
 element."""
 
+import time
+
 import pytest
 import torch
 from fusedamp import ops
@@ -123,3 +125,37 @@ def test_total_of_many_tiny_among_one_large():
     wanted = torch.tensor(1e4).double() ** 2 + 1000 * torch.tensor(1e-3).double() ** 2
     torch.testing.assert_close(stats.total, wanted, rtol=3 * 2.0**-24, atol=0.0)
     assert stats.total > 1e8
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_and_the_smallest_numbers(dtype):
+    """Zeros of both signs, and one number among them so small that its square is 0 in float32, anywhere."""
+    zeros = torch.zeros(70_000, dtype=dtype)
+    zeros[::3] = -0.0
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least subnormal
+    grads = [zeros]
+    for place in PLACES:
+        grads.append(zeros.clone())
+        grads[-1][place] = -least
+    stats = ops.grad_stats(grads)
+    square = 0.0 if dtype == torch.float64 else least**2  # 2^-2148 is 0 in float64 too
+    assert stats.per_tensor.tolist() == [0.0] + [square] * len(PLACES)
+    assert not stats.counts.any()
+    vanishing = ops.grad_stats([torch.full((40_000,), 2.0**-120)], scalar(2.0**-120))  # products are 0
+    assert vanishing.total.item() == 0.0
+    assert ops.grad_stats([zeros], scalar(float("inf"))).counts.tolist() == [[0, 0, zeros.numel()]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("value", [0.0, 1e-30], ids=["zeros", "tiny"])
+def test_zeros_and_tiny_values_take_two_passes_at_most(dtype, value, threads):
+    """In cache. An exact pass, element by element, takes 10 to 50 times a fast one."""
+    threads(1)
+    dense, tried = torch.ones(200_000, dtype=dtype), torch.full((200_000,), value).to(dtype)
+    seconds = {"dense": [], "tried": []}
+    for _ in range(30):
+        for name, grad in (("dense", dense), ("tried", tried)):
+            begin = time.perf_counter()
+            ops.grad_stats([grad])
+            seconds[name].append(time.perf_counter() - begin)
+    assert min(seconds["tried"]) < 4 * min(seconds["dense"])

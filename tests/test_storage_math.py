@@ -127,15 +127,53 @@ def test_lists_draw_apart():
         assert_unrelated(one, other)
 
 
-@pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("bad", "nonnegative"), [(torch.nan, False), (torch.nan, True), (torch.inf, False), (-torch.inf, False)]
+)
 def test_what_is_not_finite_shows(bad, nonnegative):
-    """A NaN is never hidden by a code: the scale of its block is NaN, and so is what the block holds then."""
+    """A NaN is never hidden by a code, nor an infinity that has a sign: the scale of its block is NaN, and so
+    is what the block holds then."""
     values = torch.ones(300)
     values[200] = bad
     codes, scales = stored(values, nonnegative=nonnegative)
     assert scales.isnan().tolist() == [False, True, False]
     assert recoding.dequantized(codes, scales).isnan().sum() == 128
+    again = recoding.quantized(values, codes.dtype)
+    assert again[1].isnan().tolist() == [False, True, False]
+
+
+def test_infinity_saturates_where_no_value_is_negative():
+    """A finite gradient whose square overflows: the top code under the largest scale, in the step and in
+    conversions; what is beside it stays positive and finite."""
+    gradients = torch.ones(300)
+    gradients[200] = 1e21
+    for codes, scales in (
+        stored(gradients, nonnegative=True),
+        recoding.quantized(gradients * gradients, torch.uint8),
+    ):
+        assert scales.tolist() == [1.0, 2.0**126, 1.0]
+        assert codes[200].item() == 255
+        found = recoding.dequantized(codes, scales)
+        assert (found > 0).all()
+        assert found[200].item() == (2 - 2**-5) * 2.0**126  # the last of 32 codes below 2
+        assert (found[129:200] < 2.0**103).all()
+
+
+def test_one_spike_leaves_the_weights_finite():
+    """AdamW with 8-bit states: a gradient of 1e21 among others of 1e-3, once. Only its block feels it."""
+    weights, steps, numel = [torch.zeros(384)], [scalar(0.0)], 384
+    states = [torch.zeros(numel, dtype=torch.int8), torch.zeros(numel, dtype=torch.uint8)]
+    scales = [torch.zeros(3), torch.zeros(3)]
+    for spike in (1e21, 1e-3, 1e-3):
+        grad = torch.full((numel,), 1e-3)
+        grad[130] = spike
+        ops.adamw_(
+            weights, [grad], states[:1], states[1:], [], [], steps,
+            lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scales=scales,
+        )  # fmt: skip
+    assert weights[0].isfinite().all()
+    others = torch.cat((weights[0][:128], weights[0][256:]))
+    assert (others < -2e-3).all()
 
 
 @pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])

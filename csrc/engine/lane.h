@@ -1,5 +1,6 @@
 // unscale -> step, for one element: the only per-element code. CPU, CUDA and float64 paths differ in load and store.
 #pragma once
+#include "../math/count.h"
 #include "../math/rules.h"
 #include "table.h"
 
@@ -33,7 +34,7 @@ FUSEDAMP_FN typename Rule::template Coeffs<double> coeffs_of(const typename Rule
 // What is known of a tensor before its step. `squares` may be null: not measured yet.
 template <class Rule>
 FUSEDAMP_FN Layer layer_of(const StepRow& row, const double* squares) {
-  Layer layer = {static_cast<int64_t>(*row.step) + 1, 0.0, {}};
+  Layer layer = {step_number(next_count(*row.step)), 0.0, {}};
   if constexpr (Rule::kScalars > 0) layer.scalar = *static_cast<const double*>(row.states[Rule::kStates]);
   for (int i = 0; squares && i < Rule::kNorms; ++i) layer.squares[i] = squares[i];
   return layer;
@@ -43,7 +44,7 @@ FUSEDAMP_FN Layer layer_of(const StepRow& row, const double* squares) {
 template <class Rule>
 FUSEDAMP_FN void advance(const StepRow& row, const typename Rule::Hyper& hyper, const Layer& layer) {
   if constexpr (Rule::kScalars > 0) *static_cast<double*>(row.states[Rule::kStates]) = Rule::next_scalar(hyper, layer);
-  *row.step += 1.0f;
+  *row.step = next_count(*row.step);
 }
 
 }  // namespace FUSEDAMP_TARGET

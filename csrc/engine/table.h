@@ -13,7 +13,7 @@ struct StepRow {
   void* master;               // null: `param` itself is stepped
   void* states[kMaxStates];   // f64 where param is f64; then the rule's scalars, each one double
   float* scales[kMaxStates];  // of 8-bit states: one for each block of kScaleBlock elements
-  float* step;                // one element: how many steps this tensor has taken
+  float* step;                // one element: how many steps this tensor has taken (math/count.h)
   int64_t numel, seed;        // seed: of the tensor's random numbers
   DType grad_dtype, param_dtype;
   DType master_dtype;      // f32, or i16: the remainder of a split master

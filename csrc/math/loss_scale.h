@@ -32,7 +32,10 @@ FUSEDAMP_FN LossScaleState next_loss_scale(const LossScaleRule& rule, LossScaleS
   }
   const auto refill = static_cast<int32_t>(rule.hysteresis);
   if (rule.refill_on_good_step) s.budget = refill;
-  if (++s.growth_tracker == rule.growth_interval) {
+  // Not ==: the interval may have been lowered below the count.
+  if (s.growth_tracker < rule.growth_interval - 1) {
+    ++s.growth_tracker;
+  } else {
     const float higher = static_cast<float>(s.scale * rule.growth_factor);
     const float ceiling = static_cast<float>(rule.max_scale);
     if (higher <= ceiling) {

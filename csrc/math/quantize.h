@@ -9,8 +9,10 @@
 // rounding is the value, to 2^-16 of a step. Code 0 is excluded for states that are never negative: a second moment
 // that rounds to 0 beside a first moment that does not is a division by eps.
 //
-// The scale is FP32. 0: all values of the block are below 2^-126. NaN: one was not finite, and all of them become NaN,
-// which the step after this one shows.
+// The scale is FP32. 0: all values of the block are below 2^-126. NaN: one was NaN, or infinite in a signed state, and
+// all of them become NaN, which the step after this one shows. In a state that is never negative infinity saturates to
+// the largest value that a code can have: a square overflows where its gradient is finite (1e21), and the FP32 state
+// would hold its own element still, not the other 127.
 #pragma once
 #include "random.h"
 #include "rounding.h"
@@ -46,7 +48,8 @@ struct Codes {
   // `largest`: the bits of the block's largest magnitude.
   FUSEDAMP_FN static float scale(uint32_t largest) {
     const uint32_t power = (largest + kRoom) & 0x7f800000u;  // room to round up
-    return float_of(largest >= 0x7f800000u ? 0x7fc00000u : power < 0x7e800000u ? power : 0x7e800000u);
+    const bool poisoned = kNonNegative ? largest > 0x7f800000u : largest >= 0x7f800000u;
+    return float_of(poisoned ? 0x7fc00000u : power < 0x7e800000u ? power : 0x7e800000u);
   }
   // What values are multiplied by: 1 / scale, or 0.
   FUSEDAMP_FN static float inverse(float scale) {

@@ -185,23 +185,28 @@ inline void add_span(std::vector<Span>& spans, bool written, const Name& name, c
   if (t.numel() > 0) spans.push_back({begin, begin + t.numel() * bytes, written, name, &t});
 }
 
-// What is written must have its memory to itself: two threads would write it, and a tensor given twice would be
-// stepped twice. What is only read may be shared.
-inline void need_own_memory(const std::string& op, std::vector<Span>& spans) {
+// Two of them that share memory, of which the first is written; null where there are none. What is written must have
+// its memory to itself: two threads would write it, and a tensor given twice would be stepped twice. What is only read
+// may be shared.
+inline std::pair<const Span*, const Span*> find_shared(std::vector<Span>& spans) {
   std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   const Span *read = nullptr, *write = nullptr;  // of those so far, the ones that end last
   for (const Span& span : spans) {
     const Span* other = write && span.begin < write->end                 ? write
                         : span.written && read && span.begin < read->end ? read
                                                                          : nullptr;
-    if (other) {
-      const Span &one = span.written ? span : *other, &two = span.written ? *other : span;
-      fail(op, one.name, " (shape ", list_text(one.tensor->sizes()), ") shares memory with ", two.name,
-           "; expected memory of its own for all that the op writes. Pass each tensor once, or a clone()");
-    }
+    if (other) return span.written ? std::pair{&span, other} : std::pair{other, &span};
     const Span*& last = span.written ? write : read;
     if (!last || last->end < span.end) last = &span;
   }
+  return {nullptr, nullptr};
+}
+
+inline void need_own_memory(const std::string& op, std::vector<Span>& spans) {
+  const auto [one, two] = find_shared(spans);
+  if (one)
+    fail(op, one->name, " (shape ", list_text(one->tensor->sizes()), ") shares memory with ", two->name,
+         "; expected memory of its own for all that the op writes. Pass each tensor once, or a clone()");
 }
 
 }  // namespace fusedamp

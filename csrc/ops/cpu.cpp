@@ -34,10 +34,9 @@ void step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensor
   if (params.empty()) return;
   const std::string op = kName;
   const StepLists lists = {params, grads, masters, states, steps, scales, seeds};
-  const RuleId rule = rule_for(op, params.size(), states.size());
-  const StepScalars scalars =
-      step_scalars(op, params[0], lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
-  cpu::step(rule, step_rows(op, rule, lists), scalars, parallel);
+  const CheckedStep checked =
+      checked_step(op, lists, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
+  cpu::step(checked.rule, checked.rows, checked.scalars, parallel);
 }
 
 void packed_step_(Tensor rows, Tensor grads, Tensor like, std::string op, int64_t states, double lr,
@@ -45,7 +44,10 @@ void packed_step_(Tensor rows, Tensor grads, Tensor like, std::string op, int64_
                   OptionalTensor clip_coef, OptionalTensor found_inf, bool stochastic_rounding) {
   const StepScalars scalars =
       step_scalars(op, like, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
-  cpu::step(rule_for(op, 1, states), packed_step_rows(rows, grads), scalars, parallel);
+  const RuleId rule = rule_for(op, 1, states);
+  const std::vector<StepRow> unpacked = packed_step_rows(op, rule, rows, grads);
+  need_counts(op, unpacked);
+  cpu::step(rule, unpacked, scalars, parallel);
 }
 
 void unscale_(Tensors grads, Tensor inv_scale, Tensor found_inf) {
@@ -123,9 +125,11 @@ STABLE_TORCH_LIBRARY_IMPL(fusedamp, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusedamp, CPU, m) {
   m.impl("unscale_", TORCH_BOX(&unscale_));
   m.impl("grad_stats", TORCH_BOX(&grad_stats));
+  m.impl("_check_step", TORCH_BOX(&check_step));
+  m.impl("_find_shared_memory", TORCH_BOX(&find_shared_memory));
   m.impl("update_scale_", TORCH_BOX(&update_scale_));
-  m.impl("packed_step_", TORCH_BOX(&packed_step_));
-  m.impl("packed_grad_stats", TORCH_BOX(&packed_grad_stats));
+  m.impl("_packed_step_", TORCH_BOX(&packed_step_));
+  m.impl("_packed_grad_stats", TORCH_BOX(&packed_grad_stats));
 #define FUSEDAMP_OP(op, Hyper) m.impl(#op "_", TORCH_BOX(&step<kName_##op>));
 #include "../math/optimizers.def"
 }

@@ -4,6 +4,8 @@
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(fusedamp, m) {
+  m.def(fusedamp::kCheckStepSchema);
+  m.def(fusedamp::kFindSharedSchema);
   m.def(fusedamp::kUnscaleSchema);
   m.def(fusedamp::kGradStatsSchema);
   m.def(fusedamp::kUpdateScaleSchema);

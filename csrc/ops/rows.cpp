@@ -1,17 +1,10 @@
 #include "rows.h"
 
+#include "../math/count.h"
 #include "../math/quantize.h"
 
 namespace fusedamp {
 namespace {
-
-int64_t packed_count(const std::string& op, const Tensor& packed, int64_t columns) {
-  if (packed.scalar_type() != ScalarType::Long || !packed.is_cpu() || !packed.is_contiguous() ||
-      packed.numel() % columns != 0)
-    fail(op, "rows are ", dtype_name(packed), " of shape ", list_text(packed.sizes()), " on ", device_name(packed),
-         "; expected contiguous int64 [n, ", columns, "] on the cpu");
-  return packed.numel() / columns;
-}
 
 bool never_negative(RuleId rule, size_t state) {
   static constexpr int kMasks[] = {
@@ -155,40 +148,14 @@ std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool
   return rows;
 }
 
-std::vector<StepRow> packed_step_rows(const Tensor& rows, const Tensor& grads) {
-  constexpr int64_t kColumns = 12;
-  const int64_t n = packed_count("packed_step_", rows, kColumns);
-  if (packed_count("packed_step_", grads, 1) != n) fail("packed_step_", "grads and rows differ in length");
-  const auto* from = static_cast<const int64_t*>(rows.data_ptr());
-  const auto* grad = static_cast<void* const*>(grads.data_ptr());
-  std::vector<StepRow> unpacked(n);
-  for (int64_t i = 0; i < n; ++i, from += kColumns) {
-    void* const* at = reinterpret_cast<void* const*>(from);
-    const auto scales = [&](int j) { return static_cast<float*>(at[j]); };
-    const auto dtype = [&](int byte) { return static_cast<DType>(from[11] >> 8 * byte & 255); };
-    unpacked[i] = {grad[i],
-                   at[0],
-                   at[1],
-                   {at[2], at[3], at[4]},
-                   {scales(5), scales(6), scales(7)},
-                   static_cast<float*>(at[8]),
-                   from[9],
-                   from[10],
-                   dtype(1),
-                   dtype(0),
-                   dtype(2),
-                   is_8bit(dtype(3)) ? DType::i8 : dtype(3)};
+void need_counts(const std::string& op, const std::vector<StepRow>& rows) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const float count = *rows[i].step;
+    const bool in_range = count >= 0.0f && count <= kMostSteps;
+    if (!in_range || static_cast<float>(static_cast<int64_t>(count)) != count)
+      fail(op, at("steps", i), " is ", count,
+           "; expected a whole number from 0 to 2^62. Set it to the number of steps ", "that the parameter has taken");
   }
-  return unpacked;
-}
-
-std::vector<GradRow> packed_grad_rows(const Tensor& rows) {
-  const int64_t n = packed_count("packed_grad_stats", rows, 3);
-  std::vector<GradRow> unpacked(n);
-  const auto* from = static_cast<const int64_t*>(rows.data_ptr());
-  for (int64_t i = 0; i < n; ++i)
-    unpacked[i] = {reinterpret_cast<void* const*>(from)[i], from[n + i], static_cast<DType>(from[2 * n + i])};
-  return unpacked;
 }
 
 float* scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like) {
@@ -236,6 +203,38 @@ StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, c
   s.clip_coef = scalar_at(op, "clip_coef", clip_coef, like);
   s.found_inf = scalar_at(op, "found_inf", found_inf, like);
   return s;
+}
+
+CheckedStep checked_step(const std::string& op, const StepLists& lists, double lr, const std::vector<double>& hyper,
+                         bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
+                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf, bool stochastic_rounding) {
+  const Tensor& like = lists.params[0];
+  const RuleId rule = rule_for(op, lists.params.size(), lists.states.size());
+  const StepScalars scalars =
+      step_scalars(op, like, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
+  CheckedStep step = {rule, scalars, step_rows(op, rule, lists)};
+  if (like.is_cpu()) need_counts(op, step.rows);
+  return step;
+}
+
+void check_step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales,
+                std::string op, double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
+                OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf,
+                std::vector<int64_t> seeds, bool stochastic_rounding) {
+  if (params.empty()) return;
+  const StepLists lists = {params, grads, masters, states, steps, scales, seeds};
+  checked_step(op, lists, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
+}
+
+std::tuple<int64_t, int64_t> find_shared_memory(Tensors tensors, int64_t written) {
+  std::vector<Span> spans;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Name name = at("tensors", i);
+    const void* data = data_of("_find_shared_memory", name, tensors[i]);
+    add_span(spans, static_cast<int64_t>(i) < written, name, tensors[i], data, tensors[i].element_size());
+  }
+  const auto [one, two] = find_shared(spans);
+  return one ? std::tuple{one->name.index, two->name.index} : std::tuple{int64_t{-1}, int64_t{-1}};
 }
 
 }  // namespace fusedamp

@@ -15,6 +15,14 @@ namespace fusedamp {
   #op "_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, Tensor(d!)[] steps, " \
       "Tensor(e!)[] scales, *, " FUSEDAMP_STEP_SCALARS "int[] seeds=[], bool stochastic_rounding=False) -> ()"
 
+// All checks of a step op, which `op` names, and nothing else.
+constexpr const char* kCheckStepSchema =
+    "_check_step(Tensor[] params, Tensor[] grads, Tensor[] masters, Tensor[] states, Tensor[] steps, Tensor[] scales, "
+    "*, str op, " FUSEDAMP_STEP_SCALARS "int[] seeds=[], bool stochastic_rounding=False) -> ()";
+
+// -> the places of two dense tensors that share memory, of which one is among the first `written`; -1, -1 where none do
+constexpr const char* kFindSharedSchema = "_find_shared_memory(Tensor[] tensors, int written) -> (int, int)";
+
 constexpr const char* kUnscaleSchema = "unscale_(Tensor(a!)[] grads, Tensor inv_scale, Tensor(b!) found_inf) -> ()";
 
 // -> found_inf fp32 [], total fp64 [], per_tensor fp64 [n], counts int64 [n, 3] (inf, NaN, overflowing when unscaled)
@@ -24,10 +32,10 @@ constexpr const char* kGradStatsSchema =
 // The same two passes over addresses that the caller has packed (rows.h says how): handing over a tensor costs about
 // 0.5 us of host time, an address a tenth of that. For fusedamp's own Python only. `like` is any tensor on the device.
 constexpr const char* kPackedStepSchema =
-    "packed_step_(Tensor rows, Tensor grads, Tensor like, str op, int states, *, " FUSEDAMP_STEP_SCALARS
+    "_packed_step_(Tensor rows, Tensor grads, Tensor like, str op, int states, *, " FUSEDAMP_STEP_SCALARS
     "bool stochastic_rounding=False) -> ()";
 constexpr const char* kPackedGradStatsSchema =
-    "packed_grad_stats(Tensor rows, Tensor like, Tensor? inv_scale=None, float norm_type=2.0) -> "
+    "_packed_grad_stats(Tensor rows, Tensor like, Tensor? inv_scale=None, float norm_type=2.0) -> "
     "(Tensor, Tensor, Tensor, Tensor)";
 
 constexpr const char* kUpdateScaleSchema =

@@ -36,8 +36,14 @@ def _need_one_kind(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("some tensors are on the meta device and others are not")
 
 
-for _name in ("unscale_", "update_scale_", *STEP_OPS):
+for _name in ("unscale_", "update_scale_", "_check_step", *STEP_OPS):
     torch.library.register_fake(f"fusedamp::{_name}", _need_one_kind)
+
+
+@torch.library.register_fake("fusedamp::_find_shared_memory")
+def _nothing_shared(tensors, written):
+    _need_one_kind(tensors)
+    return -1, -1  # there are no addresses to look at
 
 
 @torch.library.register_fake("fusedamp::grad_stats")

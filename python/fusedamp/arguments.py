@@ -5,6 +5,7 @@ dispatch keys. Lists and numbers are checked before the call; what is in the lis
 torch has refused it.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -49,9 +50,19 @@ def need_seeds(op: str, seeds: Any) -> None:
             raise ValueError(text)
 
 
-def explain(op: str, error: RuntimeError, args: tuple, kwargs: dict[str, Any], built: str) -> NoReturn:
-    """Raises what a refused call is about; ``error`` itself where its arguments are of the right kinds."""
-    say = op.removeprefix("packed_")
+def complaint(op: str, error: RuntimeError) -> ValueError | None:
+    """What the op itself has to say about its arguments, without C++ line numbers; None where the error is
+    torch's or the device's."""
+    where = r"(?:\w+, [^\n]*:\d+, )?"  # function, file and line
+    own = re.match(rf"{where}(\[{re.escape(op)}\] .+)", str(error))
+    return None if own is None else ValueError(own[1])
+
+
+def explain(
+    say: str, op: str, error: RuntimeError, args: tuple, kwargs: dict[str, Any], built: str
+) -> NoReturn:
+    """Raises what a refused call of ``op`` is about, in the name of ``say``; ``error`` itself where its
+    arguments are of the right kinds."""
     device = torch.device("cpu")
     for name, value in _tensors(op, args, kwargs):
         if not isinstance(value, Tensor):

@@ -198,7 +198,7 @@ class Gradients:
     def stats(self, inv_scale: Tensor | None, norm_type: float = 2.0) -> dict[torch.device, ops.GradStats]:
         """One read pass per device; devices on which this rank has no gradient are left out."""
         return {
-            device: ops.grad_stats(
+            device: ops._grad_stats(
                 bucket.tensors, None if inv_scale is None else on(inv_scale, device), norm_type, bucket.fields
             )
             for device, bucket in self.by_device.items()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _C
+from . import _C, arguments
 
 # int64 [3, n]: addresses, numels and dtype codes (csrc/engine/dtype.h) of n plain tensors on one device.
 Fields = bytearray
@@ -62,7 +62,7 @@ def read(tensors: Sequence[Any], stored: bool = False) -> Fields | None:
 
 
 def rows(fields: Fields) -> Tensor:
-    """``fields`` as an int64 tensor [3, n] that shares their memory; the op packed_grad_stats takes it."""
+    """``fields`` as an int64 tensor [3, n] that shares their memory; the op _packed_grad_stats takes it."""
     return torch.frombuffer(fields, dtype=torch.int64).view(3, -1)
 
 
@@ -129,9 +129,14 @@ class StepTable:
 
     def launch(self, grads: Fields, scalars: dict[str, Any]) -> None:
         """The step, on what `grads` has just returned."""
-        torch.ops.fusedamp.packed_step_(
-            self._rows, rows(grads)[0], self.params[0], self.op, self.states_per_param, **scalars
-        )
+        try:
+            torch.ops.fusedamp._packed_step_(
+                self._rows, rows(grads)[0], self.params[0], self.op, self.states_per_param, **scalars
+            )
+        except RuntimeError as error:
+            if (complaint := arguments.complaint(self.op, error)) is None:
+                raise
+            raise complaint from error
         torch.autograd.graph.increment_version(self.params)  # nobody differentiates through our states
 
     def _packed_rows(self, fields: Tensor, grads: Tensor, has_masters: bool, seeds: Sequence[int]) -> Tensor:

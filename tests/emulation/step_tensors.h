@@ -111,13 +111,17 @@ inline StepTensor step_tensor(Random& random, int64_t numel, RuleStates rule, Mi
                   {}};
   t.grad.fill(random, 50.0);
   t.param.fill(random, 1.0);
-  t.step.set(0, below(random, 3) ? 4.0 : double(below(random, 2000)));
+  const double late[] = {0x1p24 - 1, 0x1p24, 0x1p24 + 2, 0x1p62, 1e30, kNaN, -3.0};  // the last ones: never undefined
+  t.step.set(0, below(random, 3) ? 4.0 : below(random, 8) ? double(below(random, 2000)) : late[below(random, 7)]);
   if (mix.master == DType::f32) {
     t.master.emplace_back(DType::f32, numel, offsets.next());
     for (int64_t i = 0; i < numel; ++i) {
       const float master = static_cast<float>(normal(random, 1.0));
       t.master[0].set(i, master);
-      if (below(random, 50)) t.param.set(i, master);  // else somebody wrote the weight
+      t.param.set(i, master);
+      if (below(random, 50)) continue;  // else the weight was modified: somewhat, or to anything
+      const double anything[] = {0.0, -0.0, kInf, kNaN, 1e-7, normal(random, 1.0), normal(random, 1e-4), 1e4};
+      t.param.set(i, below(random, 2) ? master * 1.25 : anything[below(random, 8)]);
     }
   } else if (mix.master == DType::i16) {
     t.master.emplace_back(DType::i16, numel, offsets.next());

@@ -2,8 +2,8 @@
 // arithmetic, else through the L1 cache. `at` is the block's first element, a multiple of kBlock; n its length.
 // What knows the formats is not inlined: a rule for each would compile it dozens of times, and a block hides the call.
 #pragma once
+#include "../../math/follow.h"
 #include "../../math/quantize.h"
-#include "../../math/split.h"
 #include "../table.h"
 #include "convert.h"
 
@@ -12,13 +12,30 @@ inline namespace FUSEDAMP_TARGET {
 
 static_assert(kBlock % kScaleBlock == 0, "a block has whole scale blocks");
 
-// Where a 16-bit weight is not its master rounded, somebody wrote the weight: the master follows it.
+// master[i] = tried[i] where that rounds to the weight, else the weight. `tried` may be `master`.
+FUSEDAMP_FN void take_fitting(DType dtype, const uint16_t* param, const float* tried, float* master, int64_t n) {
+  alignas(64) uint16_t rounded[kBlock];
+  alignas(64) float weight[kBlock];
+  narrow(dtype, tried, rounded, n);
+  widen(dtype, param, weight, n);
+  for (int64_t i = 0; i < n; ++i) master[i] = rounded[i] == param[i] ? tried[i] : weight[i];
+}
+
+// Where a 16-bit weight is not its master rounded, it was modified, and the master follows it (math/follow.h).
 FUSEDAMP_FN void follow(DType dtype, const uint16_t* param, float* master, int64_t n) {
   if (!narrows_otherwise(dtype, master, param, n)) return;
-  uint16_t rounded[kBlock];
+  alignas(64) uint16_t rounded[kBlock];
+  alignas(64) float moved[kBlock], was[kBlock], weight[kBlock];
   narrow(dtype, master, rounded, n);
-  for (int64_t i = 0; i < n; ++i)
-    if (rounded[i] != param[i]) master[i] = dtype == DType::f16 ? f16_to_float(param[i]) : bf16_to_float(param[i]);
+  widen(dtype, rounded, was, n);
+  widen(dtype, param, weight, n);
+  for (int64_t i = 0; i < n; ++i) {
+    const bool modified = rounded[i] != param[i];
+    const float candidate =
+        dtype == DType::bf16 ? bf16_moved(master[i], rounded[i], param[i]) : f16_moved(master[i], was[i], weight[i]);
+    moved[i] = modified ? candidate : master[i];
+  }
+  take_fitting(dtype, param, moved, master, n);
 }
 
 FUSEDAMP_FN void join(DType dtype, const uint16_t* param, const int16_t* remainder, float* master, int64_t n) {
@@ -31,7 +48,7 @@ FUSEDAMP_FN void join(DType dtype, const uint16_t* param, const int16_t* remaind
   widen_f16(param, wide, n);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) master[i] = f16_joined(wide[i], remainder[i]);
-  follow(dtype, param, master, n);
+  if (narrows_otherwise(dtype, master, param, n)) take_fitting(dtype, param, master, master, n);
 }
 
 FUSEDAMP_FN void split(DType dtype, const float* master, uint16_t* param, int16_t* remainder, int64_t n) {

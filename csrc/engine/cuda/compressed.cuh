@@ -6,7 +6,6 @@
 #include "coeffs.cuh"
 
 #include "../../math/quantize.h"
-#include "../../math/split.h"
 
 namespace fusedamp::cuda {
 
@@ -136,8 +135,10 @@ __device__ __forceinline__ Numbers joined(const Words& halves, const Words& mast
     }
     const float weight = widen<float>(bits, kHalf);
     const float master = kSplit ? f16_joined(weight, remainder) : float_of(kept.v[e]);
-    // A weight that is not its master rounded was written by somebody: the master follows it.
-    x.v[e] = narrow<uint16_t>(master, kHalf) == bits ? master : weight;
+    // A weight that is not its master rounded was modified: the master follows it, a split one by its form.
+    const auto rounded = narrow<uint16_t>(master, kHalf);
+    const float other = kSplit ? weight : followed(master, rounded, bits, kHalf);
+    x.v[e] = rounded == bits ? master : other;
   }
   return x;
 }

@@ -6,6 +6,7 @@
 
 #include "platform.cuh"
 
+#include "../../math/follow.h"
 #include "../../math/rounding.h"
 #include "../dtype.h"
 
@@ -77,6 +78,14 @@ __device__ __forceinline__ R narrow(double x, DType) {
   static_assert(sizeof raw == sizeof x, "float64 is stored as it is");
   memcpy(&raw, &x, sizeof raw);
   return raw;
+}
+
+// What a master becomes whose weight was modified: `rounded` is the master's rounding, `bits` the weight.
+__device__ __forceinline__ float followed(float master, uint16_t rounded, uint16_t bits, DType dtype) {
+  const float weight = widen<float>(bits, dtype);
+  const float moved = dtype == DType::bf16 ? bf16_moved(master, rounded, bits)
+                                           : f16_moved(master, widen<float>(rounded, dtype), weight);
+  return narrow<uint16_t>(moved, dtype) == bits ? moved : weight;
 }
 
 // One element of any type; for paths where speed does not matter.

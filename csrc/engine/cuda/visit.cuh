@@ -38,9 +38,10 @@ __device__ __forceinline__ void visit_chunk(const StepRow& row, Span span, Actio
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       V weight, s[kStates];
-      // A weight that is not its master rounded was written by somebody: the master follows it.
-      if (kMaster && narrow<P>(master.v[e], param_dtype) == param.v[e]) {
-        weight = master.v[e];
+      if constexpr (kMaster) {
+        // A weight that is not its master rounded was modified: the master follows it.
+        const P rounded = narrow<P>(master.v[e], param_dtype);
+        weight = rounded == param.v[e] ? master.v[e] : followed(master.v[e], rounded, param.v[e], param_dtype);
       } else {
         weight = widen<V>(param.v[e], param_dtype);
       }
@@ -87,7 +88,7 @@ using ValueOf = std::conditional_t<kKind == Kind::kDouble, double, float>;
 template <class Rule, Kind kKind, class Action>
 __device__ __forceinline__ void visit(const StepRow& row, Span span, const StepScalars& scalars, Action& act) {
   if constexpr (kKind == Kind::kCompressed) {
-    const auto t = static_cast<int64_t>(*row.step);  // of this step, which is counted before it is taken
+    const int64_t t = step_number(*row.step);  // of this step, which is counted before it is taken
     visit_compressed_chunk<Rule>(row, span, act, scalars.stochastic, random_stream(row.seed, t));
   } else {
     visit_any_chunk<Rule, ValueOf<kKind>>(row, span, act);

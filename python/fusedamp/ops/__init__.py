@@ -13,10 +13,14 @@ Every step op also takes ``maximize`` (ascend instead of descend), ``inv_scale``
 from .adagrad import adagrad_, rmsprop_, rmsprop_centered_
 from .adam import adam_, adamw_, nadam_, radam_
 from .gradients import GradStats, grad_stats, unscale_
+from .gradients import _grad_stats as _grad_stats  # for fusedamp.gradients
 from .layerwise import lamb_, lars_, novograd_
 from .loss_scale import update_scale_
 from .sgd import lion_, sgd_
-from .step import step_lists as step_lists  # for fusedamp.optim
+from .step import StepCall as StepCall  # for fusedamp.optim
+from .step import check_memory as check_memory
+from .step import check_steps as check_steps
+from .step import step_lists as step_lists
 from .step import step_scalars as step_scalars
 
 __all__ = [

@@ -1,6 +1,5 @@
 """How an op is called: its complaints as Python's errors, and version counters that move."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,19 +9,22 @@ from torch import Tensor
 from .. import _library, arguments
 
 
-def call(op: str, *args: Any, **kwargs: Any) -> Any:
+def call(name: str, *args: Any, **kwargs: Any) -> Any:
     """Calls the op. Its own complaints ("[op_] params[3] is ...") become ValueErrors without C++ line
-    numbers."""
+    numbers, with the error as their cause; errors of torch and of the device stay what they are.
+
+    An error names the op, or the one that a private op is told to check for (``op``).
+    """
+    speaker = kwargs.get("op", name.removeprefix("_packed_"))
     first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
     if isinstance(first, Tensor) and first.is_meta:
-        arguments.explain(op, RuntimeError(), args, kwargs, "")
+        arguments.explain(speaker, name, RuntimeError(), args, kwargs, "")
     try:
-        return getattr(torch.ops.fusedamp, op)(*args, **kwargs)
+        return getattr(torch.ops.fusedamp, name)(*args, **kwargs)
     except RuntimeError as error:
-        complaint = re.search(r"\[\w+_?\] .+", str(error))
-        if complaint is None:
-            arguments.explain(op, error, args, kwargs, "yes" if _library.HAS_CUDA_OPS else "no")
-        raise ValueError(complaint.group()) from None
+        if (complaint := arguments.complaint(speaker, error)) is not None:
+            raise complaint from error
+        arguments.explain(speaker, name, error, args, kwargs, "yes" if _library.HAS_CUDA_OPS else "no")
 
 
 def bump(*lists: Sequence[Tensor]) -> None:

@@ -48,7 +48,6 @@ def grad_stats(
     grads: Sequence[Tensor],
     inv_scale: Tensor | None = None,
     norm_type: float = 2.0,
-    fields: packed.Fields | None = None,
 ) -> GradStats:
     """Finite check before and after unscaling, total and per-tensor norms and non-finite counts, in one read
     pass.
@@ -61,10 +60,20 @@ def grad_stats(
         grads (list of tensors, any shape, fp16|bf16|fp32|fp64, at least one): read only.
         inv_scale (1 element, fp32): 1 / loss scale; None stands for 1.
         norm_type: the p of the norm, 0 to inf.
-        fields: what ``packed.read(grads)`` returned just now, to spare reading them again.
     Raises: ValueError naming the op, the index, what it got, what it wanted.
     Cost: reads each gradient once; no host sync.
     """
+    return _grad_stats(grads, inv_scale, norm_type)
+
+
+def _grad_stats(
+    grads: Sequence[Tensor],
+    inv_scale: Tensor | None,
+    norm_type: float,
+    fields: packed.Fields | None = None,
+) -> GradStats:
+    """:func:`grad_stats`. ``fields``: what ``packed.read(grads)`` returned just now, to spare reading them
+    again; addresses, which nobody can check."""
     arguments.need_lists("grad_stats", grads=grads)
     if not grads:
         raise ValueError("[grad_stats] grads is empty; expected at least one tensor")
@@ -74,5 +83,5 @@ def grad_stats(
     if fields is None:
         fields = packed.read(grads)
     if fields is not None:
-        return GradStats(*call("packed_grad_stats", packed.rows(fields), grads[0], inv_scale, norm_type))
+        return GradStats(*call("_packed_grad_stats", packed.rows(fields), grads[0], inv_scale, norm_type))
     return GradStats(*call("grad_stats", grads, inv_scale, norm_type))

@@ -1,5 +1,7 @@
 """The op that grows the loss scale and backs it off."""
 
+import math
+
 from torch import Tensor
 
 from .. import arguments
@@ -20,7 +22,9 @@ def update_scale_(
     hysteresis: int = 1,
     refill_on_good_step: bool = False,
 ) -> None:
-    """The loss scale of the next iteration, in place. With the defaults exactly ``torch._amp_update_scale_``.
+    """The loss scale of the next iteration, in place. With the defaults exactly ``torch._amp_update_scale_``,
+    except where the tracker has passed the interval already, which was lowered: the scale grows then, and
+    torch's never does again.
 
     After an overflow (``found_inf`` is not 0) the scale is multiplied by ``backoff_factor``, but never
     brought below ``min_scale``; after ``growth_interval`` good iterations in a row it is multiplied by
@@ -29,6 +33,8 @@ def update_scale_(
     iteration with ``refill_on_good_step``.
 
     Args:
+        growth_factor, backoff_factor: not NaN. min_scale, max_scale: not NaN and not negative.
+        growth_interval, hysteresis: whole numbers from 1 to 2^31 - 1, as the trackers are int32.
         scale (1 element, fp32): rewritten.
         growth_tracker (1 element, int32): good iterations in a row; rewritten.
         found_inf (1 element, fp32): read only.
@@ -41,9 +47,13 @@ def update_scale_(
         growth_factor=growth_factor, backoff_factor=backoff_factor, min_scale=min_scale, max_scale=max_scale
     )
     factors = {name: arguments.number(op, name, value) for name, value in factors.items()}
+    for name, number in factors.items():
+        if math.isnan(number) or (name.endswith("_scale") and number < 0.0):
+            wanted = "a number from 0 to inf" if name.endswith("_scale") else "a number"
+            raise ValueError(f"[{op}] {name} is {number}; expected {wanted}")
     for name, value in dict(growth_interval=growth_interval, hysteresis=hysteresis).items():
-        if not isinstance(value, int) or (name == "hysteresis" and value < 1):
-            raise ValueError(f"[{op}] {name} is {value!r}; expected a whole number from 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise ValueError(f"[{op}] {name} is {value!r}; expected a whole number from 1 to 2**31 - 1")
     if hysteresis > 1 and hysteresis_tracker is None:
         raise ValueError(
             f"[{op}] hysteresis is {hysteresis}; expected a hysteresis_tracker (int32, 1 element) with it"

@@ -1,9 +1,10 @@
 """What all step ops share: their docstring, their checks, and the call itself."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
 
 from .. import arguments
@@ -11,7 +12,7 @@ from .call import bump, call
 
 Tensors = Sequence[Tensor]
 Wrapper = TypeVar("Wrapper", bound=Callable[..., None])
-FOLLOW = "and the 2 B that see whether the weight was written"  # of the cost of a step with masters
+FOLLOW = "and the 2 B that see whether the weight was modified"  # of the cost of a step with masters
 OPTIONAL = ("masters", "max_exp_avg_sqs", "momentum_buffers")  # lists that may be empty, if the op agrees
 
 
@@ -40,10 +41,12 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
             parameter bf16, rounded stochastically; or 8-bit codes: uint8 of states that are never negative,
             int8 of others.
         masters (as ``params``, fp32; one per parameter, all of them fp16 or bf16; or empty): rewritten.
-            Where a weight is not its master rounded, somebody wrote the weight, and the master follows it
-            before the step. Or int16: what a split master has beyond its weight, which is then the master
-            rounded with ties away from zero (bf16), or to nearest even (fp16).
-        steps (list of 1-element fp32 tensors): how many steps each parameter has taken; incremented.
+            Where a weight is not its master rounded, the weight was modified, and the master follows it
+            before the step: it keeps what it has below half a unit, where that fits the new weight. Or
+            int16: what a split master has beyond its weight, which is then the master rounded with ties away
+            from zero (bf16), or to nearest even (fp16).
+        steps (list of 1-element fp32 tensors): how many steps each parameter has taken; incremented, from
+            2^24 on to the next number that fp32 has. Whole numbers from 0 to 2^62; the CPU refuses others.
         lr (float, or 1 element fp32|fp64, on the CPU or on the same device): learning rate.
         inv_scale, clip_coef (1 element, fp32): the gradient enters as ``g * (inv_scale * clip_coef)``; None
             stands for 1.
@@ -98,6 +101,29 @@ def run_step(
     step_lists(op, params, grads, masters, states, steps, scalars, scales, seeds)
 
 
+class StepCall(NamedTuple):
+    """One call of a step op: what :func:`step_lists` takes."""
+
+    op: str
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    masters: Tensors
+    states: Mapping[str, Sequence[Tensor]]
+    """By the names that the caller knows."""
+    steps: Tensors
+    scalars: dict[str, Any]
+    """From :func:`step_scalars`."""
+    scales: Tensors = ()
+    seeds: Sequence[int] = ()
+
+    def states_in_order(self) -> list[Tensor]:
+        return [state for tensors in self.states.values() for state in tensors]
+
+    def named_states(self) -> list[str]:
+        """The names of :meth:`states_in_order`."""
+        return [f"{name}[{i}]" for name, tensors in self.states.items() for i in range(len(tensors))]
+
+
 def step_lists(
     op: str,
     params: Sequence[Tensor],
@@ -110,28 +136,91 @@ def step_lists(
     seeds: Sequence[int] = (),
 ) -> None:
     """Any step op. ``states`` by the names that the caller knows; ``scalars`` from :func:`step_scalars`."""
-    arguments.need_lists(
-        op, params=params, grads=grads, **states, masters=masters, steps=steps, scales=scales
-    )
-    arguments.need_seeds(op, seeds)
-    lengths = dict(grads=grads, **states, masters=masters, steps=steps)
-    for name, tensors in lengths.items():
-        if len(tensors) != len(params) and (tensors or name not in OPTIONAL):
+    step = StepCall(op, params, grads, masters, states, steps, scalars, scales, seeds)
+    if _call(op, step):
+        bump(params, masters, step.states_in_order(), steps, scales)
+
+
+def check_steps(calls: Sequence[StepCall]) -> None:
+    """Raises what one of ``calls`` would be refused for, or all of them together; changes nothing.
+
+    After it they can be made one after the other, and none is refused when others have written already.
+    Together they may share no memory that one of them writes: a gradient that is a view of another call's
+    weight would be read after it has changed.
+
+    Raises: as the ops; ValueError naming both tensors where two calls share memory that one of them writes.
+    Cost: the ops' checks on the host, about 1 us per parameter; no host sync.
+    """
+    for step in calls:
+        _call("_check_step", step, op=step.op)
+    check_memory(calls)
+
+
+def check_memory(calls: Sequence[StepCall]) -> None:
+    """Raises where two tensors of ``calls`` share memory that one of them writes; changes nothing."""
+    by_device: dict[torch.device, tuple[list[_Place], list[_Place]]] = {}
+    for c, step in enumerate(calls):
+        if step.params:
+            written, read = by_device.setdefault(step.params[0].device, ([], []))
+            written += [_Place(t, step.op, c, name) for name, t in _written(step)]
+            read += [_Place(t, step.op, c, f"grads[{i}]") for i, t in enumerate(step.grads)]
+    for written, read in by_device.values():
+        places = written + read
+        one, two = call("_find_shared_memory", [place.tensor for place in places], len(written))
+        if one >= 0:
+            a, b = places[one], places[two]
             raise ValueError(
-                f"[{op}] {name} has {len(tensors)} tensors; expected {len(params)}, one per param"
-                f"{', or none at all' if name == 'masters' else ''}"
+                f"[{a.op}] {a.name} of call {a.call} (shape {list(a.tensor.shape)}) shares memory with "
+                f"{b.name} of call {b.call} ({b.op}); expected memory of its own for all that the calls "
+                "write. Pass each tensor once, or a clone()"
+            )
+
+
+class _Place(NamedTuple):
+    tensor: Tensor
+    op: str
+    call: int
+    name: str
+
+
+def _written(step: StepCall) -> Iterator[tuple[str, Tensor]]:
+    """What a step writes, by name."""
+    for name in ("params", "masters", "steps", "scales"):
+        yield from ((f"{name}[{i}]", tensor) for i, tensor in enumerate(getattr(step, name)))
+    yield from zip(step.named_states(), step.states_in_order(), strict=True)
+
+
+def _call(name: str, step: StepCall, **more: str) -> bool:
+    """Calls a step op, or the one that checks for it; whether there was anything to do."""
+    op, params = step.op, step.params
+    arguments.need_lists(
+        op,
+        params=params,
+        grads=step.grads,
+        **step.states,
+        masters=step.masters,
+        steps=step.steps,
+        scales=step.scales,
+    )
+    arguments.need_seeds(op, step.seeds)
+    lengths = dict(grads=step.grads, **step.states, masters=step.masters, steps=step.steps)
+    for list_name, tensors in lengths.items():
+        if len(tensors) != len(params) and (tensors or list_name not in OPTIONAL):
+            raise ValueError(
+                f"[{op}] {list_name} has {len(tensors)} tensors; expected {len(params)}, one per param"
+                f"{', or none at all' if list_name == 'masters' else ''}"
             )
     if not params:
-        return
-    flat = [state for tensors in states.values() for state in tensors]
+        return False
+    lists = (params, step.grads, step.masters, step.states_in_order(), step.steps, step.scales)
     try:
-        call(op, params, grads, masters, flat, steps, scales, **scalars, seeds=seeds)
+        call(name, *lists, **step.scalars, seeds=step.seeds, **more)
     except (TypeError, ValueError) as error:
         # The op has one list of states; the caller knows them by name.
-        names = [f"{name}[{i}]" for name, tensors in states.items() for i in range(len(tensors))]
+        names = step.named_states()
         text = re.sub(r"\bstates\[(\d+)\]", lambda match: names[int(match[1])], str(error))
-        raise type(error)(text) from None
-    bump(params, masters, flat, steps, scales)
+        raise type(error)(text) from error.__cause__
+    return True
 
 
 def step_scalars(

@@ -122,6 +122,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _new_state(self, name: str, like: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
         return filled(like, dtype, self._first_value(name))
 
+    def _check_calls(self, batches: list[Batch]) -> None:
+        """Raise what the last of ``batches`` could be refused for after the first has stepped."""
+        if len(batches) > 1:
+            ops.check_steps([batch.call() for batch in batches])
+
     def _launch(self, batch: Batch) -> None:
         """Update the parameters of ``batch``; all that can be refused was refused before."""
         batch.launch()
@@ -176,6 +181,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return
         before, self._replay = self._stepped, None
         batches = self._prepare()  # all is checked before anything moves
+        self._check_calls(batches)
         for batch in batches:
             self._launch(batch)
         # A table costs more than a step does without one; the second step in a row of the same kind makes it.

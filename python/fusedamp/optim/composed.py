@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..sharding import is_dtensor, need_whole
+from . import recoding
 from .base import Batch, FusedOptimizer, Group
 from .layout import STATE_DTYPES
 from .slot import Slot
@@ -19,7 +21,7 @@ class ComposedOptimizer(FusedOptimizer):
     """A :class:`FusedOptimizer` whose step is a function of torch tensors instead of one op.
 
     It keeps what the op promises: gradients are read still scaled and never written, FP32 masters follow
-    weights that somebody wrote, a skipped step changes no bit, step counts are per parameter, and the host
+    weights that were modified, a skipped step changes no bit, step counts are per parameter, and the host
     waits for nothing, so that a CUDA graph can capture it. New values are computed aside, in FP32 (FP64 for
     FP64 parameters), and selected on the device.
     """
@@ -58,6 +60,10 @@ class ComposedOptimizer(FusedOptimizer):
     def _remember(self, batches: list[Batch]) -> None:
         """Nothing: only calls of one op can be made again from addresses."""
 
+    def _check_calls(self, batches: list[Batch]) -> None:
+        # Parameters are updated one after the other: none may read what an earlier one has written.
+        ops.check_memory([batch.call() for batch in batches])
+
     def _launch(self, batch: Batch) -> None:
         for slot, grad in zip(batch.slots, batch.grads, strict=True):
             self._update(batch.group, batch.scalars, slot, grad)
@@ -67,7 +73,7 @@ class ComposedOptimizer(FusedOptimizer):
         lr = scalars["lr"] if lr is None else lr.double().reshape(())
         weight = followed(slot)
         states = dict(zip(slot.names, slot.states, strict=True))
-        step = slot.step + 1
+        step = next_count(slot.step)
         grad = _unscaled(grad.to(weight.dtype), scalars)
         new_weight, new_states = self._rule(group, lr, weight, grad, states, step.double())
         written = [(slot.target, new_weight.to(slot.target.dtype)), (slot.step, step)]
@@ -80,13 +86,20 @@ class ComposedOptimizer(FusedOptimizer):
             slot.finish()
 
 
+def next_count(step: Tensor) -> Tensor:
+    """The FP32 step count after ``step``: one more, or from 2^24 on, where FP32 has no such number, the next
+    that it has (csrc/math/count.h)."""
+    following = step + 1
+    above = torch.nextafter(step, step.new_tensor(torch.inf))
+    return torch.where(step < 2.0**62, torch.where(following > step, following, above), step)
+
+
 def followed(slot: Slot) -> Tensor:
-    """The value that the step starts from: the master, but the weight where it is not the master rounded."""
+    """The value that the step starts from: the master, which follows its weight where that was modified."""
     weight, master = slot.target, slot.master
     if master is None:
         return weight.to(STATE_DTYPES[weight.dtype])
-    written = weight.view(torch.int16) != master.to(weight.dtype).view(torch.int16)
-    return torch.where(written, weight.to(master.dtype), master)
+    return recoding.followed(master, weight)
 
 
 def _unscaled(grad: Tensor, scalars: dict[str, Any]) -> Tensor:

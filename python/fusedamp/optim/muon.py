@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .. import ops
 from ..sharding import need_whole
 from .base import Batch, Group
 from .composed import ComposedOptimizer, Values
@@ -137,15 +138,14 @@ class Muon(ComposedOptimizer):
         hyper = dict(beta1=beta1, beta2=beta2, eps=group["adamw_eps"], weight_decay=group["weight_decay"])
         return "adamw_", hyper
 
+    def _check_calls(self, batches: list[Batch]) -> None:
+        parts = [part for batch in batches for part in _parts(batch)]
+        ops.check_steps([part.call() for part, is_matrix in parts if not is_matrix])
+        super()._check_calls([part for part, _ in parts])
+
     def _launch(self, batch: Batch) -> None:
-        pairs = list(zip(batch.slots, batch.grads, strict=True))
-        chosen = [_is_matrix(slot.param, batch.group) for slot in batch.slots]
-        for wanted, launch in ((False, Batch.launch), (True, super()._launch)):
-            some = [pair for pair, matrix in zip(pairs, chosen, strict=True) if matrix == wanted]
-            if some:
-                slots, grads = map(list, zip(*some, strict=True))
-                names = slots[0].names
-                launch(replace(batch, state_names=names, slots=slots, grads=grads))
+        for part, is_matrix in _parts(batch):
+            super()._launch(part) if is_matrix else part.launch()
 
     def _rule(
         self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor
@@ -169,6 +169,16 @@ class Muon(ComposedOptimizer):
 
 def _is_matrix(param: Tensor, group: Group) -> bool:
     return param.dim() == 2 if group["use_muon"] is None else group["use_muon"]
+
+
+def _parts(batch: Batch) -> Iterator[tuple[Batch, bool]]:
+    """What AdamW updates of ``batch``, and the matrices; each with whether it is the latter."""
+    pairs = list(zip(batch.slots, batch.grads, strict=True))
+    for wanted in (False, True):
+        some = [pair for pair in pairs if _is_matrix(pair[0].param, batch.group) == wanted]
+        if some:
+            slots, grads = map(list, zip(*some, strict=True))
+            yield replace(batch, state_names=slots[0].names, slots=slots, grads=grads), wanted
 
 
 def _lr_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> float:

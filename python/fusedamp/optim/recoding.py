@@ -22,7 +22,22 @@ def joined(param: Tensor, remainder: Tensor) -> Tensor:
     else:
         master = weight + remainder.float() * _half_unit(weight)
     rounded = rounded_away(master) if param.dtype == torch.bfloat16 else master.to(param.dtype)
-    return torch.where(rounded == param, master, weight)
+    return torch.where(
+        rounded.view(torch.int16) == param.view(torch.int16), master, weight
+    )  # -0.0 is not 0.0
+
+
+def followed(master: Tensor, weight: Tensor) -> Tensor:
+    """The FP32 master beside a 16-bit weight that may have been modified: see csrc/math/follow.h."""
+    rounded, wide = master.to(weight.dtype), weight.float()
+    if weight.dtype == torch.bfloat16:
+        remainder = master.view(torch.int32) - rounded.float().view(torch.int32)
+        moved = (wide.view(torch.int32) + torch.where(master.isnan(), 0, remainder)).view(torch.float32)
+    else:
+        was = rounded.float()
+        moved = wide + (master - was) * (_half_unit(wide) / _half_unit(was))
+    fits = moved.to(weight.dtype).view(torch.int16) == weight.view(torch.int16)
+    return torch.where(fits, moved, wide)
 
 
 def split(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -93,7 +108,8 @@ def _quantized(flat: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(1)
     power = (largest.view(torch.int32) + (1 << (18 if nonnegative else 19))) & 0x7F800000
     scales = power.clamp(max=0x7E800000).view(torch.float32)
-    scales = torch.where(largest.isfinite(), scales, torch.nan)
+    poisoned = largest.isnan() if nonnegative else ~largest.isfinite()
+    scales = torch.where(poisoned, torch.nan, scales)
     rows = scales.unsqueeze(1)
     x = torch.where(rows > 0, blocks.abs() / rows, 0.0)
     bits = x.view(torch.int32).clamp(max=0x3FFFFFFF)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..sharding import local
 from .encoded import Encoded, Quantized, Remainder, Scales, plain
 from .layout import STATE_DTYPES, fits, fitted, is_fake, memory_like
-from .recoding import SCALE_BLOCK, joined, quantized, rounded_away, split, zero_code
+from .recoding import SCALE_BLOCK, followed, joined, quantized, rounded_away, split, zero_code
 
 Entry = dict[str, Any]  # optimizer.state[param]
 CODES = (torch.int8, torch.uint8)  # of signed states, and of those that are never negative
@@ -219,7 +219,7 @@ def label(entry: Entry, name: str) -> None:
 def keep_master(entry: Entry, param: Tensor, master_weights: str) -> None:
     """Make the master of ``param``, or bring it into the form that ``master_weights`` names.
 
-    A master that is not what its weight rounds follows the weight, which was modified.
+    A master whose rounding is not its weight follows the weight, which was modified (csrc/math/follow.h).
     """
     is_split = master_weights == "split"
     dtype = torch.int16 if is_split else STATE_DTYPES[param.dtype]
@@ -239,10 +239,10 @@ def keep_master(entry: Entry, param: Tensor, master_weights: str) -> None:
     source = local(param)
     if is_split and not was_split:
         master = local(value)
-        rounds = master.to(source.dtype) == source
+        kept = followed(master, source)
         if source.dtype == torch.bfloat16:
-            rounds |= rounded_away(master) == source
-        weight, remainder = split(torch.where(rounds, master, source.float()), source.dtype)
+            kept = torch.where(rounded_away(master) == source, master, kept)
+        weight, remainder = split(kept, source.dtype)
         source.copy_(weight)  # which differs only where ties were rounded to even
         value = memory_like(param, dtype)
         local(value).copy_(remainder)

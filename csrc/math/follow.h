@@ -1,0 +1,31 @@
+// How an FP32 master follows a 16-bit weight that was modified: it keeps its remainder, what it has beyond its own
+// rounding, where that fits the new weight, and is the weight where not. A split master does so by its form, and where
+// both can hold the value they give the same bits:
+//
+// BF16: the remainder is the difference of bits, as in split.h. Only ties differ: half way between two weights FP32
+// masters round to the even one, split ones away from zero, so that the remainder of half a unit fits every second
+// weight here, and all of them there. FP16: the remainder is a number, in the last place of the rounded master, and
+// moves into that of the new weight. Below 2^-16 FP32 masters have digits that split ones do not.
+//
+// Both functions give the candidate: the caller takes it if it rounds to the new weight again, to nearest even; else
+// the weight. NaN never does.
+#pragma once
+#include "split.h"
+
+namespace fusedamp {
+inline namespace FUSEDAMP_TARGET {
+
+// `rounded`: the master as BF16. A NaN has no remainder.
+FUSEDAMP_FN float bf16_moved(float master, uint16_t rounded, uint16_t weight) {
+  const uint32_t u = bits_of(master), remainder = u - (static_cast<uint32_t>(rounded) << 16);
+  return float_of((static_cast<uint32_t>(weight) << 16) + select(is_nan_bits(u), 0u, remainder));
+}
+
+// `rounded`: the master as FP16, and `weight`: both widened. All exact, but the sum, which split.h rounds alike.
+FUSEDAMP_FN float f16_moved(float master, float rounded, float weight) {
+  const float per_unit = float_of((254u << 23) - f16_unit_bits(rounded));
+  return weight + (master - rounded) * per_unit * float_of(f16_unit_bits(weight));
+}
+
+}  // namespace FUSEDAMP_TARGET
+}  // namespace fusedamp
