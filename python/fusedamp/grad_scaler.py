@@ -14,11 +14,11 @@ from . import ops, routes
 from .clip import check_norm, clip_grad_norm_
 from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, has_value, lasting, no_overflow, on
 from .loss_scale import LossScale
-from .ops.inputs import DeviceInputs, Number, divided, flag_on, handed_to, times
+from .ops.inputs import DeviceInputs, Number, divided, flag_on, step_with, times
 from .optim.layout import gradient_of
 from .overflow import OverflowLog, OverflowReport, params_of
 from .routes import ReadPass
-from .sharding import local, refuse_flattened
+from .sharding import is_distributed, local, refuse_flattened
 
 ByHand = tuple[Number | None, Number | None]  # in the order of _BY_HAND
 Stats = dict[torch.device, ops.GradStats]
@@ -222,7 +222,8 @@ class GradScaler(LossScale):
         return result
 
     def _refuse_flattened(self, method: str, optimizer: Optimizer) -> None:
-        if not self._overrides("unscale_", "_unscale_grads_"):  # what replaces them may know FSDP1's ranks
+        # What replaces these methods may know FSDP1's ranks.
+        if is_distributed() and not self._overrides("unscale_", "_unscale_grads_"):
             refuse_flattened(f"GradScaler.{method}", params_of(optimizer))
 
     def _is_fused(self, optimizer: Optimizer) -> bool:
@@ -260,8 +261,7 @@ class GradScaler(LossScale):
             )
             for device in devices
         }
-        with handed_to(optimizer, per_device):
-            result = optimizer.step(*args, **kwargs)
+        result = step_with(optimizer, per_device, args, kwargs)
         for name in _BY_HAND:  # set by hand, for one step, as with torch's scaler
             vars(optimizer).pop(name, None)
         return result

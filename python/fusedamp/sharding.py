@@ -29,10 +29,14 @@ def is_flattened(tensor: Tensor) -> bool:
     return getattr(tensor, "_fsdp_flattened", False)
 
 
+def is_distributed() -> bool:
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def refuse_flattened(op: str, params: Sequence[Tensor]) -> None:
     """Raise where ranks hold shards of FSDP1, of which nothing tells how they belong together."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not is_distributed():
         return
     for i, param in enumerate(params):
         if is_flattened(param):

@@ -6,8 +6,6 @@ The scaler and the optimizers do not know each other; they meet here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -50,16 +48,20 @@ class AmpInputs:
         return self.per_device[device]
 
 
-@contextmanager
-def handed_to(optimizer: Any, per_device: dict[torch.device, DeviceInputs]) -> Iterator[None]:
-    """Give ``optimizer`` its inputs for the call of ``step`` inside the ``with`` block.
+def step_with(
+    optimizer: Any,
+    per_device: dict[torch.device, DeviceInputs],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call the ``step`` of ``optimizer`` with the inputs in ``per_device``; returns what it returns.
 
     Raises: RuntimeError if that call did not run fusedamp's step on ``optimizer``.
     """
     before = getattr(_handed, "inputs", None)
     optimizer._amp = _handed.inputs = inputs = AmpInputs(per_device, optimizer)
     try:
-        yield
+        result = optimizer.step(*args, **kwargs)
     finally:
         optimizer._amp, _handed.inputs = None, before
     if not inputs.consumed:
@@ -69,6 +71,7 @@ def handed_to(optimizer: Any, per_device: dict[torch.device, DeviceInputs]) -> I
             "step is lost. Give scaler.step the optimizer itself, or override step in a subclass, "
             "which then gets unscaled gradients."
         )
+    return result
 
 
 def begin_step(optimizer: Any) -> None:
