@@ -80,7 +80,9 @@ def test_arithmetic_is_that_of_the_values(edit):
         optimizer.step()
         ends.append(before - param.detach())
         assert isinstance(entry["momentum_buffer"], Quantized) == (not options)
-    coarse = 1 / 32 if edit is EDITS["blended"] else 2.0**-12  # half a step of 8 bits at 1, where a sum is near 0
+    coarse = (
+        1 / 32 if edit is EDITS["blended"] else 2.0**-12
+    )  # half a step of 8 bits at 1, where a sum is near 0
     torch.testing.assert_close(*ends, rtol=1 / 8, atol=coarse)
 
 
@@ -254,7 +256,7 @@ SAVED = {
 @pytest.mark.parametrize(("edit", "text"), SAVED.values(), ids=SAVED)
 @pytest.mark.parametrize("target", ["int8", "float32"])
 def test_edited_checkpoints_are_refused(edit, text, target):
-    params, optimizer = adamw()
+    _params, optimizer = adamw()
     saved = copy.deepcopy(optimizer.state_dict())
     edit(saved["state"][6])  # of 257 elements, in three blocks
     other = optim.AdamW(make_params(torch.bfloat16), state_dtype=target, master_weights="split")

@@ -3,6 +3,7 @@
 #include <ATen/dlpack.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -296,6 +297,15 @@ py::bytes spans(py::list lists) {
                   [&](int64_t begin, int64_t end) { found.emplace_back(begin, end); });
   std::sort(found.begin(), found.end());
   return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof found[0]);
+}
+
+bool are_counts(py::bytearray fields, Py_ssize_t n) {
+  const Columns known(fields);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    const float count = *reinterpret_cast<const float*>(known.words()[i]);
+    if (!(count >= 0.0f && count <= 0x1p62f && std::floor(count) == count)) return false;
+  }
+  return true;
 }
 
 bool touches(py::bytearray fields, py::bytes sorted) {

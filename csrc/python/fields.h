@@ -37,6 +37,9 @@ pybind11::object columns_of(pybind11::list entries, pybind11::list columns, pybi
 // The memory of the tensors of lists of fields, sorted: int64 pairs of where each begins and ends.
 pybind11::bytes spans(pybind11::list lists);
 
+// Whether the first n tensors of `fields`, FP32 of one element on the host, hold whole numbers from 0 to 2^62.
+bool are_counts(pybind11::bytearray fields, Py_ssize_t n);
+
 // Whether a tensor of `fields` shares memory with one of the `sorted` spans, which don't overlap each other.
 bool touches(pybind11::bytearray fields, pybind11::bytes sorted);
 

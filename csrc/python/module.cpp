@@ -51,6 +51,8 @@ PYBIND11_MODULE(_C, m) {
         "What dicts have under each of some keys, or an attribute of it, key by key; None where one is missing or a\n"
         "dict has another number of items.");
   m.def("spans", &fusedamp::spans, "lists"_a, "Where the tensors of lists of fields begin and end in memory, sorted.");
+  m.def("are_counts", &fusedamp::are_counts, "fields"_a, "n"_a,
+        "Whether the first n tensors, FP32 of one element on the host, hold whole numbers from 0 to 2^62.");
   m.def("touches", &fusedamp::touches, "fields"_a, "spans"_a,
         "Whether a tensor of these fields shares memory with one of these spans.");
 }

@@ -117,8 +117,11 @@ class StepTable:
         return grads if grads is not None and grads[len(self.params) * _WORD :] == self._grad_kinds else None
 
     def has_same_state(self, state: list[Tensor]) -> bool:
-        """Whether steps, masters, states and scales are where they were."""
-        return _C.same_fields(state, self._state_fields)
+        """Whether steps, masters, states and scales are where they were, and step counts are counts (as far
+        as the host can see).
+        """
+        counts = len(self.params) if self.params[0].device.type == "cpu" else 0
+        return _C.same_fields(state, self._state_fields) and _C.are_counts(self._state_fields, counts)
 
     def let_go(self) -> None:
         self.params = []

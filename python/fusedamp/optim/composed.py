@@ -62,7 +62,7 @@ class ComposedOptimizer(FusedOptimizer):
 
     def _check_calls(self, batches: list[Batch]) -> None:
         # Parameters are updated one after the other: none may read what an earlier one has written.
-        ops.check_memory([batch.call() for batch in batches])
+        ops.check_memory([_memory(batch) for batch in batches])
 
     def _launch(self, batch: Batch) -> None:
         for slot, grad in zip(batch.slots, batch.grads, strict=True):
@@ -92,6 +92,15 @@ def next_count(step: Tensor) -> Tensor:
     following = step + 1
     above = torch.nextafter(step, step.new_tensor(torch.inf))
     return torch.where(step < 2.0**62, torch.where(following > step, following, above), step)
+
+
+def _memory(batch: Batch) -> ops.StepCall:
+    """What an update of ``batch`` reads and writes; its parameters may have different states."""
+    slots = batch.slots
+    masters = [slot.master for slot in slots if slot.master is not None]
+    states = {"states": [state for slot in slots for state in slot.states]}
+    params, steps = [slot.target for slot in slots], [slot.step for slot in slots]
+    return ops.StepCall(batch.op, params, batch.grads, masters, states, steps, batch.scalars)
 
 
 def followed(slot: Slot) -> Tensor:

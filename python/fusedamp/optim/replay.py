@@ -41,7 +41,8 @@ class Replay:
         modes: list[Mode],
         batches: list[tuple[Group, str, list[Slot], Fields]],
     ) -> None:
-        self._groups, self._modes = list(groups), modes
+        self._groups: list[Group] | None = list(groups)
+        self._group_ids, self._modes = list(map(id, groups)), modes
         self._params: list[Tensor] | None = [param for group in groups for param in group["params"]]
         self._sizes = [len(group["params"]) for group in groups]
         places = {id(param): i for i, param in enumerate(self._params)}
@@ -49,7 +50,7 @@ class Replay:
         in_state = {key: i for i, key in enumerate(self._state_ids)}
         stepped = {id(slot.param) for _, _, slots, _ in batches for slot in slots}
         self._idle = [i for i, param in enumerate(self._params) if id(param) not in stepped]
-        self._calls: list[tuple[Group, StepTable]] = []
+        self._calls: list[tuple[int, StepTable]] = []  # each with the place of its group
         self._places: list[list[int]] = []  # of each call's parameters in the groups
         self._entries: list[tuple[list[int], Columns, list[int]]] = []  # of its states in the state
         for group, op, slots, grads in batches:
@@ -62,7 +63,7 @@ class Replay:
             if any(slot.columns != columns for slot in slots):
                 raise ValueError(f"[{op}] the parameters of a call keep different states; expected the same")
             table = StepTable(op, params, masters, states, steps, grads, scales, seeds)
-            self._calls.append((group, table))
+            self._calls.append((self._group_ids.index(id(group)), table))
             self._places.append([places[id(slot.param)] for slot in slots])
             at = [in_state[id(slot.param)] for slot in slots]
             self._entries.append((at, columns, [len(slot.entry) for slot in slots]))
@@ -72,7 +73,7 @@ class Replay:
 
     def let_go(self) -> None:
         """Keep no parameter alive until the next step."""
-        self._params = None
+        self._params = self._groups = None
         for _, table in self._calls:
             table.let_go()
 
@@ -89,7 +90,7 @@ class Replay:
         was asked for.
         """
         if (
-            not _C.same_items([groups], self._groups)
+            not self._has_same_groups(groups)
             or [len(group["params"]) for group in groups] != self._sizes
             or not self._has_same_params(groups)
             or list(map(mode_of, groups)) != self._modes
@@ -99,10 +100,10 @@ class Replay:
         if any(self._params[i].grad is not None or hasattr(self._params[i], "main_grad") for i in self._idle):
             return None
         prepared = []
-        for group, table in self._calls:
+        for g, table in self._calls:
             if (grads := table.grads()) is None:
                 return None
-            prepared.append((group, table, grads))
+            prepared.append((groups[g], table, grads))
         if not self._are_apart([grads for _, _, grads in prepared]):
             return None
         if not self._watch.is_private(looks):
@@ -111,6 +112,11 @@ class Replay:
             if self._watch.asks_for_proof(looks):
                 self._watch.proved(nothing_else_holds(attributes))
         return prepared
+
+    def _has_same_groups(self, groups: list[Group]) -> bool:
+        if self._groups is None and list(map(id, groups)) == self._group_ids:
+            self._groups = list(groups)
+        return self._groups is not None and _C.same_items([groups], self._groups)
 
     def _has_same_params(self, groups: list[Group]) -> bool:
         lists = [group["params"] for group in groups]
