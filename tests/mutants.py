@@ -107,8 +107,9 @@ class Workshop:
         except ValueError as error:
             return "stale", str(error)
         path.write_text(broken)
+        must_build = self.is_built_broken = compiled or self.is_built_broken
         try:
-            if (compiled or self.is_built_broken) and (complaint := self.build()):
+            if must_build and (complaint := self.build()):
                 return "does not build", complaint[-2000:]
             self.is_built_broken = compiled
             done = self.test(*mutant.tests, timeout=300)
