@@ -48,6 +48,7 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.is_built_broken = False  # the sources are intact again, what was built of them is not
         # In front of an installed fusedamp, whatever way that was installed.
         path = [str(folder / "python"), os.environ.get("PYTHONPATH", "")]
         self.environment = os.environ | {
@@ -106,9 +107,11 @@ class Workshop:
         except ValueError as error:
             return "stale", str(error)
         path.write_text(broken)
+        must_build = self.is_built_broken = compiled or self.is_built_broken
         try:
-            if compiled and (complaint := self.build()):
+            if must_build and (complaint := self.build()):
                 return "does not build", complaint[-2000:]
+            self.is_built_broken = compiled
             done = self.test(*mutant.tests, timeout=300)
         except subprocess.TimeoutExpired:
             return "killed (too slow)", ""

@@ -36,7 +36,7 @@ def test_good_calls_pass_and_nothing_changes(variant, monkeypatch):
     ops.check_steps([empty._replace(params=[], grads=[], steps=[], states={}, masters=[])])
 
 
-@pytest.mark.parametrize("name", [*ADAM, *MASTERS])
+@pytest.mark.parametrize("name", [*MASTERS, *ADAM])
 def test_refuses_what_the_op_refuses_in_the_same_words(name, monkeypatch):
     """The last of two calls is wrong."""
     refusal, masters = (MASTERS | ADAM)[name], name not in ADAM

@@ -1,11 +1,14 @@
 """Builds the emulated kernels: the same sources as nvcc compiles, with a host compiler, in three kinds."""
 
+import fcntl
+import functools
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,13 +99,46 @@ def call(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def is_fresh(target: Path) -> bool:
-    """Was the object compiled after every file that it was made from?"""
-    depends = target.with_suffix(".d")
-    if not target.exists() or not depends.exists():
+def beside(target: Path, ending: str) -> Path:
+    return target.with_name(target.name + ending)
+
+
+def is_fresh(target: Path, recipe: str) -> bool:
+    """Was the file made by this recipe, after every file that it was made from (headers included) had changed
+    last?"""
+    depends, stamp = beside(target, ".d"), beside(target, ".recipe")
+    if not (target.exists() and depends.exists() and stamp.exists()) or stamp.read_text() != recipe:
         return False
     sources = depends.read_text().replace("\\\n", " ").partition(":")[2].split()
     return all(Path(s).exists() and Path(s).stat().st_mtime < target.stat().st_mtime for s in sources)
+
+
+def make(command: list[str], target: Path, made_from: Iterable[Path] = ()) -> None:
+    """Runs a compiler unless the target is fresh; ``made_from``: what it reads where it does not say so."""
+    recipe = " ".join([version(command[0]), *command])
+    if is_fresh(target, recipe):
+        return
+    part, stamp = beside(target, ".part"), beside(target, ".recipe")
+    stamp.unlink(missing_ok=True)
+    call([*command, "-o", str(part)])
+    if made_from:
+        beside(target, ".d").write_text(f"{target}: {' '.join(map(str, made_from))}\n")
+    os.replace(part, target)
+    stamp.write_text(recipe)
+
+
+@functools.cache
+def version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time: tests run in several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def kernel_names(mangled: Iterable[str]) -> set[str]:
@@ -134,10 +170,12 @@ def kernels_run(binary: Path, output: str) -> set[str]:
 
 
 def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:
-    """Builds test_kernels or test_runtime of the project in `root`, only what changed; returns the binary."""
+    """Builds test_kernels or test_runtime of the project in `root`, only what changed; returns the binary.
+
+    In a folder that is kept, a second build does nothing. Several processes may call it with one folder.
+    """
     compiler, emulation, csrc = kind.compiler(), root / "tests/emulation", root / "csrc"
     assert compiler, kind.missing
-    folder.mkdir(parents=True, exist_ok=True)
     include = [f"-I{emulation}", f"-I{cuda_include()}"]
     emulated = [compiler, *HOST_FLAGS, *kind.flags, *kind.defines(), *include]
     # The fibers, and the CPU engine as the reference, stay free of sanitizers.
@@ -155,11 +193,12 @@ def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:
     objects = {name: folder / f"{name}.o" for name in jobs}
 
     def compile_one(name: str) -> None:
-        if not is_fresh(objects[name]):
-            call([*jobs[name], "-MD", "-c", "-o", str(objects[name])])
+        depends = ["-MD", "-MF", str(beside(objects[name], ".d"))]
+        make([*jobs[name], *depends, "-c"], objects[name])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, jobs))
     binary = folder / program
-    call([compiler, *kind.flags, *map(str, objects.values()), "-o", str(binary)])
+    with locked(folder):
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(compile_one, jobs))
+        make([compiler, *kind.flags, *map(str, objects.values())], binary, objects.values())
     return binary

@@ -5,6 +5,7 @@ non-finite values at every position), races, missing barriers and fences, access
 mutants.py shows that it can fail.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,11 +14,22 @@ import fusedamp
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from emulated import KINDS, ROOT, Kind, build, cuda_include, kernels_of, kernels_run
+from emulated import (
+    KINDS,
+    ROOT,
+    Kind,
+    build,
+    cuda_include,
+    is_fresh,
+    kernels_of,
+    kernels_run,
+    make,
+)
 
 pytestmark = [
     pytest.mark.emulation,
     pytest.mark.slow,
+    pytest.mark.timeout(600, func_only=True),  # building, in a fixture, takes the time that it takes
     pytest.mark.skipif(cuda_include() is None, reason="needs CUDA's headers (cuda_fp16.h); set CUDA_HOME"),
 ]
 
@@ -41,25 +53,36 @@ def kind_or_skip(name: str) -> Kind:
     return kind
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_emulation_does_what_cuda_documents_and_stops_defects(name: str, tmp_path: Path) -> None:
-    kind = kind_or_skip(name)
-    binary = str(build(kind, "test_runtime", tmp_path))
-    good = kind.run([binary])
+@pytest.fixture(scope="session")
+def binary(request: pytest.FixtureRequest) -> Path:
+    """A program of one kind of build, compiled only where its sources or flags have changed since the last
+    run."""
+    name, program = request.param
+    return build(kind_or_skip(name), program, ROOT / "build/emulation" / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "binary"), [(n, (n, "test_runtime")) for n in KINDS], indirect=["binary"], ids=KINDS
+)
+def test_emulation_does_what_cuda_documents_and_stops_defects(name: str, binary: Path) -> None:
+    kind = KINDS[name]
+    good = kind.run([str(binary)])
     assert good.returncode == 0, good.stdout + good.stderr
     for where, defect, message in DEFECTS:
         if where == name:
-            bad = kind.run([binary, defect])
+            bad = kind.run([str(binary), defect])
             assert bad.returncode != 0, defect
             assert message in bad.stdout + bad.stderr, (defect, bad.stderr)
 
 
+SIZES = {"plain": (4, 100_000), "address": (4, 20_000), "thread": (4, 4_000)}  # rounds, the largest tensor
+
+
 @pytest.mark.parametrize(
-    ("name", "rounds", "largest"), [("plain", 4, 100_000), ("address", 4, 20_000), ("thread", 4, 4_000)]
+    ("name", "binary"), [(n, (n, "test_kernels")) for n in KINDS], indirect=["binary"], ids=KINDS
 )
-def test_kernels_equal_the_cpu_engine(name: str, rounds: int, largest: int, tmp_path: Path) -> None:
-    kind = kind_or_skip(name)
-    binary = build(kind, "test_kernels", tmp_path)
+def test_kernels_equal_the_cpu_engine(name: str, binary: Path) -> None:
+    kind, (rounds, largest) = KINDS[name], SIZES[name]
     done = kind.run([str(binary), str(rounds), str(largest)])
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     library = Path(fusedamp.__file__).parent / "libfusedamp_cuda.so"
@@ -67,6 +90,37 @@ def test_kernels_equal_the_cpu_engine(name: str, rounds: int, largest: int, tmp_
         wanted = kernels_of(library, kind)
         assert len(wanted) > 50
         assert kernels_run(binary, done.stdout) == wanted
+
+
+def test_nothing_is_built_twice(tmp_path: Path) -> None:
+    """A target is made again where a header, a flag or the list of its parts has changed, and only then."""
+    header, source, target = tmp_path / "a.h", tmp_path / "a.cpp", tmp_path / "a.o"
+    header.write_text("constexpr int kA = 1;\n")
+    source.write_text('#include "a.h"\nint a() { return kA; }\n')
+    os.utime(header, (1, 1))
+    os.utime(source, (1, 1))
+
+    def made(*flags: str) -> bool:
+        if target.exists():
+            os.utime(target, (2, 2))
+        make(["g++", *flags, str(source), "-MD", "-MF", str(tmp_path / "a.o.d"), "-c"], target)
+        return target.stat().st_mtime != 2
+
+    depends = tmp_path / "a.o.d"
+    assert made()
+    depends.write_text(f"{target}: {source} {header}\n")  # the compiler's own headers are newer than 1970
+    assert not made()
+    os.utime(header, (3, 3))
+    assert made()
+    depends.write_text(f"{target}: {source} {header}\n")
+    os.utime(header, (1, 1))
+    assert not made()
+    assert made("-O2")
+    binary = tmp_path / "a.so"
+    make(["g++", "-shared", str(target)], binary, [target])
+    assert is_fresh(binary, (tmp_path / "a.so.recipe").read_text())
+    os.utime(target)
+    assert not is_fresh(binary, (tmp_path / "a.so.recipe").read_text())
 
 
 def test_defects_are_tried_with_every_rule_that_the_tests_name() -> None:
