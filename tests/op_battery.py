@@ -108,7 +108,7 @@ def stored(sizes: list[tuple[int, ...]]) -> Iterator[tuple[str, list[Tensor]]]:
             for size in sizes
             for dtype in HALVES
         ]
-        optimizer = make(params, lr=0.01, weight_decay=0.1, **storage)
+        optimizer = make(params, lr=0.01, weight_decay=0.1, rounding_seed=0, **storage)
         for _ in range(3):
             for param in params:
                 param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)

@@ -80,7 +80,8 @@ def test_what_is_no_count_is_refused_in_replayed_steps(wrong):
     optimizer.state[param]["step"].fill_(wrong)
     for _ in range(3):
         with pytest.raises(
-            (ValueError, RuntimeError), match=r"\[sgd_\] steps\[0\] is .*expected a whole number"
+            (ValueError, RuntimeError),
+            match=r"\[SGD\] group 0: params\[0\] has step count .*expected a whole number",
         ):
             optimizer.step()
     assert torch.equal(param, before)

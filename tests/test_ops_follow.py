@@ -121,7 +121,7 @@ def test_both_forms_train_alike_while_weights_are_modified(dtype, make):
         else:
             same &= whole.abs() >= 2.0**-16
         assert same_bits(params[0][same], params[1][same])
-        assert same_bits(whole[same], recoding.joined(params[1].detach(), split)[same])
+        assert same_bits(whole[same], recoding.joined(params[1].detach(), split.bits)[same])
     assert same.sum() > 280
 
 

@@ -18,7 +18,7 @@ from ..packed import read
 from ..sharding import local
 from . import state_io
 from .batch import Batch, Group
-from .hyper import check_common, is_compressed
+from .hyper import check_common, draws, is_compressed
 from .layout import gradient_of, in_turns
 from .replay import Replay
 from .slot import Mode, Slot, check, check_aliasing, check_dtype, complete, making_complete
@@ -172,13 +172,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_group(self._where(g), group)
             if group["rounding_seed"] is None:
                 self._seed(group)
-        if self._replay is not None:
-            calls = self._replay.calls(self.param_groups, vars(self), self._looks, self._mode)
-            if calls is not None:
-                ready = [(table, grads, self._scalars(group, table.params)) for group, table, grads in calls]
-                for table, grads, scalars in ready:
-                    table.launch(grads, scalars)
-                return
+        replay = self._replay
+        if (
+            replay
+            and (calls := replay.calls(self.param_groups, vars(self), self._looks, self._mode)) is not None
+        ):
+            ready = [(table, grads, self._scalars(group, table.params)) for group, table, grads in calls]
+            for table, grads, scalars in ready:
+                table.launch(grads, scalars)
+            return
         before, self._replay = self._stepped, None
         batches = self._prepare()  # all is checked before anything moves
         self._check_calls(batches)
@@ -188,8 +190,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._stepped = [slot for batch in batches for slot in batch.slots]
         if len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
             self._replay = self._remember(batches)
-            if self._replay is not None:
-                self._slots, self._stepped = {}, []  # it knows all that they do
+            if self._replay:  # it knows all that they do
+                self._slots, self._stepped = {}, []
 
     def _remember(self, batches: list[Batch]) -> Replay | None:
         seen = []
@@ -290,9 +292,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _seed(self, group: Group) -> None:
         """Give ``group`` this optimizer's seed if it has none and needs one."""
-        if group["rounding_seed"] is None and (
-            group["state_dtype"] != "float32" or group["stochastic_rounding"]
-        ):
+        if group["rounding_seed"] is None and draws(group):
             if self._own_seed is None:
                 self._own_seed = next(_seeds) % 2**31
             group["rounding_seed"] = self._own_seed

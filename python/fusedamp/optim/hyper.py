@@ -72,13 +72,14 @@ def check_common(where: str, group: dict[str, Any]) -> None:
         )
 
 
+def draws(group: dict[str, Any]) -> bool:
+    """Whether steps of ``group`` draw random numbers."""
+    return group["state_dtype"] != "float32" or group["stochastic_rounding"]
+
+
 def is_compressed(group: dict[str, Any]) -> bool:
     """Whether masters or states are kept in less than FP32, or weights are rounded stochastically."""
-    return (
-        group["master_weights"] == "split"
-        or group["state_dtype"] != "float32"
-        or group["stochastic_rounding"]
-    )
+    return group["master_weights"] == "split" or draws(group)
 
 
 def _check_compression(where: str, group: dict[str, Any]) -> None:
