@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import BY_NAME, LAYERWISE, bits
 from fusedamp import optim
-from fusedamp.optim import recoding
 from fusedamp.ops.inputs import AmpInputs, DeviceInputs
+from fusedamp.optim import recoding
 from on_device import HERE, SUMS
 
 HALVES = [torch.bfloat16, torch.float16]

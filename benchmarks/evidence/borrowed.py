@@ -23,11 +23,13 @@ from on_device import fetched
 __all__ = ["COMPRESSED", "cases", "compressible", "copies", "differing", "mixed", "on_device", "op_calls"]
 
 # How else masters and states may be kept: name -> options; for weights of 16 bits, and of 32.
+# Both sides of a comparison draw alike: the seed is given.
 COMPRESSED: dict[str, dict[str, Any]] = {
     "split": {"master_weights": "split"},
-    "split, BF16 states": {"master_weights": "split", "state_dtype": torch.bfloat16},
-    "split, 8-bit states": {"master_weights": "split", "state_dtype": "int8"},
+    "split, BF16 states": {"master_weights": "split", "state_dtype": "bfloat16", "rounding_seed": 0},
+    "split, 8-bit states": {"master_weights": "split", "state_dtype": "int8", "rounding_seed": 0},
     "8-bit states, rounded at random": {
+        "rounding_seed": 0,
         "master_weights": "none",
         "state_dtype": "int8",
         "stochastic_rounding": True,

@@ -36,9 +36,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     that some trainers accumulate into, and zero themselves). Its dtype may differ from the parameter's. It is
     never written.
 
-    State is created at the first step: ``step`` (FP32, 0-d, on the parameter's device), the states of the
-    algorithm and, for 16-bit parameters, ``master``; all in FP32 (FP64 for FP64 parameters), in the
-    parameter's layout and placement.
+    State is created at the first step: ``step`` (FP32, 0-d), the states of the algorithm and, for 16-bit
+    parameters, ``master``; in FP32 (FP64 for FP64 parameters), in the parameter's layout and placement.
     """
 
     _fusedamp_fused = True  # fusedamp.GradScaler takes its fused route for us
@@ -68,9 +67,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> Any:
         """As in torch, a dict of dicts by parameter. Callers may change it: the next step looks at all of it.
-
-        Nothing else keeps its tensors: what is removed from it is freed.
-        """
+        Nothing else keeps its tensors: what is removed from it is freed."""
         own = vars(self)
         if "state" not in own:  # as of any attribute: a wrapper that forwards them answers then
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'state'")
@@ -356,10 +353,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not isinstance(params, (Tensor, set)):
                 param_group["params"] = params = list(params)
                 tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-                if len({id(p) for p in tensors}) != len(tensors):
-                    raise ValueError(
-                        f"{where} a parameter is given twice; expected it once. Remove the second."
-                    )
+                if len(set(map(id, tensors))) != len(tensors):
+                    raise ValueError(f"{where} a parameter is given twice; expected it once. Remove one.")
         super().add_param_group(param_group)
         if not all(param.is_meta for param in self.param_groups[-1]["params"]):  # else it is only planned
             self._seed(self.param_groups[-1])
@@ -368,9 +363,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As torch's, with plain tensors and plain options.
 
         A state in 8 bits is saved as ``exp_avg`` (int8, or uint8 where it is never negative),
-        ``exp_avg_scale`` and ``exp_avg_numel``; the remainder of a split master as an int16 ``master``.
-        These are no numbers: :meth:`load_state_dict` refuses them where they were cast or resized. Tensors
-        are the optimizer's own, as in torch.
+        ``exp_avg_scale`` and ``exp_avg_numel``; a split master's remainder as an int16 ``master``. They are
+        no numbers: :meth:`load_state_dict` refuses what was cast or resized. No tensor is copied.
         """
         with state_io.plainly(self):
             return super().state_dict()

@@ -17,7 +17,7 @@ ELEMENTS = 4096
 LARGE_EVERY = 16  # elements; all others have small gradients
 SIGMAS = (1e-5, 1e-9)
 UPDATES = 300
-COARSE = [dtype for dtype in STATE_NAMES if dtype != torch.float32]
+COARSE = [dtype for dtype in STATE_NAMES if dtype != "float32"]
 
 
 def compressed(steps: int) -> Iterator[Stall]:
@@ -59,7 +59,7 @@ def _decays(steps: int) -> Iterator[Stall]:
     for state_dtype in COARSE:
         story = f"second moment of 1e-2 after one gradient of 1, {steps} steps, beside neighbours of 1"
         who = f"fusedamp, {STATE_NAMES[state_dtype]}"
-        yield Stall(story, who, ends[torch.float32], ends[state_dtype], True, 0.02)
+        yield Stall(story, who, ends["float32"], ends[state_dtype], True, 0.02)
 
 
 def _magnitudes() -> Iterator[Stall]:
@@ -69,7 +69,7 @@ def _magnitudes() -> Iterator[Stall]:
     for state_dtype in COARSE:
         errors: list[float] = []
         for sigma in SIGMAS:
-            ours, exact = _moved(grads, sigma, state_dtype), _moved(grads, sigma, torch.float32)
+            ours, exact = _moved(grads, sigma, state_dtype), _moved(grads, sigma, "float32")
             errors.append(((ours - exact).norm() / exact.norm()).item())
         story = (
             f"relative error of {UPDATES} updates, gradients of {SIGMAS[1]:g}; wanted: as at {SIGMAS[0]:g}"

@@ -19,8 +19,8 @@ WEIGHT_STEPS = 1000
 BETA2 = 0.999
 OVERFLOWS = 166
 STATE_NAMES: dict[Any, str] = {
-    torch.float32: "FP32 states",
-    torch.bfloat16: "BF16 states",
+    "float32": "FP32 states",
+    "bfloat16": "BF16 states",
     "int8": "8-bit states",
 }
 ELEMENTS = 256  # of which the mean is shown: stochastic rounding is right on average
