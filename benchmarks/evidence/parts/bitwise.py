@@ -58,7 +58,8 @@ def formats(case: cases.Case, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     if dtype == torch.float64:
         return {"as is": {}}
     if dtype == torch.float32:
-        states = {"BF16 states": {"state_dtype": torch.bfloat16}, "8-bit states": {"state_dtype": "int8"}}
+        formats = {"BF16 states": "bfloat16", "8-bit states": "int8"}
+        states = {name: {"state_dtype": kind, "rounding_seed": 0} for name, kind in formats.items()}
         return {"as is": {}, **(states if compressible(case) else {})}
     modes = {f"master_weights={mode}": {"master_weights": mode} for mode in ("auto", "none")}
     return {**modes, **(COMPRESSED if compressible(case) else {})}

@@ -56,7 +56,7 @@ class Variant:
         }.get(masters, [])
         if self.storage.get("stochastic_rounding"):
             yield "stochastic rounding"
-        yield from {"bfloat16": ["BF16 states"], "int8": ["8-bit states"]}.get(states, [])
+        yield from {"bfloat16": ["BF16 states"], "int8": ["8-bit states"]}.get(str(states), [])
 
 
 REFERENCE = Variant("torch", "fp32")

@@ -1,6 +1,8 @@
 """The op that grows the loss scale and backs it off."""
 
 import math
+from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
 
@@ -42,6 +44,37 @@ def update_scale_(
     Raises: ValueError naming the argument, what it got, what it wanted.
     Cost: one element; no host sync.  Source: arXiv:1710.03740, section 3.2.
     """
+    rule = (
+        growth_factor,
+        backoff_factor,
+        growth_interval,
+        min_scale,
+        max_scale,
+        hysteresis,
+        refill_on_good_step,
+    )
+    plain = all(type(value) in (bool, int, float) for value in rule)  # else a value may change in place
+    checked = (_checked if plain else _checked.__wrapped__)(*rule)
+    if hysteresis > 1 and hysteresis_tracker is None:
+        raise ValueError(
+            f"[update_scale_] hysteresis is {hysteresis}; expected a hysteresis_tracker (int32, 1 element) "
+            "with it"
+        )
+    call("update_scale_", scale, growth_tracker, hysteresis_tracker, found_inf, **checked)
+    bump([scale, growth_tracker], [] if hysteresis_tracker is None else [hysteresis_tracker])
+
+
+@lru_cache(typed=True)
+def _checked(
+    growth_factor: float,
+    backoff_factor: float,
+    growth_interval: int,
+    min_scale: float,
+    max_scale: float,
+    hysteresis: int,
+    refill_on_good_step: bool,
+) -> dict[str, Any]:
+    """The rule as the op takes it; a training loop gives the same one in each iteration."""
     op = "update_scale_"
     factors = dict(
         growth_factor=growth_factor, backoff_factor=backoff_factor, min_scale=min_scale, max_scale=max_scale
@@ -54,19 +87,5 @@ def update_scale_(
     for name, value in dict(growth_interval=growth_interval, hysteresis=hysteresis).items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
             raise ValueError(f"[{op}] {name} is {value!r}; expected a whole number from 1 to 2**31 - 1")
-    if hysteresis > 1 and hysteresis_tracker is None:
-        raise ValueError(
-            f"[{op}] hysteresis is {hysteresis}; expected a hysteresis_tracker (int32, 1 element) with it"
-        )
-    call(
-        op,
-        scale,
-        growth_tracker,
-        hysteresis_tracker,
-        found_inf,
-        growth_interval=growth_interval,
-        hysteresis=hysteresis,
-        refill_on_good_step=arguments.flag(op, "refill_on_good_step", refill_on_good_step),
-        **factors,
-    )
-    bump([scale, growth_tracker], [] if hysteresis_tracker is None else [hysteresis_tracker])
+    refill = arguments.flag(op, "refill_on_good_step", refill_on_good_step)
+    return factors | dict(growth_interval=growth_interval, hysteresis=hysteresis, refill_on_good_step=refill)

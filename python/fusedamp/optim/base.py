@@ -18,7 +18,7 @@ from ..packed import read
 from ..sharding import local
 from . import state_io
 from .batch import Batch, Group
-from .hyper import check_common, draws, is_compressed
+from .hyper import SeenOptions, check_common, draws, is_compressed
 from .layout import gradient_of, in_turns
 from .replay import Replay
 from .slot import Mode, Slot, check, check_aliasing, check_dtype, complete, making_complete
@@ -164,11 +164,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step(self) -> None:
         begin_step(self)
         for g, group in enumerate(self.param_groups):
-            if type(group["state_dtype"]) is not str:
+            if not self._seen.has(g, group):
                 name_dtypes(group)
-            self._check_group(self._where(g), group)
-            if group["rounding_seed"] is None:
+                self._check_group(self._where(g), group)
                 self._seed(group)
+                self._seen.add(g, group)
         replay = self._replay
         if (
             replay
@@ -295,7 +295,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             group["rounding_seed"] = self._own_seed
 
     def _forget(self) -> None:
-        self._slots, self._stepped, self._replay = {}, [], None
+        self._slots, self._stepped, self._replay, self._seen = {}, [], None, SeenOptions()
         self._unchecked = True
         self._turn = 0
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from .layout import is_fake
 
 # How masters and states may be kept: option -> its values, the one that keeps most first.
@@ -18,6 +19,38 @@ STORAGE: dict[str, tuple[Any, ...]] = {
 }
 LARGEST = torch.finfo(torch.float32).max  # steps compute with FP32: beyond it, 0 * lr would be NaN
 MASTER_WEIGHTS = ("auto", *STORAGE["master_weights"])
+
+
+class SeenOptions:
+    """The options of each group that were found usable: the very same objects need no second look.
+
+    Of a group with an option that can change in place, a tensor or a list, none count as seen.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, list[Any]] = {}
+
+    def has(self, index: int, group: dict[str, Any]) -> bool:
+        return index in self._seen and _C.same_items([_options(group)], self._seen[index])
+
+    def add(self, index: int, group: dict[str, Any]) -> None:
+        options = _options(group)
+        if all(map(_is_fixed, options)):
+            self._seen[index] = options
+        else:
+            self._seen.pop(index, None)
+
+
+def _options(group: dict[str, Any]) -> list[Any]:
+    return [value for name, value in group.items() if name != "params"]
+
+
+def _is_fixed(value: Any) -> bool:
+    return (
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or (isinstance(value, tuple) and all(map(_is_fixed, value)))
+    )
 
 
 def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: float = math.inf) -> None:
