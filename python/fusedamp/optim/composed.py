@@ -84,7 +84,7 @@ def next_count(step: Tensor) -> Tensor:
     """The FP32 step count after ``step``: one more, or from 2^24 on, where FP32 has no such number, the next
     that it has (csrc/math/count.h)."""
     following = step + 1
-    above = torch.nextafter(step, step.new_tensor(torch.inf))
+    above = torch.nextafter(step, torch.full_like(step, torch.inf))
     return torch.where(step < 2.0**62, torch.where(following > step, following, above), step)
 
 
