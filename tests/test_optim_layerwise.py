@@ -8,6 +8,7 @@ from cases import BY_NAME, LAYERWISE, bits
 from fusedamp import optim
 from fusedamp.optim.base import AmpInputs, DeviceInputs
 from on_device import HERE, SUMS
+from storage_reference import followed
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -101,7 +102,7 @@ def test_norms_are_of_masters_that_follow(case, dtype):
         for p in params:
             p[::7] *= 64  # seen at the next step
     master = optimizers[1].state[params[1]]["master"]
-    master.copy_(torch.where(master.to(dtype) == params[1], master, params[1].detach().float()))
+    master.copy_(followed(master, params[1].detach()))
     for optimizer in optimizers:
         optimizer.step()
     (one_, other), states = params, [o.state[p] for o, p in zip(optimizers, params, strict=True)]

@@ -84,7 +84,8 @@ def quantized(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
     power = (largest.view(torch.int32) + (1 << (18 if nonnegative else 19))) & 0x7F800000
     scales = power.clamp(max=0x7E800000).view(torch.float32)
-    poisoned = largest.isnan() if nonnegative else ~largest.isfinite()
+    # Not isfinite(): its scalar would be made on the host.
+    poisoned = largest.view(torch.int32) >= 0x7F800000 + nonnegative
     scales = scales.masked_fill(poisoned, torch.nan)
     rows = scales.unsqueeze(1)
     x = torch.where(rows > 0, blocks.abs() / rows, 0.0)
