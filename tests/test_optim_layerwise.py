@@ -7,8 +7,8 @@ import torch
 from cases import BY_NAME, LAYERWISE, bits
 from fusedamp import optim
 from fusedamp.ops.inputs import AmpInputs, DeviceInputs
-from fusedamp.optim import recoding
 from on_device import HERE, SUMS
+from storage_reference import followed
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -102,7 +102,7 @@ def test_norms_are_of_masters_that_follow(case, dtype):
         for p in params:
             p[::7] *= 64  # seen at the next step
     master = optimizers[1].state[params[1]]["master"]
-    master.copy_(recoding.followed(master, params[1].detach()))
+    master.copy_(followed(master, params[1].detach()))
     for optimizer in optimizers:
         optimizer.step()
     (one_, other), states = params, [o.state[p] for o, p in zip(optimizers, params, strict=True)]

@@ -32,7 +32,7 @@ def followed(master: Tensor, weight: Tensor) -> Tensor:
     rounded, wide = master.to(weight.dtype), weight.float()
     if weight.dtype == torch.bfloat16:
         remainder = master.view(torch.int32) - rounded.float().view(torch.int32)
-        moved = (wide.view(torch.int32) + torch.where(master.isnan(), 0, remainder)).view(torch.float32)
+        moved = (wide.view(torch.int32) + remainder.masked_fill(master.isnan(), 0)).view(torch.float32)
     else:
         was = rounded.float()
         moved = wide + (master - was) * (_half_unit(wide) / _half_unit(was))
@@ -108,8 +108,9 @@ def _quantized(flat: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(1)
     power = (largest.view(torch.int32) + (1 << (18 if nonnegative else 19))) & 0x7F800000
     scales = power.clamp(max=0x7E800000).view(torch.float32)
-    poisoned = largest.isnan() if nonnegative else ~largest.isfinite()
-    scales = torch.where(poisoned, torch.nan, scales)
+    # Not isfinite(): its scalar would be made on the host.
+    poisoned = largest.view(torch.int32) >= 0x7F800000 + nonnegative
+    scales = scales.masked_fill(poisoned, torch.nan)
     rows = scales.unsqueeze(1)
     x = torch.where(rows > 0, blocks.abs() / rows, 0.0)
     bits = x.view(torch.int32).clamp(max=0x3FFFFFFF)
