@@ -60,3 +60,40 @@ def test_a_step_makes_no_copies(make, mode):
         optimizer.step()  # which makes the states
         grown = [peak_growth(optimizer.step) for _ in range(3)]  # checked, remembered, replayed
     assert max(grown) < 4 * NUMEL // 50
+
+
+QUANTIZED = {"master_weights": "none", "state_dtype": "int8"}
+
+
+@pytest.mark.parametrize("make", [optim.AdamW, optim.Adagrad], ids=lambda make: make.__name__)
+def test_a_first_step_makes_8_bit_states_as_such(make):
+    """Guards the largest tensor of a model, whose states in FP32 for a moment would be 8 times as large: less
+    than 1 byte per element beside the states themselves.
+    """
+
+    def first(numel):
+        param = torch.nn.Parameter(torch.ones(numel, dtype=torch.bfloat16))
+        param.grad = torch.ones_like(param)
+        make([param], **QUANTIZED).step()
+
+    first(2**18)
+    states = 2 if make is optim.AdamW else 1
+    param_and_grad = 4 * NUMEL
+    assert peak_growth(lambda: first(NUMEL)) < param_and_grad + states * NUMEL * 33 / 32 + 0.9 * NUMEL
+
+
+@pytest.mark.parametrize("target", ["int8", "float32"])
+def test_loading_quantizes_piece_by_piece(target):
+    """FP32 states into 8 bits, and back: less than 1 byte per element beside what is made."""
+    source, other = {"int8": ("float32", "int8"), "float32": ("int8", "float32")}[target]
+    saved = {}
+    for numel in (2**18, NUMEL):
+        param = torch.nn.Parameter(torch.ones(numel, dtype=torch.bfloat16))
+        param.grad = torch.ones_like(param)
+        optimizer = optim.AdamW([param], **(QUANTIZED | {"state_dtype": source}))
+        optimizer.step()
+        saved = optimizer.state_dict()
+        taker = optim.AdamW([param], **(QUANTIZED | {"state_dtype": other}))
+        grown = peak_growth(lambda taker=taker, saved=saved: taker.load_state_dict(saved))
+    made = 2 * NUMEL * (33 / 32 if target == "int8" else 4)
+    assert grown < made + 0.9 * NUMEL

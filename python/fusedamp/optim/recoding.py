@@ -11,7 +11,7 @@ from torch import Tensor
 from .layout import memory_like
 
 SCALE_BLOCK = 128  # neighbours in memory that share a scale
-PIECE = 2**17  # elements that are recoded at once: temporaries stay small beside large tensors; whole blocks
+PIECE = 2**16  # elements that are recoded at once: temporaries stay small beside large tensors; whole blocks
 
 
 def joined(param: Tensor, remainder: Tensor) -> Tensor:
