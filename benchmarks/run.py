@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     sys.exit(f"The benchmarks need {error.name}: pip install '.[bench]' in the source folder.")
 
-from benchmarks import chart, scaling, storage, zeros
+from benchmarks import chart, cliffs, scaling, storage
 from benchmarks.contenders import DTYPES
 from benchmarks.duel import Duel, WrongResult, agreed, check_small
 from benchmarks.machine import ROOT, Machine, this_machine
@@ -81,9 +81,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="instead of the rows: formats of masters and states, ours against ours",
     )
     add(
-        "--zeros",
+        "--cliffs",
         action="store_true",
-        help="instead of the rows: the gradient check of zeros, ours against ours",
+        help="instead of the rows: zeros, many groups, first steps: ours against ours",
     )
     options = parser.parse_args(arguments)
     options.threads = sorted(set(options.threads or [1, min(2, cores)]))
@@ -93,7 +93,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.samples = 5 if options.quick else 15
     if options.samples < 1:
         parser.error(f"argument --samples: got {options.samples}; expected at least 1")
-    for alone in (alones := ("scaling", "storage", "zeros")):
+    for alone in (alones := ("scaling", "storage", "cliffs")):
         if getattr(options, alone) and (options.workload or options.rival or options.dtype):
             parser.error(
                 f"argument --{alone}: has its own workloads and rivals; leave out --workload, --rival and "
@@ -149,8 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
             return scaling.run(options, machine, out, pictures, console)
         if options.storage:
             return storage.run(options, machine, out, console)
-        if options.zeros:
-            return zeros.run(options, machine, out, console)
+        if options.cliffs:
+            return cliffs.run(options, machine, out, console)
         return _run(options, machine, out, pictures, console)
     except WrongResult as error:
         console.print(f"[red]Wrong result, nothing written.[/red] {error}")

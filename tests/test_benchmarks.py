@@ -17,7 +17,7 @@ for extra in ("matplotlib", "numpy", "rich"):
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the package
 
-from benchmarks import chart, contenders, duel, report, results, run, scaling, stream, timing  # noqa: E402
+from benchmarks import chart, cliffs, contenders, duel, report, results, run, scaling, stream, timing  # noqa: E402
 from benchmarks.machine import this_machine  # noqa: E402
 from benchmarks.rows import RIVALS, ROWS, Row  # noqa: E402
 from benchmarks.timing import Limits, Sample, Timing, Triple  # noqa: E402
@@ -232,3 +232,13 @@ def test_without_a_compiler_the_stream_says_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(stream.NoStream, match="no-such-compiler"):
         stream.Stream(10)
+
+
+def test_cliffs_have_two_sides_that_run():
+    """Every row's work and what it is compared with; the row of 100 groups has as many."""
+    rows = list(cliffs.pairs(quick=True))
+    assert len({(row, dtype, place) for row, dtype, place, _, _ in rows}) == len(rows) == 16
+    for _, _, _, elements, (tried, plain) in rows:
+        assert elements > 0
+        tried()
+        plain()

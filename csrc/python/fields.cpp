@@ -73,8 +73,9 @@ int64_t contiguous_numel(const DLTensor& t) {
   return numel;
 }
 
-// A lazy negation, which no field of a tensor shows: parts of conjugated complex numbers have it. It is one bit of a word
-// in torch's own object; where that lies is found out on tensors whose answers are known, since asking takes 40 ns.
+// A lazy negation, which no field of a tensor shows: parts of conjugated complex numbers have it. It is one bit of a
+// word in torch's own object; where that lies is found out on tensors whose answers are known, since asking takes 40
+// ns.
 class Negation {
  public:
   // `pairs`: of tensors, and the same negated.

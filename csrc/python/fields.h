@@ -30,8 +30,8 @@ pybind11::bytes versions(pybind11::list tensors);
 // Whether the items of all lists, one after the other, are the very objects in `items`.
 bool same_items(pybind11::list lists, pybind11::list items);
 
-// What the dicts `entries` have under each of `columns`, column by column: tuples of a key and, where not None, the name
-// of an attribute of the value. None where one is missing, or a dict has not as many items as `sizes` says.
+// What the dicts `entries` have under each of `columns`, column by column: tuples of a key and, where not None, the
+// name of an attribute of the value. None where one is missing, or a dict has not as many items as `sizes` says.
 pybind11::object columns_of(pybind11::list entries, pybind11::list columns, pybind11::list sizes);
 
 // The memory of the tensors of lists of fields, sorted: int64 pairs of where each begins and ends.

@@ -28,10 +28,9 @@ PYBIND11_MODULE(_C, m) {
       },
       "Version, compiler, the torch whose headers were used, the oldest torch that the ops load under, nvcc's release\n"
       "(empty in a CPU-only build), and the CUDA architectures and CPU instruction sets that are in the machine code.");
-  m.def(
-      "bind_tensors", &fusedamp::bind_tensors, "tensor"_a, "parameter"_a, "exchange"_a, "negated"_a,
-      "Tell read_fields torch's types, the capsule of DLPack's exchange interface, and pairs of tensors and their\n"
-      "lazy negations; False for an unknown version.");
+  m.def("bind_tensors", &fusedamp::bind_tensors, "tensor"_a, "parameter"_a, "exchange"_a, "negated"_a,
+        "Tell read_fields torch's types, the capsule of DLPack's exchange interface, and pairs of tensors and their\n"
+        "lazy negations; False for an unknown version.");
   m.def("read_fields", &fusedamp::read_fields, "tensors"_a, "stored"_a = false,
         "A bytearray of int64 [3, n], the addresses, numels and dtype codes of n plain contiguous tensors with memory\n"
         "on one device, with `stored` also of small integers; None where there are none, or one is anything else.");

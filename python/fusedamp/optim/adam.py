@@ -29,13 +29,18 @@ class Adam(FusedOptimizer):
             below; from 65520 on infinite, as its weight. A written weight keeps its remainder, at most half
             a unit in its last place. "none" updates the 16-bit weights themselves, in FP32 arithmetic: steps
             below half a unit in the last place are then lost, unless ``stochastic_rounding`` is True.
-        state_dtype: torch.float32 (FP64 for FP64 parameters); torch.bfloat16; or "int8": 8-bit codes with an
-            FP32 scale (``exp_avg_scale`` ...) for each 128 elements, tapered, so that small values beside
-            large ones keep their precision. The latter are rounded stochastically, which keeps means exact.
-            Their random numbers depend on the group's ``rounding_seed`` (default 0), the parameter's place in
-            the optimizer, its step count and the element alone: runs repeat and resume bit for bit.
+        state_dtype: torch.float32 or "float32" (FP64 for FP64 parameters); torch.bfloat16 or "bfloat16"; or
+            "int8": 8 bits with an FP32 scale for each 128 elements, tapered, so that small values beside
+            large ones keep their precision. The latter two are rounded stochastically, which keeps means
+            exact. A state in 8 bits is a tensor that computes with its values: see
+            :class:`fusedamp.optim.encoded.Quantized`.
+        rounding_seed: of all random numbers, 0 to 2**31 - 1; None: a number that no other optimizer of the
+            process has, the same on all ranks that build the same optimizers. They depend on it, the
+            parameter's place in the optimizer, its step count and the element alone, and on no generator of
+            torch: runs repeat, and resume bit for bit, as checkpoints keep it.
         stochastic_rounding: round 16-bit weights stochastically; with ``master_weights="none"`` only.
-    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, ``master``, and scales.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, ``master``; in 8 bits also
+        ``exp_avg_scale`` and ``exp_avg_numel`` ..., for checkpoints.
     Cost: 28 B/param read and written in BF16 with masters; no host sync.
     Source: Kingma and Ba 2015, arXiv:1412.6980, Alg. 1; amsgrad: Reddi et al. 2018, arXiv:1904.09237.
     """

@@ -21,7 +21,7 @@ from .batch import Batch, Group
 from .hyper import SeenOptions, check_common, draws, is_compressed
 from .layout import gradient_of, in_turns
 from .replay import Replay
-from .slot import Mode, Slot, check, check_aliasing, check_dtype, complete, making_complete
+from .slot import Mode, Slot, check, check_aliasing, check_distinct, check_dtype, complete, making_complete
 from .storage import Entry, Storage, filled, name_dtypes, spelled_out, taken_from_checkpoint, with_storage
 
 # One for each optimizer that rounds stochastically, so that no two of a program draw alike. Not from torch's
@@ -38,6 +38,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     State is created at the first step: ``step`` (FP32, 0-d), the states of the algorithm and, for 16-bit
     parameters, ``master``; in FP32 (FP64 for FP64 parameters), in the parameter's layout and placement.
+
+    With fusedamp's scaler gradients are still scaled inside ``step``, but not for hooks before it, wrappers,
+    or another ``step``. The attributes ``found_inf`` and ``grad_scale`` are obeyed as by torch's fused ones.
     """
 
     _fusedamp_fused = True  # fusedamp.GradScaler takes its fused route for us
@@ -144,8 +147,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: reevaluates the model and returns the loss, with gradients enabled.
-        Raises: ValueError naming group and parameter; nothing was updated then.
-        Cost: no host sync; one op call per group and device.
+        Raises: ValueError naming group and parameter; nothing was updated then.  Cost: no host sync.
         """
         loss = None
         if closure is not None:
@@ -352,9 +354,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             params = param_group["params"]
             if not isinstance(params, (Tensor, set)):
                 param_group["params"] = params = list(params)
-                tensors = [p[1] if isinstance(p, tuple) else p for p in params]
-                if len(set(map(id, tensors))) != len(tensors):
-                    raise ValueError(f"{where} a parameter is given twice; expected it once. Remove one.")
+                check_distinct(where, [p[1] if isinstance(p, tuple) else p for p in params])
         super().add_param_group(param_group)
         if not all(param.is_meta for param in self.param_groups[-1]["params"]):  # else it is only planned
             self._seed(self.param_groups[-1])

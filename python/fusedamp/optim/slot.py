@@ -153,6 +153,12 @@ def check_step(value: Any) -> None:
         )
 
 
+def check_distinct(where: str, params: list[Any]) -> None:
+    """Raise where a parameter is among ``params`` twice."""
+    if len(set(map(id, params))) != len(params):
+        raise ValueError(f"{where} a parameter is given twice; expected it once. Remove the second.")
+
+
 def check_aliasing(where: str, slots: Iterable[Slot]) -> None:
     """Raise where two parameters share memory: an op that updates both at once would race with itself."""
     ranges = sorted(
