@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("csrc", "python", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-OK = ("killed", "killed (too slow)")
+OK = ("killed", "killed (too slow)", "killed (crash)")
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ class Workshop:
         failed = [
             line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))
         ]
+        if done.returncode < 0:  # by a signal: a stale address, say
+            return "killed (crash)", ""
         if done.returncode == 1:
             return "killed", failed[0].partition(" ")[2] if failed else ""
         return ("survived", "") if done.returncode == 0 else ("no test ran", done.stdout[-2000:])
