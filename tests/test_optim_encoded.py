@@ -189,6 +189,19 @@ def test_whole_copies_put_in_place_go_on(copied):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+def test_another_order_in_memory_is_refused():
+    """Block scales belong to neighbours in memory: of a channels-last weight, too."""
+    param = torch.nn.Parameter(torch.randn(3, 40, 5, 6).to(memory_format=torch.channels_last))
+    optimizer = optim.AdamW([param], **INT8)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    state = optimizer.state[param]["exp_avg"]
+    assert torch.equal(state.clone(), state)
+    with pytest.raises(TypeError, match="another order in memory"):
+        state.contiguous()
+    assert state.float().contiguous().is_contiguous()
+
+
 def test_states_can_be_set_to_zero_and_copied_back():
     params, optimizer = adamw()
     entry = optimizer.state[params[1]]

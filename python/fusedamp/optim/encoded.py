@@ -41,7 +41,10 @@ class Encoded(Tensor):
 
     def _map(self, function: Any) -> Encoded:
         """The same with ``function`` applied to each plain tensor inside."""
-        return type(self)(*map(function, vars(self).values()))
+        made = type(self)(*map(function, vars(self).values()))
+        if made.bits.stride() != self.bits.stride():  # blocks of scales are neighbours in memory
+            self._refuse("another order in memory")
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoded:
         return memo.setdefault(id(self), self._map(lambda tensor: copy.deepcopy(tensor, memo)))
