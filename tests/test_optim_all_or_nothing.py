@@ -62,6 +62,47 @@ def test_a_gradient_in_a_weights_memory_is_refused(case, alias, groups, steps):
         assert torch.equal(ours, wanted)
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_gradient_that_is_a_state_is_refused(steps):
+    params = [torch.nn.Parameter(torch.ones(8)) for _ in range(2)]
+    optimizer = optim.SGD(params, lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.ones(8)
+        optimizer.step()
+    params[1].grad = optimizer.state[params[0]]["momentum_buffer"]
+    before = everything(params, optimizer)
+    with pytest.raises(ValueError, match="shares memory with"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(everything(params, optimizer), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "share"),
+    [
+        ((slice(None), slice(0, 3)), (slice(None), slice(2, 4)), True),
+        ((slice(None), slice(0, 3)), (slice(None), slice(0, 4)), True),
+        ((slice(None), slice(0, 2)), (slice(None), slice(2, 4)), False),
+        ((slice(0, 4, 2), slice(None)), (slice(1, 4, 2), slice(None)), False),
+        ((slice(0, 3), slice(None)), (slice(2, 4), slice(None)), True),
+    ],
+)
+def test_parameters_that_share_an_element_are_refused(one, other, share):
+    """Also with gaps, where each is stepped on a copy; interleaved ones that share none are not."""
+    memory = torch.zeros(4, 4)
+    params = [torch.nn.Parameter(memory[place]) for place in (one, other)]
+    optimizer = optim.SGD(params, lr=1.0)
+    for param in params:
+        param.grad = torch.ones(param.shape)
+    if share:
+        with pytest.raises(ValueError, match="two parameters share memory"):
+            optimizer.step()
+        assert (memory == 0).all()
+    else:
+        optimizer.step()
+        assert (memory == -1).all()
+
+
 def test_a_state_that_does_not_fit_in_a_late_group():
     params, optimizer = make(BY_NAME["adamw"], True)
     optimizer.step()

@@ -13,7 +13,7 @@ import warnings
 
 import pytest
 import torch
-from cases import COMPOSED, MAIN, make_params, set_grads
+from cases import COMPOSED, MAIN, kept, make_params, set_grads
 from fusedamp import optim
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -46,29 +46,29 @@ def test_groups_and_defaults_are_json(case):
         assert json.loads(json.dumps(values)).keys() == values.keys()
 
 
-@pytest.mark.parametrize(("given", "kept"), BY_DTYPE, ids=str)
-def test_dtypes_are_named_wherever_they_come_from(given, kept):
+@pytest.mark.parametrize(("given", "name"), BY_DTYPE, ids=str)
+def test_dtypes_are_named_wherever_they_come_from(given, name):
     """The constructor, a group, a user's assignment, a checkpoint and a pickle of dtypes."""
     params = make_params(torch.float32)
     optimizer = optim.AdamW(params, state_dtype=given)
-    assert optimizer.defaults["state_dtype"] == optimizer.param_groups[0]["state_dtype"] == kept
+    assert optimizer.defaults["state_dtype"] == optimizer.param_groups[0]["state_dtype"] == name
     other = optim.AdamW([{"params": params, "state_dtype": given}])
-    assert other.param_groups[0]["state_dtype"] == kept
+    assert other.param_groups[0]["state_dtype"] == name
     late = optim.AdamW(params)
     late.param_groups[0]["state_dtype"] = given
-    assert late.state_dict()["param_groups"][0]["state_dtype"] == kept
+    assert late.state_dict()["param_groups"][0]["state_dtype"] == name
     late.param_groups[0]["state_dtype"] = given
     set_grads(params, 0)
     late.step()
-    assert late.param_groups[0]["state_dtype"] == kept
+    assert late.param_groups[0]["state_dtype"] == name
     old = pickle.loads(pickle.dumps(late))
     old.param_groups[0]["state_dtype"] = old.defaults["state_dtype"] = given
     old = pickle.loads(pickle.dumps(old))
-    assert old.param_groups[0]["state_dtype"] == old.defaults["state_dtype"] == kept
+    assert old.param_groups[0]["state_dtype"] == old.defaults["state_dtype"] == name
     saved = copy.deepcopy(late.state_dict())
     saved["param_groups"][0]["state_dtype"] = given
     optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["state_dtype"] == kept
+    assert optimizer.param_groups[0]["state_dtype"] == name
 
 
 def test_muon_takes_the_name_of_a_dtype():
@@ -209,6 +209,14 @@ def test_adagrad_shares_its_states():
     assert all(held[name] is value and value.is_shared() for name, value in optimizer.state[param].items())
     assert held["step"] == 3
     assert (held["sum"] == 3).all()
+
+
+@pytest.mark.parametrize("options", [{"state_dtype": "int8"}, {"master_weights": "split"}], ids=str)
+def test_adagrad_shares_states_of_every_format(options):
+    param = torch.nn.Parameter(torch.ones(4).bfloat16())
+    optimizer = optim.Adagrad([param], **options)
+    optimizer.share_memory()
+    assert all(t.is_shared() for t in kept(optimizer.state[param]).values())
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

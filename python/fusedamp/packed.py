@@ -105,7 +105,7 @@ class StepTable:
         )
         if fields is None or state_fields is None or param_fields is None:
             raise ValueError(f"[{op}] not all tensors are plain; expected contiguous ones on one device")
-        self._state_fields, self.param_fields = state_fields, param_fields
+        self.state_fields, self.param_fields = state_fields, param_fields
         self._grad_kinds = grads[len(params) * _WORD :]
         self._rows = self._packed_rows(rows(fields), rows(grads), bool(masters), seeds)
 
@@ -121,7 +121,7 @@ class StepTable:
         as the host can see).
         """
         counts = len(self.params) if self.params[0].device.type == "cpu" else 0
-        return _C.same_fields(state, self._state_fields) and _C.are_counts(self._state_fields, counts)
+        return _C.same_fields(state, self.state_fields) and _C.are_counts(self.state_fields, counts)
 
     def let_go(self) -> None:
         self.params = []

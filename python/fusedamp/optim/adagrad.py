@@ -58,7 +58,8 @@ class Adagrad(FusedOptimizer):
         """Move the states into memory that processes share, as torch's; call it before they start."""
         for entry in self.state.values():
             for value in entry.values():
-                value.share_memory_()
+                if isinstance(value, Tensor):  # not what is said of one in 8 bits
+                    value.share_memory_()
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

@@ -37,10 +37,11 @@ class Adam(FusedOptimizer):
         rounding_seed: of all random numbers, 0 to 2**31 - 1; None: a number that no other optimizer of the
             process has, the same on all ranks that build the same optimizers. They depend on it, the
             parameter's place in the optimizer, its step count and the element alone, and on no generator of
-            torch: runs repeat, and resume bit for bit, as checkpoints keep it.
+            torch: runs repeat, and resume bit for bit, as checkpoints keep it. A copy goes on with the
+            numbers of its original; give it a seed of its own to draw apart.
         stochastic_rounding: round 16-bit weights stochastically; with ``master_weights="none"`` only.
     State: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, ``master``; in 8 bits also
-        ``exp_avg_scale`` and ``exp_avg_numel`` ..., for checkpoints.
+        ``exp_avg_scale``, ``exp_avg_numel``, ``exp_avg_order`` ..., for checkpoints.
     Cost: 28 B/param read and written in BF16 with masters; no host sync.
     Source: Kingma and Ba 2015, arXiv:1412.6980, Alg. 1; amsgrad: Reddi et al. 2018, arXiv:1904.09237.
     """

@@ -363,8 +363,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As torch's, with plain tensors and plain options.
 
         A state in 8 bits is saved as ``exp_avg`` (int8, or uint8 where it is never negative),
-        ``exp_avg_scale`` and ``exp_avg_numel``; a split master's remainder as an int16 ``master``. They are
-        no numbers: :meth:`load_state_dict` refuses what was cast or resized. No tensor is copied.
+        ``exp_avg_scale`` and its size and order in memory; a split master's remainder as an int16
+        ``master``. They are no numbers: :meth:`load_state_dict` refuses what was cast or resized. No tensor
+        is copied.
         """
         with state_io.plainly(self):
             return super().state_dict()

@@ -103,6 +103,8 @@ class Encoded(Tensor):
             func is _aten.copy_.default
             and type(source) is type(args[1]) is cls
             and source.shape == args[1].shape
+            and source.bits.dtype == args[1].bits.dtype
+            and source.bits.stride() == args[1].bits.stride()
         ):
             for mine, other in zip(vars(source).values(), vars(args[1]).values(), strict=True):
                 mine.copy_(other, *args[2:])
@@ -195,6 +197,11 @@ class Remainder(Encoded):
 
     def __init__(self, bits: Tensor) -> None:
         self.bits = bits
+
+
+def parts(tensor: Encoded) -> list[Tensor]:
+    """The plain tensors inside."""
+    return list(vars(tensor).values())
 
 
 def _writes_encoded(func: Any, args: Any, kwargs: Any) -> bool:

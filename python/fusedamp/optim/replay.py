@@ -67,7 +67,8 @@ class Replay:
             self._places.append([places[id(slot.param)] for slot in slots])
             at = [in_state[id(slot.param)] for slot in slots]
             self._entries.append((at, columns, [len(slot.entry) for slot in slots]))
-        self._written = _C.spans([table.param_fields for _, table in self._calls])
+        written = [(table.param_fields, table.state_fields) for _, table in self._calls]
+        self._written = _C.spans(list(chain.from_iterable(written)))
         self._apart: list[Fields] = []  # gradients that were seen to share no memory with what is written
         self._watch = Watch()
 

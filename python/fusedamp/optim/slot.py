@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Generator, Iterable
 from operator import is_
@@ -15,7 +14,7 @@ from torch.nn import Parameter
 from .. import _C
 from ..packed import read
 from ..sharding import local
-from .encoded import Quantized, Remainder, plain
+from .encoded import Encoded, Quantized, Remainder, parts, plain
 from .layout import STATE_DTYPES, is_fake, overlaps_itself, placed_like, strided_like
 from .storage import Entry, adapted, has_master, keep_master, label, need_storable, numel_name, stored_dtype
 
@@ -72,6 +71,7 @@ class Slot:
         self.turn = -1  # the step that used it last
         self.seed = 0  # of its random numbers
         self._values = tuple(entry.values())
+        self._inside = [part for value in self._values if isinstance(value, Encoded) for part in parts(value)]
         self._dtype, self._numel, self._stride = source.dtype, source.numel(), source.stride()
         self._device_index = source.get_device()
         self._grad_dtype: torch.dtype | None = None  # of the last gradient that was checked
@@ -91,7 +91,15 @@ class Slot:
             and source.get_device() == self._device_index
             and len(entry) == len(self._values)
             and all(map(is_, entry.values(), self._values))
+            and self._has_same_inside()
         )
+
+    def _has_same_inside(self) -> bool:
+        """Whether encoded states still have the tensors that the step reads."""
+        if not self._inside:
+            return True
+        now = [part for value in self._values if isinstance(value, Encoded) for part in parts(value)]
+        return len(now) == len(self._inside) and all(map(is_, now, self._inside))
 
     def paired(self, grad: Tensor) -> Tensor:
         """``grad`` as the op wants it: the local shard, real, with the strides of ``target``."""
@@ -161,17 +169,37 @@ def check_distinct(where: str, params: list[Any]) -> None:
 
 def check_aliasing(where: str, slots: Iterable[Slot]) -> None:
     """Raise where two parameters share memory: an op that updates both at once would race with itself."""
-    ranges = sorted(
-        (slot.key[0], slot.target.data_ptr(), slot.target.numel() * slot.target.element_size())
-        for slot in slots
-        if slot.target.numel() and not is_fake(slot.target)
+    ranges = sorted(  # the place of a slot breaks ties
+        ((slot.key[0], slot.source.data_ptr(), _reach(slot.source), i), slot.source)
+        for i, slot in enumerate(slots)
+        if slot.source.numel() and not is_fake(slot.source)
     )
-    for (device, start, size), (other_device, other_start, _) in itertools.pairwise(ranges):
-        if device == other_device and start + size > other_start:
+    last: list[tuple[Any, Tensor]] = []  # those that may reach into what comes
+    for (device, start, size, i), source in ranges:
+        last = [(key, one) for key, one in last if key[0] == device and key[1] + key[2] > start]
+        if any(_overlap(one, source) for _, one in last):
             raise ValueError(
-                f"{where} two parameters share memory at {other_start:#x} on {device}; expected disjoint. "
+                f"{where} two parameters share memory at {start:#x} on {device}; expected disjoint. "
                 "Tie weights by using one Parameter object, and pass it once."
             )
+        last.append(((device, start, size, i), source))
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (sum(steps) + 1) * tensor.element_size()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether an element of each lies in the same memory, of two whose ranges meet."""
+    size = one.element_size()
+    distance = other.data_ptr() - one.data_ptr()
+    if size != other.element_size() or distance % size:
+        return True
+    seen = torch.zeros(max(_reach(one), distance + _reach(other)) // size, dtype=torch.bool)
+    seen.as_strided(one.shape, one.stride()).fill_(True)
+    return bool(seen.as_strided(other.shape, other.stride(), distance // size).any())
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import reduce
 from typing import Any, TypedDict
 
 import torch
@@ -69,6 +70,11 @@ def scale_name(state: str) -> str:
 def numel_name(state: str) -> str:
     """The key in a checkpoint of the number of elements of a state whose bits are no numbers."""
     return f"{state}_numel"
+
+
+def order_name(state: str) -> str:
+    """The key in a checkpoint of the order in which an 8-bit state's dimensions lie in memory."""
+    return f"{state}_order"
 
 
 def stored_dtype(param_dtype: torch.dtype, state_dtype: str, nonnegative: bool) -> torch.dtype:
@@ -170,6 +176,7 @@ def taken_from_checkpoint(entry: Entry, name: str, nonnegative: bool) -> None:
     if not isinstance(value, Tensor) or value.dtype not in CODES or isinstance(value, Encoded):
         return
     scales, numel = entry.pop(scale_name(name), None), entry.pop(numel_name(name), value.numel())
+    order = entry.pop(order_name(name), None)
     scales = plain(scales) if isinstance(scales, Tensor) else scales
     check_scales(name, value, scales)
     if value.dtype != CODES[nonnegative]:
@@ -194,13 +201,43 @@ def taken_from_checkpoint(entry: Entry, name: str, nonnegative: bool) -> None:
             "with "
             'state_dtype="float32".'
         )
-    entry[name] = Quantized(value, scales)
+    entry[name] = Quantized(value if order is None else _in_order(value, order), scales)
     label(entry, name)
 
 
 def for_checkpoint(entry: Entry) -> Entry:
-    """``entry`` as plain tensors, which every program can read."""
-    return {name: plain(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
+    """``entry`` as plain tensors, which every program can read; of 8-bit states, contiguous ones in the order
+    of memory, to which their block scales belong, so that no copy of them changes it.
+    """
+    for name, value in list(entry.items()):
+        if isinstance(value, Tensor) and not isinstance(value, Scales):
+            label(entry, name)  # it may have been replaced since the last step
+    saved = {name: plain(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
+    for name, value in entry.items():
+        if isinstance(value, Quantized) and not value.bits.is_contiguous():
+            saved[name] = value.bits.permute(_order(value.bits)).reshape(value.shape)
+    return saved
+
+
+def _order(dense: Tensor) -> list[int]:
+    """The dimensions of a dense tensor as its memory has them, the outermost first."""
+    strides = dense.stride()
+    return sorted(range(dense.dim()), key=lambda d: (-strides[d], d))
+
+
+def _order_number(dense: Tensor) -> int:
+    """:func:`_order` as one number, which every kind of checkpoint can hold."""
+    return reduce(lambda number, dim: 64 * number + dim, _order(dense), 1)
+
+
+def _in_order(saved: Tensor, number: int) -> Tensor:
+    """The view of ``saved``, contiguous in the order of memory, that has the order ``number`` again."""
+    order: list[int] = []
+    while number > 1:
+        number, dim = divmod(number, 64)
+        order.insert(0, dim)
+    permuted = saved.contiguous().view([saved.size(d) for d in order])
+    return permuted.permute([order.index(d) for d in range(saved.dim())])
 
 
 def label(entry: Entry, name: str) -> None:
@@ -212,8 +249,11 @@ def label(entry: Entry, name: str) -> None:
         entry.pop(numel_name(name), None)
     if not isinstance(value, Quantized):
         entry.pop(scales, None)
-    elif getattr(entry.get(scales), "bits", None) is not value.scales:
+        entry.pop(order_name(name), None)
+        return
+    if getattr(entry.get(scales), "bits", None) is not value.scales:
         entry[scales] = Scales(value.scales)
+    entry[order_name(name)] = _order_number(value.bits)
 
 
 def keep_master(entry: Entry, param: Tensor, master_weights: str) -> None:
