@@ -273,3 +273,18 @@ def test_scale_refuses_what_is_no_tensor_in_a_mapping():
         with pytest.raises(ValueError, match="outputs must be a Tensor or an iterable of Tensors"):
             scaler.scale(bad)
     assert GradScaler(DEVICE, enabled=False).scale(bad) is bad
+
+
+def test_an_interval_below_the_running_count_still_grows():
+    """torch compares with ==, and never grows again."""
+    scaler = GradScaler(DEVICE, init_scale=4.0, growth_interval=100)
+    param = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([param], lr=0.0)
+    for step in range(6):
+        if step == 5:
+            scaler.set_growth_interval(2)
+        scaler.scale(param.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert scaler.get_scale() == (8.0 if step == 5 else 4.0)

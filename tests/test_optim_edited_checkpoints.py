@@ -79,6 +79,26 @@ def test_checkpoints_hold_plain_tensors_and_values(dtype):
     assert saved["state"][1].keys() == entry.keys()  # torch's own code looks for the ones in the others
 
 
+def test_what_was_removed_is_not_saved():
+    """A state that was dropped to begin anew leaves nothing that a load would stumble over."""
+    params, _optimizer = adamw()
+    state = optim.SGD(params, lr=0.1, momentum=0.9, **INT8)
+    set_grads(params, 0)
+    state.step()
+    del state.state[params[1]]["momentum_buffer"]
+    saved = copy.deepcopy(state.state_dict())
+    assert saved["state"][1].keys() == {"step", "master"}
+    state.load_state_dict(saved)
+
+
+def test_an_order_that_is_none_is_refused():
+    _params, optimizer = adamw()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][3]["exp_avg_order"] = 64 * 64 + 64 + 1
+    with pytest.raises(ValueError, match=r"with the order \[1, 1\] of dimensions; expected each once"):
+        optimizer.load_state_dict(saved)
+
+
 def test_pickles_of_bare_values_are_taken_over():
     """An optimizer pickled before states in 8 bits were tensors of their own goes on to the bit."""
     params, optimizer = adamw()

@@ -79,8 +79,7 @@ class Encoded(Tensor):
     def _refuse(cls, what: object) -> NoReturn:
         raise TypeError(
             f"[fusedamp.optim] {what} was asked of {cls._what}, whose bits are no numbers; expected whole "
-            "copies. "
-            f"{cls._way_out}"
+            f"copies. {cls._way_out}."
         )
 
     @classmethod

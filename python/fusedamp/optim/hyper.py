@@ -135,6 +135,5 @@ def _check_compression(where: str, group: dict[str, Any]) -> None:
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31):
         raise ValueError(
             f"{where} rounding_seed is {seed!r}; expected a whole number from 0 to 2**31 - 1, or None for "
-            "one that no "
-            "other optimizer of this process has. Pass one."
+            "one that no other optimizer of this process has. Pass one."
         )

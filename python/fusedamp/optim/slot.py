@@ -156,8 +156,7 @@ def check_step(value: Any) -> None:
     if not isinstance(value, (int, float)) or not (0 <= value <= MOST_STEPS and math.floor(value) == value):
         raise ValueError(
             f"has step count {value!r}; expected a whole number from 0 to 2**62. Load an intact checkpoint, "
-            "or assign "
-            "the number of steps taken."
+            "or assign the number of steps taken."
         )
 
 

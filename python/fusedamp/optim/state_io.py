@@ -145,8 +145,8 @@ def _warn_of_rules(where: str, optimizer: str, saved: dict[str, Any], group: dic
     if ignored:
         warnings.warn(
             f"{where} the checkpoint has {', '.join(f'{k}={v!r}' for k, v in ignored.items())}, which "
-            f"{optimizer} does "
-            "not have: kept in the group and ignored by its steps. Set this optimizer's own options to the "
+            f"{optimizer} does not have: kept in the group and ignored by its steps. Set this optimizer's "
+            "own options to the "
             "same effect.",
             stacklevel=6,
         )
@@ -194,9 +194,8 @@ def _convert_tensors(
         dtype = getattr(entry.get(name), "dtype", "missing")
         raise ValueError(
             f"has {scales[0]!r}, the block scales of an 8-bit state, beside {name!r} of dtype {dtype}; "
-            "expected its int8 "
-            "or uint8 values. Quantized values are no numbers, so they can't be cast or computed with: load "
-            "the intact "
+            "expected its int8 or uint8 values. Quantized values are no numbers, so they can't be cast or "
+            "computed with: load the intact "
             'checkpoint into an optimizer with state_dtype="float32", whose states are.'
         )
     numel = entry.pop(numel_name("master"), None)
@@ -211,9 +210,9 @@ def _convert_tensors(
             if numel is not None and (not was_split or numel != value.numel()):
                 raise ValueError(
                     f"has a master of dtype {value.dtype} with {value.numel()} elements, saved as the "
-                    "remainder "
-                    f"of a split one of {numel}; expected the int16 bits as they were, which are no numbers. "
-                    "Load the intact checkpoint, or remove 'master' from it: it is made from the weight."
+                    f"remainder of a split one of {numel}; expected the int16 bits as they were, which are "
+                    "no numbers. Load the intact checkpoint, or remove 'master' from it: it is made from "
+                    "the weight."
                 )
             master = fitted(plain(value), param, torch.int16 if was_split else None)
             entry[name] = Remainder(master) if was_split and type(master) is Tensor else master

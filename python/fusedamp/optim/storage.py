@@ -136,16 +136,14 @@ def adapted(entry: Entry, name: str, like: Tensor, dtype: torch.dtype) -> Tensor
     elif not isinstance(entry.get(scale_name(name)), Scales | None):
         raise ValueError(
             f"has state {name!r} of dtype {value.dtype} beside {scale_name(name)!r}, the block scales of an "
-            "8-bit "
-            "state; expected its int8 or uint8 values, or floats alone. Quantized values are no numbers: "
-            "load the "
-            f'checkpoint into an optimizer with state_dtype="float32" first, or remove {scale_name(name)!r}.'
+            "8-bit state; expected its int8 or uint8 values, or floats alone. Quantized values are no "
+            'numbers: load the checkpoint into an optimizer with state_dtype="float32" first, or remove '
+            f"{scale_name(name)!r}."
         )
     elif not (value.is_floating_point() or value.is_complex()):
         raise ValueError(
             f"has state {name!r} of dtype {value.dtype}; expected floating-point values, or a state as this "
-            "optimizer "
-            "made it. Assign floats, or remove the state."
+            "optimizer made it. Assign floats, or remove the state."
         )
     if dtype not in CODES:
         return value if fits(value, like, dtype) else fitted(value, like, dtype)
@@ -165,8 +163,7 @@ def check_scales(name: str, values: Tensor, scales: Any) -> None:
         got = f"{scales.dtype} of shape {list(scales.shape)}" if isinstance(scales, Tensor) else repr(scales)
         raise ValueError(
             f"has 8-bit state {name!r} of {values.numel()} elements with block scales {got}; expected "
-            "torch.float32 of "
-            f"shape [{wanted}]. Pass what state_dict() returned, or clear optimizer.state."
+            f"torch.float32 of shape [{wanted}]. Pass what state_dict() returned, or clear optimizer.state."
         )
 
 
@@ -187,19 +184,15 @@ def taken_from_checkpoint(entry: Entry, name: str, nonnegative: bool) -> None:
     if numel != value.numel():
         raise ValueError(
             f"has 8-bit state {name!r} of {value.numel()} elements, which was saved with {numel}; expected "
-            "all of "
-            "them, as their block scales belong to their places. To add or remove elements, load the "
-            "checkpoint into "
-            'an optimizer with state_dtype="float32", whose states are numbers.'
+            "all of them, as their block scales belong to their places. To add or remove elements, load the "
+            'checkpoint into an optimizer with state_dtype="float32", whose states are numbers.'
         )
     powers = scales.view(torch.int32) & 0x7FFFFF if not is_fake(scales) else None
     if powers is not None and not ((powers == 0) & (scales >= 0) | scales.isnan()).all():
         raise ValueError(
             f"has 8-bit state {name!r} with {scale_name(name)!r} that are no powers of two; expected the "
-            "scales that "
-            "were saved with it. Scales can't be averaged or cast: do so with the states of an optimizer "
-            "with "
-            'state_dtype="float32".'
+            "scales that were saved with it. Scales can't be averaged or cast: do so with the states of an "
+            'optimizer with state_dtype="float32".'
         )
     entry[name] = Quantized(value if order is None else _in_order(value, order), scales)
     label(entry, name)
@@ -212,6 +205,11 @@ def for_checkpoint(entry: Entry) -> Entry:
     for name, value in list(entry.items()):
         if isinstance(value, Tensor) and not isinstance(value, Scales):
             label(entry, name)  # it may have been replaced since the last step
+        elif isinstance(value, Scales):
+            state = name.removesuffix(scale_name(""))
+            if not isinstance(entry.get(state), Quantized):  # it was removed since
+                for known in (name, numel_name(state), order_name(state)):
+                    entry.pop(known, None)
     saved = {name: plain(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
     for name, value in entry.items():
         if isinstance(value, Quantized) and not value.bits.is_contiguous():
@@ -236,6 +234,11 @@ def _in_order(saved: Tensor, number: int) -> Tensor:
     while number > 1:
         number, dim = divmod(number, 64)
         order.insert(0, dim)
+    if sorted(order) != list(range(saved.dim())):
+        raise ValueError(
+            f"has an 8-bit state of shape {list(saved.shape)} with the order {order} of dimensions; expected "
+            "each once. Load an intact checkpoint."
+        )
     permuted = saved.contiguous().view([saved.size(d) for d in order])
     return permuted.permute([order.index(d) for d in range(saved.dim())])
 
