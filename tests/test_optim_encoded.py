@@ -248,6 +248,35 @@ def test_edits_are_seen_by_checkpoints_and_by_the_next_step(edit, wanted, steps)
         near(old - param.detach(), torch.full((256,), value))
 
 
+@pytest.mark.parametrize("how", ["zero_", ".data", "swap_tensors"])
+def test_a_kept_state_is_changed_between_two_steps(how):
+    """Nothing asks for the state meanwhile, so that the step knows its parameters from the one before."""
+    ends = []
+    for assigned in (True, False):
+        param = torch.nn.Parameter(torch.ones(256))
+        optimizer = optim.AdamW([param], lr=0.1, **INT8)
+        param.grad = torch.ones(256)
+        optimizer.step()
+        entry = optimizer.state[param]
+        state = entry["exp_avg"]
+        zero = state.clone().zero_()
+        param.grad = torch.ones(256)
+        optimizer.step()
+        assert optimizer._slots
+        if assigned:
+            entry["exp_avg"] = zero
+        elif how == "zero_":
+            state.zero_()
+        elif how == ".data":
+            state.data = zero
+        else:
+            torch.utils.swap_tensors(state, zero)
+        param.grad = torch.zeros(256)
+        optimizer.step()
+        ends.append(param.detach())
+    assert torch.equal(*ends)
+
+
 def test_states_of_other_kinds_are_not_copied_into_each_other():
     params, optimizer = adamw()
     entry = optimizer.state[params[5]]
