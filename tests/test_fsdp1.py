@@ -136,7 +136,7 @@ def test_on_two_ranks(name, folder):
 
 
 def test_one_process_may_step_what_is_marked():
-    """There is nobody to drift apart from; but what needs whole tensors still refuses flat ones."""
+    """There is no other rank to drift apart from; but what needs whole tensors still refuses flat ones."""
     param = torch.ones(3, requires_grad=True)
     param._fsdp_flattened = True
     scaler, optimizer = GradScaler("cpu", init_scale=4.0), optim.SGD([param], lr=0.25)

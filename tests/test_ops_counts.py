@@ -1,4 +1,4 @@
-"""Step counts: FP32 numbers that never stand still, and what is no count is refused."""
+"""Step counts: FP32 numbers that never stand still; invalid ones are refused."""
 
 import math
 

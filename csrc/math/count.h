@@ -14,7 +14,7 @@ FUSEDAMP_FN float next_count(float count) {
 }
 
 // The number of a step whose count is `count`, from 1 on, whatever the count is: NaN, negative and fractions below 1
-// are 1. (An op on the CPU refuses them; on a GPU nobody can without waiting for it.)
+// are 1. (An op on the CPU refuses them; on a GPU that would mean waiting for it.)
 FUSEDAMP_FN int64_t step_number(float count) {
   return count >= 1.0f ? static_cast<int64_t>(count < kMostSteps ? count : kMostSteps) : 1;
 }

@@ -73,7 +73,7 @@ def _grad_stats(
     fields: packed.Fields | None = None,
 ) -> GradStats:
     """:func:`grad_stats`. ``fields``: what ``packed.read(grads)`` returned just now, to spare reading them
-    again; addresses, which nobody can check."""
+    again; addresses, which can not be checked."""
     arguments.need_lists("grad_stats", grads=grads)
     if not grads:
         raise ValueError("[grad_stats] grads is empty; expected at least one tensor")
