@@ -292,7 +292,7 @@ class GradScaler(LossScale):
     def _found_inf(
         self, optimizer: Optimizer, state: dict[str, Any], by_hand: ByHand
     ) -> tuple[Tensor, ReadPass | None]:
-        """Whether to skip, over all devices, and the read pass behind it unless gradients were unscaled
+        """The flag to skip over all devices, and the gradient check behind it unless gradients were unscaled
         before.
         """
         read = None

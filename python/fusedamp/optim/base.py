@@ -382,9 +382,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        names = list(
-            state.get("defaults", vars(self).get("defaults", ()))
-        )  # torch's own adds "differentiable"
+        names = list(state.get("defaults", vars(self).get("defaults", ())))  # torch adds "differentiable"
         super().__setstate__(state)
         if "differentiable" not in names:
             self.defaults.pop("differentiable", None)

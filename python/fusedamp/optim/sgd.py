@@ -75,9 +75,8 @@ class SGD(FusedOptimizer):
         return self.state_names if group["momentum"] != 0 else ()
 
     def _new_state(self, name: str, like: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
-        entry[
-            "step"
-        ].zero_()  # in place, as it may be shared; the op starts the buffer from the first gradient it sees
+        # The op starts the buffer from the first gradient it sees. In place: processes may share the count.
+        entry["step"].zero_()
         return super()._new_state(name, like, dtype, entry)
 
     def _upgrade_state(self, entry: Entry) -> None:

@@ -146,8 +146,7 @@ def _warn_of_rules(where: str, optimizer: str, saved: dict[str, Any], group: dic
         warnings.warn(
             f"{where} the checkpoint has {', '.join(f'{k}={v!r}' for k, v in ignored.items())}, which "
             f"{optimizer} does not have: kept in the group and ignored by its steps. Set this optimizer's "
-            "own options to the "
-            "same effect.",
+            "own options to the same effect.",
             stacklevel=6,
         )
 
@@ -195,8 +194,8 @@ def _convert_tensors(
         raise ValueError(
             f"has {scales[0]!r}, the block scales of an 8-bit state, beside {name!r} of dtype {dtype}; "
             "expected its int8 or uint8 values. Quantized values are no numbers, so they can't be cast or "
-            "computed with: load the intact "
-            'checkpoint into an optimizer with state_dtype="float32", whose states are.'
+            'computed with: load the intact checkpoint into an optimizer with state_dtype="float32", whose '
+            "states are."
         )
     numel = entry.pop(numel_name("master"), None)
     for name, value in list(entry.items()):
