@@ -34,6 +34,7 @@ check: $(VENV)/.fusedamp-dev
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+	$(PYTHON) tests/anchors.py
 	find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 dev: $(VENV)/.fusedamp-dev $(VENV)/.fusedamp-test $(VENV)/.fusedamp-demo

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import fusedamp
 import torch
-from fusedamp.optim.storage import Storage
+from fusedamp.optim.state.formats import Storage
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fusedamp
 import torch
-from fusedamp._library import cpu_target
+from fusedamp.ops.library import cpu_target
 
 FLAGS = (
     "avx2",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fusedamp.optim.storage import Storage
+from fusedamp.optim.state.formats import Storage
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .process import ROOT
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/shared"))
 
 import cases
 import on_device

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from fusedamp.optim.storage import Storage
+from fusedamp.optim.state.formats import Storage
 from torch import Tensor
 
 from ..contenders import DTYPES, INIT_SCALE, PLAIN, Contender, Fusedamp, torch_side

@@ -1,14 +1,14 @@
 """Mixed-precision training for PyTorch: loss scaling, overflow checks and optimizer steps on FP32 master
 weights, fused."""
 
-from . import ops
+from . import cpu, cuda, ops, optim
 from ._C import build_info as _build_info
+from .amp.clip import clip_grad_norm_
+from .amp.grad_scaler import GradScaler
+from .amp.overflow import Overflow, OverflowReport
+from .amp.patch import patch_torch
 from .capabilities import Capability, capabilities
-from .clip import clip_grad_norm_
-from .estimate import Estimate, Memory, estimate
-from .grad_scaler import GradScaler
-from .overflow import Overflow, OverflowReport
-from .patch import patch_torch
+from .memory.estimate import Estimate, Memory, estimate
 
 __version__: str = _build_info()["version"]  # metadata is only where pip installed
 __all__ = [
@@ -21,7 +21,10 @@ __all__ = [
     "__version__",
     "capabilities",
     "clip_grad_norm_",
+    "cpu",
+    "cuda",
     "estimate",
     "ops",
+    "optim",
     "patch_torch",
 ]

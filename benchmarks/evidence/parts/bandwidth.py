@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from fusedamp.optim.storage import Storage
+from fusedamp.optim.state.formats import Storage
 
 from ...contenders import DTYPES, PLAIN
 from ...rows import RIVALS, Row

@@ -11,8 +11,9 @@ from ..process import ROOT, execute
 
 IMPORT = """
 import fusedamp, json
-from fusedamp import _library, cli
-assert _library.HAS_CUDA_OPS, "built without CUDA kernels"
+from fusedamp.ops import library
+from fusedamp.commands import cli
+assert library.HAS_CUDA_OPS, "built without CUDA kernels"
 print(fusedamp.__file__)
 """
 

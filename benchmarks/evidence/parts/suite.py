@@ -18,7 +18,7 @@ from ..process import execute
 
 SLOWEST = 25  # tests whose times are noted
 LONGEST_MESSAGE = 300
-TINY = ["tests/test_ops_scale.py", "-k", "hysteresis"]
+TINY = ["tests/ops/test_ops_scale.py", "-k", "hysteresis"]
 
 
 def run(place: Place) -> None:
@@ -27,7 +27,7 @@ def run(place: Place) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += ["-m", "not host", f"--durations={SLOWEST}"]
     # Modules about the host's side test nothing of the device, and take most of the time.
-    left_out = [f"--ignore=tests/{module}.py" for module in on_device.HOST_ONLY.split()]
+    left_out = [f"--ignore-glob=*/{module}.py" for module in on_device.HOST_ONLY.split()]
     whole = ["tests", "--ignore=tests/emulation", *left_out, "--continue-on-collection-errors"]
     command += place.sized(whole, TINY)
     if importlib.util.find_spec("xdist") is not None and not place.rehearse:

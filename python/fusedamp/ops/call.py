@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library, arguments
+from . import checks, library
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -18,13 +18,13 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
     speaker = kwargs.get("op", name.removeprefix("_packed_"))
     first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
     if isinstance(first, Tensor) and first.is_meta:
-        arguments.explain(speaker, name, RuntimeError(), args, kwargs, "")
+        checks.explain(speaker, name, RuntimeError(), args, kwargs, "")
     try:
         return getattr(torch.ops.fusedamp, name)(*args, **kwargs)
     except RuntimeError as error:
-        if (complaint := arguments.complaint(speaker, error)) is not None:
+        if (complaint := checks.complaint(speaker, error)) is not None:
             raise complaint from error
-        arguments.explain(speaker, name, error, args, kwargs, "yes" if _library.HAS_CUDA_OPS else "no")
+        checks.explain(speaker, name, error, args, kwargs, "yes" if library.HAS_CUDA_OPS else "no")
 
 
 def bump(*lists: Sequence[Tensor]) -> None:

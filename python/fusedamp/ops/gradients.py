@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import arguments, packed
+from ..tensors import addresses
+from . import checks
 from .call import bump, call
 
 
@@ -37,7 +38,7 @@ def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> N
     Raises: ValueError naming the op, the index, what it got, what it wanted.
     Cost: reads and writes each gradient once; no host sync.  Source: arXiv:1710.03740, section 3.2.
     """
-    arguments.need_lists("unscale_", grads=grads)
+    checks.need_lists("unscale_", grads=grads)
     if not grads:
         return
     call("unscale_", grads, inv_scale, found_inf)
@@ -70,18 +71,18 @@ def _grad_stats(
     grads: Sequence[Tensor],
     inv_scale: Tensor | None,
     norm_type: float,
-    fields: packed.Fields | None = None,
+    fields: addresses.Fields | None = None,
 ) -> GradStats:
-    """:func:`grad_stats`. ``fields``: what ``packed.read(grads)`` returned just now, to spare reading them
+    """:func:`grad_stats`. ``fields``: what ``addresses.read(grads)`` returned just now, to spare reading them
     again; addresses, which can not be checked."""
-    arguments.need_lists("grad_stats", grads=grads)
+    checks.need_lists("grad_stats", grads=grads)
     if not grads:
         raise ValueError("[grad_stats] grads is empty; expected at least one tensor")
-    norm_type = arguments.number("grad_stats", "norm_type", norm_type)
+    norm_type = checks.number("grad_stats", "norm_type", norm_type)
     if not norm_type >= 0.0:
         raise ValueError(f"[grad_stats] norm_type is {norm_type}; expected a number from 0 to inf")
     if fields is None:
-        fields = packed.read(grads)
+        fields = addresses.read(grads)
     if fields is not None:
-        return GradStats(*call("_packed_grad_stats", packed.rows(fields), grads[0], inv_scale, norm_type))
+        return GradStats(*call("_packed_grad_stats", addresses.rows(fields), grads[0], inv_scale, norm_type))
     return GradStats(*call("grad_stats", grads, inv_scale, norm_type))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import arguments
+from . import checks
 from .call import bump, call
 
 
@@ -79,7 +79,7 @@ def _checked(
     factors = dict(
         growth_factor=growth_factor, backoff_factor=backoff_factor, min_scale=min_scale, max_scale=max_scale
     )
-    factors = {name: arguments.number(op, name, value) for name, value in factors.items()}
+    factors = {name: checks.number(op, name, value) for name, value in factors.items()}
     for name, number in factors.items():
         if math.isnan(number) or (name.endswith("_scale") and number < 0.0):
             wanted = "a number from 0 to inf" if name.endswith("_scale") else "a number"
@@ -87,5 +87,5 @@ def _checked(
     for name, value in dict(growth_interval=growth_interval, hysteresis=hysteresis).items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
             raise ValueError(f"[{op}] {name} is {value!r}; expected a whole number from 1 to 2**31 - 1")
-    refill = arguments.flag(op, "refill_on_good_step", refill_on_good_step)
+    refill = checks.flag(op, "refill_on_good_step", refill_on_good_step)
     return factors | dict(growth_interval=growth_interval, hysteresis=hysteresis, refill_on_good_step=refill)

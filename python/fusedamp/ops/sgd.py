@@ -4,7 +4,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from .. import arguments
+from . import checks
 from .step import FOLLOW, Shared, Tensors, documented, need_momentum_buffers, run_step
 
 _COST = f"20 B/param with 16-bit weights, masters and momentum, {FOLLOW}"
@@ -57,6 +57,6 @@ def lion_(
     weight_decay: float,
     **shared: Unpack[Shared],
 ) -> None:
-    beta1, beta2 = arguments.pair("lion_", "betas", betas)
+    beta1, beta2 = checks.pair("lion_", "betas", betas)
     hyper = dict(beta1=beta1, beta2=beta2, weight_decay=weight_decay)
     run_step("lion_", params, grads, masters, dict(exp_avgs=exp_avgs), steps, lr, hyper, shared)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from .. import arguments
+from . import checks
 from .call import bump, call
 
 Tensors = Sequence[Tensor]
@@ -73,8 +73,8 @@ def documented(**parts: str) -> Callable[[Wrapper], Wrapper]:
 
 def need_momentum_buffers(op: str, params: Tensors, momentum_buffers: Tensors, momentum: float) -> None:
     """Raise unless there is a buffer for each parameter with momentum, and none without."""
-    arguments.need_lists(op, params=params, momentum_buffers=momentum_buffers)
-    if (len(momentum_buffers) > 0) != (arguments.number(op, "momentum", momentum) != 0.0 and len(params) > 0):
+    checks.need_lists(op, params=params, momentum_buffers=momentum_buffers)
+    if (len(momentum_buffers) > 0) != (checks.number(op, "momentum", momentum) != 0.0 and len(params) > 0):
         raise ValueError(
             f"[{op}] momentum_buffers has {len(momentum_buffers)} tensors with momentum={momentum}; expected "
             "one per param with momentum, none without"
@@ -193,7 +193,7 @@ def _written(step: StepCall) -> Iterator[tuple[str, Tensor]]:
 def _call(name: str, step: StepCall, **more: str) -> bool:
     """Calls a step op, or the one that checks for it; whether there was anything to do."""
     op, params = step.op, step.params
-    arguments.need_lists(
+    checks.need_lists(
         op,
         params=params,
         grads=step.grads,
@@ -202,7 +202,7 @@ def _call(name: str, step: StepCall, **more: str) -> bool:
         steps=step.steps,
         scales=step.scales,
     )
-    arguments.need_seeds(op, step.seeds)
+    checks.need_seeds(op, step.seeds)
     lengths = dict(grads=step.grads, **step.states, masters=step.masters, steps=step.steps)
     for list_name, tensors in lengths.items():
         if len(tensors) != len(params) and (tensors or list_name not in OPTIONAL):
@@ -235,7 +235,7 @@ def step_scalars(
     stochastic_rounding: bool = False,
 ) -> dict[str, Any]:
     """The keyword arguments that every step op has. ``hyper``: by name, in the order of csrc/math's Hyper."""
-    arguments.need_lists(op, params=params)
+    checks.need_lists(op, params=params)
     lr_tensor = None
     if isinstance(lr, Tensor) and params and isinstance(params[0], Tensor):
         if lr.device == params[0].device or lr.device.type != "cpu" or lr.numel() != 1:
@@ -243,12 +243,12 @@ def step_scalars(
         else:
             lr = lr.item()  # reading a CPU tensor waits for nothing
     return dict(
-        lr=arguments.number(op, "lr", lr),
-        hyper=[arguments.number(op, name, value) for name, value in hyper.items()],
-        maximize=arguments.flag(op, "maximize", maximize),
+        lr=checks.number(op, "lr", lr),
+        hyper=[checks.number(op, name, value) for name, value in hyper.items()],
+        maximize=checks.flag(op, "maximize", maximize),
         lr_tensor=lr_tensor,
         inv_scale=inv_scale,
         clip_coef=clip_coef,
         found_inf=found_inf,
-        stochastic_rounding=arguments.flag(op, "stochastic_rounding", stochastic_rounding),
+        stochastic_rounding=checks.flag(op, "stochastic_rounding", stochastic_rounding),
     )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import Group
-from .composed import ComposedOptimizer, Values
-from .hyper import check_number
-from .storage import Storage
+from .core.composed import ComposedOptimizer, Values
+from .core.optimizer import Group
+from .core.options import check_number
+from .state.formats import Storage
 
 
 class Adafactor(ComposedOptimizer):

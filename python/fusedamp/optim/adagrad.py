@@ -7,11 +7,11 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..sharding import local
-from .base import FusedOptimizer, Group
-from .hyper import check_number
-from .layout import STATE_DTYPES, in_turns
-from .storage import Storage
+from ..tensors.layout import STATE_DTYPES, in_turns
+from ..tensors.shards import local
+from .core.optimizer import FusedOptimizer, Group
+from .core.options import check_number
+from .state.formats import Storage
 
 
 class Adagrad(FusedOptimizer):

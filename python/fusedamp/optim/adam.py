@@ -7,9 +7,9 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import FusedOptimizer, Group
-from .hyper import check_betas, check_number
-from .storage import Storage
+from .core.optimizer import FusedOptimizer, Group
+from .core.options import check_betas, check_number
+from .state.formats import Storage
 
 
 class Adam(FusedOptimizer):
@@ -33,7 +33,7 @@ class Adam(FusedOptimizer):
             "int8": 8 bits with an FP32 scale for each 128 elements, tapered, so that small values beside
             large ones keep their precision. The latter two are rounded stochastically, which keeps means
             exact. A state in 8 bits is a tensor that computes with its values: see
-            :class:`fusedamp.optim.encoded.Quantized`.
+            :class:`fusedamp.optim.state.encoded.Quantized`.
         rounding_seed: of all random numbers, 0 to 2**31 - 1; None: a number that no other optimizer of the
             process has, the same on all ranks that build the same optimizers. They depend on it, the
             parameter's place in the optimizer, its step count and the element alone, and on no generator of

@@ -12,11 +12,11 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..sharding import need_whole, sharded_dims
-from .base import FusedOptimizer, Group
-from .hyper import check_betas, check_number
-from .layout import scalar_like
-from .storage import Storage
+from ..tensors.layout import scalar_like
+from ..tensors.shards import need_whole, sharded_dims
+from .core.optimizer import FusedOptimizer, Group
+from .core.options import check_betas, check_number
+from .state.formats import Storage
 
 
 class Layerwise(FusedOptimizer):

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import ops
-from ..sharding import need_whole
-from .base import Batch, Group
-from .composed import ComposedOptimizer, Values
-from .hyper import check_number
-from .storage import Entry, Storage, name_dtypes
+from ..tensors.shards import need_whole
+from .core.composed import ComposedOptimizer, Values
+from .core.optimizer import Batch, Group
+from .core.options import check_number
+from .state.formats import Entry, Storage, name_dtypes
 
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 NS_DTYPES = ("bfloat16", "float16", "float32", "float64")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import FusedOptimizer, Group
-from .hyper import check_betas, check_number
-from .layout import scalar_like
-from .storage import Entry, Storage
+from ..tensors.layout import scalar_like
+from .core.optimizer import FusedOptimizer, Group
+from .core.options import check_betas, check_number
+from .state.formats import Entry, Storage
 
 
 class NAdam(FusedOptimizer):

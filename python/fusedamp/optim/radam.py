@@ -7,9 +7,9 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import FusedOptimizer, Group
-from .hyper import check_betas, check_number
-from .storage import Storage
+from .core.optimizer import FusedOptimizer, Group
+from .core.options import check_betas, check_number
+from .state.formats import Storage
 
 
 class RAdam(FusedOptimizer):

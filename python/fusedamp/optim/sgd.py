@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .base import FusedOptimizer, Group
-from .hyper import check_number
-from .slot import Entry
-from .storage import Storage
+from .core.optimizer import FusedOptimizer, Group
+from .core.options import check_number
+from .core.slot import Entry
+from .state.formats import Storage
 
 
 class SGD(FusedOptimizer):

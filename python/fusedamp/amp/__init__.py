@@ -1,0 +1,1 @@
+"""Loss scaling, gradient checks and clipping."""

@@ -1,0 +1,100 @@
+"""Clipping by the total norm: at once for any gradients, or as a coefficient for a fused step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from types import GeneratorType
+
+import torch
+from torch import Tensor
+
+from ..tensors.shards import refuse_flattened
+from .gradients import Gradients, on
+from .limits import number
+
+
+def check_norm(op: str, max_norm: float | Tensor, norm_type: float) -> float:
+    """The norm type as a float, or an error; a ``max_norm`` tensor is not looked into (no sync)."""
+    if isinstance(max_norm, Tensor):
+        if max_norm.numel() != 1 or max_norm.dtype is torch.bool or max_norm.is_complex():
+            raise ValueError(
+                f"[{op}] max_norm has shape {list(max_norm.shape)} and dtype {max_norm.dtype}; expected "
+                "a number or 1 real element."
+            )
+    elif not number("max_norm", max_norm, op) >= 0:
+        raise ValueError(
+            f"[{op}] max_norm is {max_norm}; expected a number >= 0 (inf only measures the norm)."
+        )
+    # torch takes "inf", too.
+    norm_type = float(norm_type) if isinstance(norm_type, str) else number("norm_type", norm_type, op)
+    if not norm_type >= 0:
+        raise ValueError(
+            f"[{op}] norm_type is {norm_type}; expected a number >= 0, or inf for the largest element."
+        )
+    return norm_type
+
+
+def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)) as torch computes it, a 0-d FP64 tensor beside ``norm``; no sync."""
+    if isinstance(max_norm, Tensor):
+        max_norm = on(max_norm.detach(), norm.device).double().reshape(())
+    else:
+        max_norm = number("max_norm", max_norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float | Tensor,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Drop-in for ``torch.nn.utils.clip_grad_norm_`` for gradients of any dtypes, devices and shardings
+    together.
+
+    Args:
+        parameters: one parameter or an iterable; those without a gradient are passed over. Gradients are
+            multiplied in place by ``min(1, max_norm / (total_norm + 1e-6))``.
+        max_norm: a number, or a tensor of 1 element, which is read on the device (torch's makes the host
+            wait).
+        norm_type: p of the p-norm, >= 0; ``inf`` is the largest magnitude, 0 counts the nonzero elements.
+        error_if_nonfinite: raise a RuntimeError, before any gradient changes, if the norm is inf or NaN. Only
+            this makes the host wait for the device.
+        foreach: accepted for compatibility; all tensors of a device always go in one call.
+
+    Returns: the norm before clipping over all ranks that hold shards, 0-d on the device of the first
+        gradient, FP32, or FP64 if any gradient is FP64. It is accumulated in FP64, so FP16 gradients do not
+        overflow it.
+    Raises: ValueError for a negative or NaN ``max_norm`` or ``norm_type``, a ``max_norm`` tensor of several
+        elements. RuntimeError for FSDP1's shards on several ranks.
+    Cost: one read of the gradients and one read and write.
+    """
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    else:
+        empty_generator = isinstance(parameters, GeneratorType)
+        parameters = list(parameters)
+        if empty_generator and not parameters:
+            warnings.warn(
+                "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
+            )
+    norm_type = check_norm("clip_grad_norm_", max_norm, norm_type)
+    refuse_flattened("clip_grad_norm_", parameters)
+    gradients = Gradients(parameters)
+    if not gradients.by_device:
+        return torch.tensor(0.0)
+    read = Gradients(parameters, magnitudes=True) if norm_type != 2 else gradients
+    norm = read.norm(read.stats(None, norm_type), norm_type, next(iter(gradients.by_device)))
+    if error_if_nonfinite and not math.isfinite(norm.item()):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from "
+            "`parameters` is non-finite, so it cannot be clipped. To disable "
+            "this error and scale the gradients by the non-finite norm anyway, "
+            "set `error_if_nonfinite=False`"
+        )
+    gradients.multiply_(clip_coefficient(norm, max_norm))
+    return norm.to(gradients.widest)

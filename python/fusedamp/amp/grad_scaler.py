@@ -1,0 +1,396 @@
+"""The loss scaler: the contract of torch.amp.GradScaler, with every decision taken on the device."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+from torch.optim import Optimizer
+
+from .. import ops
+from ..ops.inputs import DeviceInputs, Number, divided, flag_on, step_with, times
+from ..tensors.layout import gradient_of
+from ..tensors.shards import is_distributed, local, refuse_flattened
+from . import routes
+from .clip import check_norm, clip_grad_norm_
+from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, has_value, lasting, no_overflow, on
+from .loss_scale import LossScale
+from .overflow import OverflowLog, OverflowReport, params_of
+from .routes import ReadPass
+
+ByHand = tuple[Number | None, Number | None]  # in the order of _BY_HAND
+Stats = dict[torch.device, ops.GradStats]
+_BY_HAND = ("found_inf", "grad_scale")
+_NO_CLOSURE = "Closure use is not currently supported if GradScaler is enabled."
+
+
+class GradScaler(LossScale):
+    """Drop-in for :class:`torch.amp.GradScaler` that takes gradients of any dtype and never waits for the
+    device.
+
+    Arguments, methods, errors and the course of the scale are torch's. With a :mod:`fusedamp.optim` optimizer
+    :meth:`step` reads the gradients once and then hands 1/scale, the clip coefficient and the overflow flag
+    to one fused step: the host never waits, it may all be captured in a CUDA graph, and **the gradients are
+    left scaled** (call :meth:`unscale_` first if you want to read them). Any other optimizer is driven as
+    torch's scaler does.
+
+    If any gradient of an optimizer is not finite before or after unscaling, its step changes nothing at all.
+
+    The fused step is taken only where ``optimizer.step`` is fusedamp's own on that object. Step pre-hooks
+    (own and global), subclasses with a ``step`` of their own, wrappers and a replaced ``step`` get unscaled,
+    clipped gradients, and are not called in a skipped step. Post-hooks keep the fused step and see scaled
+    gradients. ``optimizer.found_inf`` and ``optimizer.grad_scale`` set by hand are obeyed for one step, as by
+    torch's fused optimizers: it is skipped too where ``found_inf`` is not 0, which leaves the scale alone;
+    gradients are divided by ``grad_scale`` too, and where this makes one infinite, it is an overflow.
+
+    Args:
+        device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as torch's.
+        min_scale: the scale never falls below; the default only keeps 1/scale finite.
+        max_scale: the scale never rises above.
+        hysteresis: how many overflows it takes to lower the scale; further ones lower it each, until the
+            budget is refilled. With more than 1, a skipped step need not lower ``get_scale()``.
+        hysteresis_refill: what refills the budget: ``"growth"`` of the scale, or any ``"good_step"``.
+        on_floor: what :meth:`update` does about an overflow while the scale is at ``min_scale``: ``"warn"``
+            once, or ``"raise"`` a RuntimeError. Both name the parameters. On CUDA a later update does it; in
+            a captured graph nothing does.
+
+    Raises: AssertionError where torch does, ValueError or TypeError for other bad arguments, RuntimeError for
+        parameters that FSDP1 shards over several ranks (use fully_shard, or torch's ShardedGradScaler).
+    """
+
+    def _start_watching(self) -> None:
+        super()._start_watching()
+        self._last_found_inf: Tensor | None = None
+        self._overflows: weakref.WeakKeyDictionary[Optimizer, OverflowLog] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["_last_found_inf"], state["_overflows"]
+        return state
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the scale in place, at once; a clipping that was put off is done here too.
+
+        Like torch's, but for gradients of every dtype. Sparse gradients that are not coalesced, expanded ones
+        and DTensors placed otherwise than their parameter are replaced, any others are written in place.
+        """
+        if not self._enabled:
+            return
+        self._check_scale_growth_tracker("unscale_")
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.UNSCALED:
+            raise RuntimeError(
+                "unscale_() has already been called on this optimizer since the last update()."
+            )
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("unscale_() is being called after step().")
+        self._refuse_flattened("unscale_", optimizer)
+        read = self._current_read(optimizer, state)
+        inv_scale = self._inverse()
+        found_inf = no_overflow(inv_scale.device)
+        state["found_inf_per_device"] = self._unscale_grads_(optimizer, inv_scale, found_inf, False)
+        if read is not None and read.clip_coef is not None:
+            Gradients(params_of(optimizer)).multiply_(read.clip_coef)
+        state["read"] = None
+        state["stage"] = OptState.UNSCALED
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> PerDevice:
+        gradients = Gradients(params_of(optimizer))
+        with lasting():
+            flags = {device: on(found_inf, device).clone() for device in gradients.by_device}
+        for device, bucket in gradients.by_device.items():
+            ops.unscale_(bucket.tensors, on(inv_scale, device), flags[device])
+        gradients.write_back()
+        self._per_optimizer_states[id(optimizer)]["sharded_over"] = gradients.sharded_over
+        return gradients.agree_(flags)
+
+    def _check_inf_per_device(self, optimizer: Optimizer) -> PerDevice:  # type: ignore[override]
+        """Read the gradients once, changing none; flags what is not finite, now or once unscaled."""
+        scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
+        state = self._per_optimizer_states[id(optimizer)]
+        norm_type = state.get("norm_type", 2.0)
+        gradients = Gradients(params_of(optimizer), magnitudes=norm_type != 2)
+        inv_scale = self._inverse()
+        with lasting():
+            stats = gradients.stats(inv_scale, norm_type)
+        stamp = Stamp([scale, *gradients.originals])
+        state["read"] = ReadPass(gradients, stats, inv_scale, norm_type, stamp)
+        state["sharded_over"] = gradients.sharded_over
+        flags = gradients.agree_({device: stat.found_inf for device, stat in stats.items()})
+        state["found_inf_per_device"] = flags
+        return flags
+
+    def _current_read(self, optimizer: Optimizer, state: dict[str, Any]) -> ReadPass | None:
+        """The read pass of an earlier clip_grad_norm_; made anew, with its clipping, if anything changed
+        since.
+        """
+        read = state.get("read")
+        if read is not None and not read.stamp.matches([self._scale, *gradients_of(params_of(optimizer))]):
+            state["read"] = None
+            for max_norm, norm_type in read.clips:
+                self._clip_later(optimizer, state, max_norm, norm_type)
+        return state.get("read")
+
+    def _clip_later(
+        self, optimizer: Optimizer, state: dict[str, Any], max_norm: float | Tensor, norm_type: float
+    ) -> Tensor:
+        earlier = read = state.get("read")
+        if read is None or read.norm_type != norm_type:
+            state["norm_type"] = norm_type
+            self._check_inf_per_device(optimizer)
+            read = state["read"]
+            if earlier is not None:
+                read.clips, read.clip_coef = earlier.clips, earlier.clip_coef
+        return read.clip(max_norm, norm_type)
+
+    def clip_grad_norm_(
+        self, optimizer: Optimizer, max_norm: float | Tensor, norm_type: float = 2.0
+    ) -> Tensor:
+        """Clip the unscaled gradients of ``optimizer`` by their total norm, and return this norm; no sync.
+
+        With a fusedamp optimizer whose gradients are still scaled, they are only read: the clip coefficient
+        goes into the step, which uses the same read pass (or into :meth:`unscale_`, if that comes first). If
+        gradients or scale change in between, which the identity and version counter of each gradient tell,
+        the step reads and clips the new ones; writes through ``.data`` and raw collectives move no version
+        counter and must come before this call. Gradients made in inference mode have none and are read
+        again. Otherwise the gradients are unscaled, unless they are, and
+        clipped in place.
+
+        Args:
+            max_norm: a number, or a tensor of 1 element that is read on the device.
+            norm_type: p of the p-norm, >= 0, or inf.
+        Returns: the norm as :func:`fusedamp.clip_grad_norm_` does; inf or NaN if this step is an overflow.
+        """
+        norm_type = check_norm("GradScaler.clip_grad_norm_", max_norm, norm_type)
+        if self._enabled:
+            self._check_scale_growth_tracker("clip_grad_norm_")
+            state = self._per_optimizer_states[id(optimizer)]
+            if state["stage"] is OptState.STEPPED:
+                raise RuntimeError("clip_grad_norm_() is being called after step().")
+            refuse_flattened("GradScaler.clip_grad_norm_", params_of(optimizer))
+            if state["stage"] is OptState.READY:
+                if self._is_fused(optimizer) and not self._overrides("unscale_", "_unscale_grads_"):
+                    self._current_read(optimizer, state)
+                    return self._clip_later(optimizer, state, max_norm, norm_type)
+                self.unscale_(optimizer)
+        return clip_grad_norm_(params_of(optimizer), max_norm, norm_type)
+
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Step ``optimizer`` unless a gradient is not finite; ``*args`` and ``**kwargs`` go to its ``step``.
+
+        A fusedamp optimizer's own ``step`` is called in any case, once, and skips on the device: post-hooks
+        and LR schedulers count it, :attr:`last_step_skipped` tells. It is no error if it has no gradients.
+        One with anything before its step, and any other optimizer without AMP support of its own, is called
+        only if the host read no overflow. torch's fused optimizers get ``grad_scale`` and
+        ``found_inf`` (never above 1: at 2 they step); torch's fused SGD is called the host's way until it has
+        its momentum buffers, since it would make them uninitialised in a skipped step.
+
+        Returns: what ``optimizer.step`` returns; None where it was not called.
+        Raises: RuntimeError if a fused step did not run on ``optimizer``, or ran on another object.
+        """
+        if not self._enabled:
+            return optimizer.step(*args, **kwargs)
+        if "closure" in kwargs:
+            raise RuntimeError(_NO_CLOSURE)
+        self._check_scale_growth_tracker("step")
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("step() has already been called since the last update().")
+        self._refuse_flattened("step", optimizer)
+        if routes.is_legacy(optimizer):
+            return super().step(optimizer, *args, **kwargs)
+        by_hand = routes.by_hand(optimizer)
+        if self._is_fused(optimizer):
+            result = self._step_fused(optimizer, state, by_hand, args, kwargs)
+        elif routes.takes_found_inf(optimizer):
+            result = self._step_torch_fused(optimizer, state, by_hand, args, kwargs)
+        else:
+            if state["stage"] is OptState.READY:
+                self.unscale_(optimizer)
+            if not state["found_inf_per_device"] and not routes.is_fusedamps(optimizer):
+                raise AssertionError("No inf checks were recorded for this optimizer.")
+            self._divide(optimizer, state, by_hand[1])
+            self._combined_flag(optimizer, state)
+            self._skip_by_hand(by_hand[0])
+            result = self._maybe_opt_step(optimizer, state, *args, **kwargs)
+        state["stage"] = OptState.STEPPED
+        state["read"] = None
+        return result
+
+    def _refuse_flattened(self, method: str, optimizer: Optimizer) -> None:
+        # What replaces these methods may know FSDP1's ranks.
+        if is_distributed() and not self._overrides("unscale_", "_unscale_grads_"):
+            refuse_flattened(f"GradScaler.{method}", params_of(optimizer))
+
+    def _is_fused(self, optimizer: Optimizer) -> bool:
+        return routes.is_ours(optimizer) and not self._overrides("_maybe_opt_step")
+
+    def _overrides(self, *names: str) -> bool:
+        """Whether a subclass or an assignment put something in the place of our methods."""
+        return any(
+            getattr(getattr(self, name), "__func__", None) is not getattr(GradScaler, name) for name in names
+        )
+
+    def _step_fused(
+        self,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        by_hand: ByHand,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> float | None:
+        if args and args[0] is not None:
+            raise RuntimeError(_NO_CLOSURE)
+        flag, read = self._found_inf(optimizer, state, by_hand)
+        inv_scale = clip_coef = None
+        if read is None:
+            devices = {local(p).device for p in params_of(optimizer) if gradient_of(p) is not None}
+        else:
+            devices = set(read.gradients.by_device)
+            inv_scale = read.inv_scale
+            clip_coef = None if read.clip_coef is None else read.clip_coef.float()
+        per_device = {
+            device: DeviceInputs(
+                inv_scale=None if inv_scale is None else on(inv_scale, device),
+                clip_coef=None if clip_coef is None else on(clip_coef, device),
+                found_inf=on(flag, device),
+            )
+            for device in devices
+        }
+        result = step_with(optimizer, per_device, args, kwargs)
+        for name in _BY_HAND:  # set by hand, for one step, as with torch's scaler
+            vars(optimizer).pop(name, None)
+        return result
+
+    def _step_torch_fused(
+        self,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        by_hand: ByHand,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> float | None:
+        flag, read = self._found_inf(optimizer, state, by_hand)
+        assert self._scale is not None
+        grad_scale = None if read is None else self._scale
+        if by_hand[1] is not None:  # a user's factor, on top of ours
+            grad_scale = times(grad_scale, by_hand[1], self._scale.device)
+        given = {name: vars(optimizer)[name] for name in _BY_HAND if name in vars(optimizer)}
+        vars(optimizer).update(grad_scale=grad_scale, found_inf=flag.clamp(max=1))
+        try:
+            result = optimizer.step(*args, **kwargs)
+            given = {}
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+            vars(optimizer).update(given)
+        return result
+
+    def _found_inf(
+        self, optimizer: Optimizer, state: dict[str, Any], by_hand: ByHand
+    ) -> tuple[Tensor, ReadPass | None]:
+        """The flag to skip over all devices, and the gradient check behind it unless gradients were unscaled
+        before.
+        """
+        read = None
+        if state["stage"] is OptState.READY and self._overrides("unscale_", "_unscale_grads_"):
+            self.unscale_(optimizer)  # what replaces them may reduce the flags over ranks
+        if state["stage"] is OptState.READY:
+            read = self._current_read(optimizer, state)
+            if read is None:
+                self._check_inf_per_device(optimizer)
+                read = state["read"]
+        seen = self._divide(optimizer, state, by_hand[1])
+        flag = self._combined_flag(optimizer, state)
+        log = self._overflows[optimizer]
+        if seen is not None:
+            log.record(*seen, flag)
+        elif read is not None:
+            log.record(read.gradients, read.stats, flag)
+        elif flag.device.type != "cpu":
+            log.record_uncounted(Gradients(params_of(optimizer)), flag)
+        elif has_value(flag) and flag.item():
+            self._record_now(optimizer, flag)
+        return self._skip_by_hand(by_hand[0]), read
+
+    def _divide(
+        self, optimizer: Optimizer, state: dict[str, Any], grad_scale: Number | None
+    ) -> tuple[Gradients, Stats] | None:
+        """Read the gradients as they will be once divided by a user's ``grad_scale`` too; what is not finite
+        then is an overflow.
+        """
+        if grad_scale is None:
+            return None
+        assert self._scale is not None
+        read, factor = state.get("read"), None
+        gradients = Gradients(params_of(optimizer)) if read is None else read.gradients
+        if read is not None:
+            factor = read.inv_scale
+            if read.clip_coef is not None:  # NaN of a gradient that counts as it is
+                factor = factor * read.clip_coef.float().nan_to_num(nan=0.0)
+        stats = gradients.stats(divided(factor, grad_scale, self._scale.device))
+        flags = state["found_inf_per_device"]
+        for device, flag in gradients.agree_({d: stat.found_inf for d, stat in stats.items()}).items():
+            flags[device] = combine([flag, *([flags[device]] if device in flags else [])], device)
+        return gradients, stats
+
+    def _skip_by_hand(self, found_inf: Number | None) -> Tensor:
+        """The flag of the step at hand, with what a user set. That is no overflow: the scale stays."""
+        assert self._last_found_inf is not None
+        if found_inf is not None:
+            device = self._last_found_inf.device
+            self._last_found_inf = combine([self._last_found_inf, flag_on(device, found_inf)], device)
+        return self._last_found_inf
+
+    def _combined_flag(self, optimizer: Optimizer, state: dict[str, Any]) -> Tensor:
+        """The flag over all devices, on that of the scale; begins the step that it decides about."""
+        assert self._scale is not None
+        flag = combine(state["found_inf_per_device"].values(), self._scale.device)
+        self._last_found_inf = flag
+        if optimizer not in self._overflows:
+            self._overflows[optimizer] = OverflowLog(optimizer, flag.device)
+        self._overflows[optimizer].next_step()
+        return flag
+
+    def _record_now(self, optimizer: Optimizer, flag: Tensor) -> None:
+        gradients = Gradients(params_of(optimizer))
+        self._overflows[optimizer].record(gradients, gradients.stats(None), flag)
+
+    def _maybe_opt_step(
+        self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> float | None:
+        if any(has_value(flag) and flag.item() for flag in optimizer_state["found_inf_per_device"].values()):
+            assert self._last_found_inf is not None
+            self._record_now(optimizer, self._last_found_inf)
+            return None
+        return optimizer.step(*args, **kwargs)
+
+    @property
+    def last_step_skipped(self) -> Tensor:
+        """Whether the latest :meth:`step` was skipped: a 0-d bool tensor on the device of the scale; no sync.
+
+        What it reads is rewritten by each replay of a CUDA graph that captured the step.
+        """
+        return torch.tensor(False) if self._last_found_inf is None else self._last_found_inf != 0
+
+    def _describe_overflow(self) -> str:
+        return str(self.overflow_report())
+
+    def overflow_report(self, optimizer: Optimizer | None = None) -> OverflowReport:
+        """The latest overflow of ``optimizer`` (left out: the latest that any optimizer had, if there are
+        several).
+
+        Tells the step and each parameter with its number of inf, NaN and too large elements. This makes the
+        host wait for the device; before, nothing was read. Gradients that were unscaled by an explicit
+        :meth:`unscale_` on CUDA are counted only now, so ask before ``zero_grad``; clipping in place has made
+        NaN of their inf.
+        """
+        if optimizer is not None:
+            log = self._overflows.get(optimizer)
+            return OverflowReport() if log is None else log.report()
+        reports = [log.report() for log in self._overflows.values()]
+        return max(reports, key=lambda report: report.step, default=OverflowReport())

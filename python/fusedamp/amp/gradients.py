@@ -1,0 +1,296 @@
+"""The gradients of some parameters as the ops want them: local shards, real numbers, dense, by device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils.weak import TensorWeakRef
+
+from .. import ops
+from .._C import same_items
+from ..tensors.addresses import Fields, grads_of, holds_float64, read, versions
+from ..tensors.layout import gradient_of, is_dense, overlaps_itself
+from ..tensors.shards import PLAIN, MeshDim, all_reduce_, follow_placements, local, sharded_dims
+
+PerDevice = dict[torch.device, Tensor]
+
+
+def on(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without waiting; a copy *to* the CPU waits, as the host reads it at once."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def lasting() -> AbstractContextManager[None]:
+    """A context in which new tensors can be written later also outside of inference mode."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return _outside_inference_mode()
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def no_overflow(device: torch.device) -> Tensor:
+    with lasting():
+        return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def writing(*grads: Tensor) -> AbstractContextManager[Any]:
+    """A context in which torch's operations may write ``grads``, which inference mode may have made."""
+    return torch.inference_mode() if any(grad.is_inference() for grad in grads) else torch.no_grad()
+
+
+def has_value(tensor: Tensor) -> bool:
+    """Whether there is a value to look at; a tensor of FakeTensorMode or on the meta device has none."""
+    return not (is_fake(tensor) or tensor.is_meta)
+
+
+def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
+    """One 0-d FP32 flag on ``device``, positive if any of ``flags`` (1 element, any device) is; else 0."""
+    moved = [on(flag, device).reshape(()).float() for flag in flags]
+    if not moved:
+        return no_overflow(device)
+    return moved[0] if len(moved) == 1 else torch.stack(moved).amax()
+
+
+def _is_plain(grad: Tensor) -> bool:
+    return grad.is_contiguous() and not grad.is_complex()
+
+
+def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
+    """Those that ``params`` have."""
+    params = list(params)
+    found = grads_of(params)
+    if found is not None and not found[1]:
+        return found[0]
+    return [grad for param in params if (grad := gradient_of(param)) is not None]
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Gradients on one device; of each the place of its parameter in ``params`` and how that is sharded."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    positions: Sequence[int] = field(default_factory=list)
+    layouts: list[tuple[MeshDim, ...]] = field(default_factory=list)
+    fields: Fields | None = None  # of the tensors, where they were read in bulk
+
+    def has_float64(self) -> bool:
+        if self.fields is not None:
+            return holds_float64(self.fields)
+        return any(tensor.dtype is torch.float64 for tensor in self.tensors)
+
+
+class Gradients:
+    """What ``params`` have as gradients now. Making one changes no value, but may replace a ``.grad`` that is
+    sparse and uncoalesced, expanded, or a DTensor placed otherwise than its parameter.
+
+    Args:
+        params: parameters, with or without a gradient.
+        magnitudes: take the absolute values of complex gradients (to read only), as norms other than 2 want.
+    """
+
+    def __init__(self, params: Iterable[Tensor], magnitudes: bool = False) -> None:
+        self.by_device: dict[torch.device, _Bucket] = {}
+        self.originals: list[Tensor] = []
+        # Of all parameters, since a rank without gradients must still join the reductions of the others.
+        self._all_layouts: dict[tuple[MeshDim, ...], torch.device] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        params = list(params)
+        if not self._read_in_bulk(params):
+            with torch.no_grad():
+                for position, param in enumerate(params):
+                    self._add(position, param, magnitudes)
+
+    def _read_in_bulk(self, params: list[Tensor]) -> bool:
+        """Does all that is to be done where every gradient is a plain contiguous tensor on one device."""
+        if (found := grads_of(params)) is None:
+            return False
+        grads, missing = found
+        if missing and any(hasattr(param, "main_grad") for param in params):
+            return False
+        positions = [i for i, grad in enumerate(grads) if grad is not None] if missing else range(len(grads))
+        present = [grads[i] for i in positions] if missing else grads
+        if (fields := read(present)) is None:
+            return False
+        self.originals, self._all_layouts = present, {(): params[0].device}
+        bucket = _Bucket(present, positions, [()] * len(present), fields)
+        self.by_device[present[0].device] = bucket
+        return True
+
+    def _add(self, position: int, param: Tensor, magnitudes: bool) -> None:
+        if not isinstance(param, Tensor):
+            raise AssertionError(f"expected param to be torch.Tensor, got {type(param).__name__}")
+        layout = sharded_dims(param)
+        if layout not in self._all_layouts:
+            self._all_layouts[layout] = local(param).device
+        grad = param.grad
+        if type(grad) is Tensor and grad.layout is torch.strided and not layout and _is_plain(grad):
+            tensor = grad  # as nearly all are: this loop is most of what a step costs the host
+            self.originals.append(grad)
+        else:
+            if layout:
+                self.by_device.setdefault(local(param).device, _Bucket())
+            follow_placements(param)
+            if (grad := gradient_of(param)) is None:
+                return
+            tensor = self._real(param, grad, magnitudes)
+        device = tensor.device
+        if (bucket := self.by_device.get(device)) is None:
+            bucket = self.by_device[device] = _Bucket()
+        bucket.tensors.append(tensor)
+        bucket.positions.append(position)  # type: ignore[attr-defined]  # a list here
+        bucket.layouts.append(layout)
+
+    def _real(self, param: Tensor, grad: Tensor, magnitudes: bool) -> Tensor:
+        if grad.layout is torch.sparse_coo:
+            # Only the sum of duplicates is the gradient, and only it shows an overflow of that sum.
+            grad = grad.coalesce()
+            if not is_dense(grad._values()):
+                values = grad._values().clone(memory_format=torch.contiguous_format)
+                grad = torch.sparse_coo_tensor(
+                    grad._indices(), values, grad.shape, is_coalesced=True, check_invariants=False
+                )
+            param.grad = grad
+            target = grad._values()
+        elif grad.layout is torch.strided:
+            if not grad.is_contiguous() and overlaps_itself(local(grad)):
+                grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
+            target = local(grad)
+        else:
+            raise ValueError(
+                f"[GradScaler] a gradient of shape {list(grad.shape)} has layout {grad.layout}; expected "
+                f"torch.strided or torch.sparse_coo. Convert it with .to_dense() or .to_sparse_coo()."
+            )
+        self.originals.append(grad)
+        if magnitudes and target.is_complex():
+            return target.abs()
+        return self._dense(target)
+
+    def _dense(self, target: Tensor) -> Tensor:
+        dense = target
+        if not (target.is_contiguous() or is_dense(target)) or target.is_conj():
+            dense = target.clone(memory_format=torch.contiguous_format).resolve_conj()
+            self._copies.append((target, dense))
+        return torch.view_as_real(dense) if dense.is_complex() else dense
+
+    def write_back(self) -> None:
+        """Bring what an op wrote into dense copies of gradients with gaps back into these."""
+        for target, dense in self._copies:
+            with writing(target):
+                target.copy_(dense)
+
+    @property
+    def sharded_over(self) -> tuple[MeshDim, ...]:
+        """Every mesh dimension that shards one of the parameters, in the order of the parameters."""
+        return tuple(dict.fromkeys(dim for layout in self._all_layouts for dim in layout))
+
+    def stats(self, inv_scale: Tensor | None, norm_type: float = 2.0) -> dict[torch.device, ops.GradStats]:
+        """One read pass per device; devices on which this rank has no gradient are left out."""
+        return {
+            device: ops._grad_stats(
+                bucket.tensors, None if inv_scale is None else on(inv_scale, device), norm_type, bucket.fields
+            )
+            for device, bucket in self.by_device.items()
+            if bucket.tensors
+        }
+
+    def agree_(self, found_inf: PerDevice) -> PerDevice:
+        """Make the flags, in place, what any device of any rank that shares a shard with this one found.
+
+        All or nothing needs it: where one shard overflows, no rank may step.
+        """
+        dims = self.sharded_over
+        for device in self.by_device:
+            if device not in found_inf:
+                found_inf[device] = no_overflow(device)
+        if dims:
+            home = next(device for layout, device in self._all_layouts.items() if layout)
+            flag = combine(found_inf.values(), home).clone()
+            all_reduce_(flag, dims, "max")
+            for device, found in found_inf.items():
+                found.copy_(on(flag, device))
+        return found_inf
+
+    def norm(
+        self, stats: dict[torch.device, ops.GradStats], norm_type: float, device: torch.device
+    ) -> Tensor:
+        """The norm over all gradients of all ranks as a 0-d FP64 tensor on ``device``, from a read pass."""
+        reduce: Callable[[Tensor], Tensor] = torch.amax if norm_type == math.inf else torch.sum
+        totals = []
+        for layout, home in self._all_layouts.items():
+            if len(self._all_layouts) == 1:
+                parts = [on(s.total, home) for s in stats.values()]
+            else:
+                parts = [
+                    on(value, home)
+                    for where, s in stats.items()
+                    for value, of in zip(s.per_tensor.unbind(), self.by_device[where].layouts, strict=True)
+                    if of == layout
+                ]
+            if not parts:
+                total = torch.zeros((), dtype=torch.float64, device=home)
+            elif len(parts) == 1 and not layout:  # nobody writes it, so it needs no copy
+                total = parts[0]
+            else:
+                total = reduce(torch.stack(parts))
+            if norm_type == math.inf and layout:  # what MAX makes of NaN is up to the backend
+                total = total.nan_to_num(nan=math.inf, posinf=math.inf)
+            all_reduce_(total, layout, "max" if norm_type == math.inf else "sum")
+            totals.append(on(total, device))
+        if not totals:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        total = totals[0] if len(totals) == 1 else reduce(torch.stack(totals))
+        return total.clone() if norm_type in (0.0, math.inf) else total.pow(1.0 / norm_type)
+
+    def multiply_(self, factor: Tensor) -> None:
+        """Multiply all gradients in place by a 0-d FP64 tensor, FP64 ones in FP64 and the rest in FP32."""
+        for device, bucket in self.by_device.items():
+            here = on(factor, device)
+            wide = [g for g in bucket.tensors if g.dtype is torch.float64]
+            narrow = [g for g in bucket.tensors if g.dtype is not torch.float64]
+            if wide:
+                with writing(*wide):
+                    torch._foreach_mul_(wide, here)
+            if narrow:
+                ops.unscale_(narrow, here.float(), no_overflow(device))
+        self.write_back()
+
+    @property
+    def widest(self) -> torch.dtype:
+        """FP64 if any gradient is, else FP32: the dtype in which norms are reported."""
+        wide = any(bucket.has_float64() for bucket in self.by_device.values())
+        return torch.float64 if wide else torch.float32
+
+
+class Stamp:
+    """Remembers which gradients were seen; with ``weak``, without keeping them alive.
+
+    A gradient counts as the same while it is the same tensor with the same version counter. Writes that move
+    no version counter (through ``.data``, by a raw collective) go unnoticed; one without a version counter,
+    made in inference mode, never counts as the same.
+    """
+
+    def __init__(self, grads: list[Tensor], weak: bool = False) -> None:
+        self._seen = [TensorWeakRef(grad) for grad in grads] if weak else grads
+        self._weak = weak
+        self._versions = _versions(grads)
+
+    def matches(self, grads: list[Tensor]) -> bool:
+        seen = [ref() for ref in self._seen] if self._weak else self._seen  # type: ignore[operator]
+        return self._versions is not None and same_items([grads], seen) and _versions(grads) == self._versions
+
+
+def _versions(grads: list[Tensor]) -> bytes | list[int] | None:
+    """The version counters, and those of the shards that DTensors hold."""
+    return versions(grads if PLAIN.issuperset(map(type, grads)) else [*grads, *map(local, grads)])

@@ -1,0 +1,137 @@
+"""Who overflowed, and when: kept on the device, read only when asked for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..ops import GradStats
+from .gradients import Gradients, Stamp, lasting, on
+
+_MAX_RECORDS = (
+    16  # sets of parameters that have gradients together; more than a few means a new one each step
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    """The non-finite gradient elements of one parameter in one step, on this rank."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    inf: int
+    nan: int
+    unscaled: int  # finite while scaled, not after division by the scale
+
+
+@dataclass(frozen=True, slots=True)
+class OverflowReport:
+    """The latest skipped step of one optimizer; false where none is known.
+
+    ``step`` counts the calls of ``scaler.step(optimizer)`` from 1; it is 0 if no overflow was recorded.
+    """
+
+    step: int = 0
+    overflows: tuple[Overflow, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.step > 0
+
+    def __str__(self) -> str:
+        if not self:
+            return "no overflow recorded"
+        lines = [f"step {self.step} was skipped:"]
+        for o in self.overflows:
+            what = [f"{n} {kind}" for n, kind in ((o.inf, "inf"), (o.nan, "NaN")) if n]
+            if o.unscaled:
+                what.append(f"{o.unscaled} too large once unscaled")
+            lines.append(f"  {o.parameter} {list(o.shape)}: {', '.join(what)}")
+        if not self.overflows:
+            lines.append("  by no gradient that this rank can still see")
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class _Record:
+    """Element counts of the latest overflow in one set of gradients, rewritten in place (CUDA graphs)."""
+
+    counts: Tensor
+    step: Tensor
+
+
+class OverflowLog:
+    """The overflows of one optimizer. Nothing here makes the host wait, apart from :meth:`report`."""
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        with lasting():
+            self._steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._records: dict[tuple[torch.device, Sequence[int]], _Record] = {}
+        self._uncounted: tuple[Stamp, Tensor, Tensor] | None = None
+
+    def next_step(self) -> None:
+        self._steps.add_(1)
+
+    def record(self, gradients: Gradients, stats: dict[torch.device, GradStats], found_inf: Tensor) -> None:
+        """Keep the counts of a read pass if this step is an overflow, which only the device knows."""
+        for device, stat in stats.items():
+            self._record(gradients.by_device[device].positions, stat.counts, found_inf, self._steps)
+
+    def record_uncounted(self, gradients: Gradients, found_inf: Tensor) -> None:
+        """The same for gradients that were unscaled before: counted only if a report is asked for."""
+        self._uncounted = (Stamp(gradients.originals, weak=True), found_inf.clone(), self._steps.clone())
+        self._record(
+            (), torch.zeros(0, 3, dtype=torch.int64, device=found_inf.device), found_inf, self._steps
+        )
+
+    def _record(self, positions: Sequence[int], counts: Tensor, found_inf: Tensor, step: Tensor) -> None:
+        key = (counts.device, positions if isinstance(positions, range) else tuple(positions))
+        if key not in self._records:
+            while len(self._records) >= _MAX_RECORDS:
+                del self._records[next(iter(self._records))]
+            with lasting():
+                never = torch.zeros((), dtype=torch.int64, device=counts.device)
+                self._records[key] = _Record(torch.zeros_like(counts), never)
+        record = self._records[key]
+        overflow = on(found_inf, counts.device) != 0
+        torch.where(overflow, counts, record.counts, out=record.counts)
+        torch.where(overflow, on(step, counts.device), record.step, out=record.step)
+
+    def report(self) -> OverflowReport:
+        """Read everything. Makes the host wait for the device."""
+        optimizer = self._optimizer()
+        if optimizer is not None and self._uncounted is not None:
+            stamp, found_inf, step = self._uncounted
+            gradients = Gradients(params_of(optimizer))
+            if stamp.matches(gradients.originals):
+                for device, stat in gradients.stats(None).items():
+                    self._record(gradients.by_device[device].positions, stat.counts, found_inf, step)
+        params = [] if optimizer is None else list(_named(optimizer))
+        steps = {key: int(record.step) for key, record in self._records.items()}
+        latest = max(steps.values(), default=0)
+        overflows = [
+            Overflow(*params[position], *row)
+            for (device, positions), record in self._records.items()
+            if latest and steps[device, positions] == latest
+            for position, row in zip(positions, record.counts.tolist(), strict=True)
+            if any(row) and position < len(params)
+        ]
+        return OverflowReport(latest, tuple(overflows))
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _named(optimizer: Optimizer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names from an optimizer that was given named parameters, else the place in ``param_groups``."""
+    for g, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names", ())
+        for i, param in enumerate(group["params"]):
+            name = names[i] if i < len(names) else f"{type(optimizer).__name__} group {g} parameter {i}"
+            yield name, tuple(param.shape)

@@ -1,0 +1,126 @@
+"""How GradScaler.step drives which optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+from .. import ops
+from ..ops import inputs
+from .clip import clip_coefficient
+from .gradients import Gradients, Stamp
+
+
+@dataclass(slots=True)
+class ReadPass:
+    """What one read of an optimizer's still scaled gradients found, and how its step shall clip them."""
+
+    gradients: Gradients
+    stats: dict[torch.device, ops.GradStats]
+    inv_scale: Tensor
+    norm_type: float
+    stamp: Stamp  # of the scale and of the gradients
+    clips: list[tuple[float | Tensor, float]] = field(default_factory=list)
+    clip_coef: Tensor | None = None  # FP64
+
+    def clip(self, max_norm: float | Tensor, norm_type: float) -> Tensor:
+        """Put off one more clipping, and return the norm that it finds after the earlier ones."""
+        norm = self.gradients.norm(self.stats, norm_type, self.inv_scale.device)
+        if self.clip_coef is not None and norm_type != 0:
+            norm = norm * self.clip_coef
+        clip_coef = clip_coefficient(norm, max_norm)
+        self.clip_coef = clip_coef if self.clip_coef is None else self.clip_coef * clip_coef
+        self.clips.append((max_norm, norm_type))
+        return norm.to(self.gradients.widest)
+
+
+# torch puts this function around each class's step; it runs the hooks.
+_HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # type: ignore[arg-type, attr-defined]
+
+
+def _inside_hooks(function: Any) -> Any:
+    return function.__wrapped__ if getattr(function, "__code__", None) is _HOOKED else function
+
+
+_TORCHS_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad)
+_TORCHS_STEPS = {_inside_hooks(kind.step) for kind in _TORCHS_FUSED}
+
+
+def is_fusedamps(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` is of one of fusedamp's classes or of one that is made of them."""
+    return getattr(type(optimizer), "_fusedamp_fused", False)
+
+
+def is_ours(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer.step`` is fusedamp's own on this very object, with nothing before it that may look
+    at gradients: then it takes the scale, the clip coefficient and the flag.
+
+    Subclasses with a ``step`` of their own, wrappers, a ``step`` that was replaced (Accelerate counts its
+    calls) and step pre-hooks want unscaled gradients, and no call for a skipped step.
+    """
+    return is_fusedamps(optimizer) and _runs(optimizer, {getattr(type(optimizer), "_fusedamp_step", None)})
+
+
+def _runs(optimizer: Optimizer, steps: set[Any]) -> bool:
+    """Whether ``optimizer.step`` runs one of ``steps`` on ``optimizer``, and no step pre-hook."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    if hooks or _global_optimizer_pre_hooks:
+        return False
+    step = optimizer.step
+    if getattr(step, "__self__", None) is optimizer:
+        return _inside_hooks(step.__func__) in steps  # type: ignore[attr-defined]
+    if getattr(step, "__globals__", None) is not vars(lr_scheduler):
+        return False
+    # An LR scheduler's counter knows the function and, weakly, the optimizer that it is called on.
+    known = [cell.cell_contents for cell in step.__closure__ or ()]
+    mine = any(isinstance(value, weakref.ref) and value() is optimizer for value in known)
+    return mine and any(isinstance(value, FunctionType) and _inside_hooks(value) in steps for value in known)
+
+
+def _has_own(optimizer: Optimizer, name: str) -> bool:
+    """Whether ``optimizer`` has a true attribute ``name`` that no ``__getattr__`` forwards."""
+    owners = (optimizer, *type(optimizer).__mro__)
+    return next((bool(vars(owner)[name]) for owner in owners if name in vars(owner)), False)
+
+
+def takes_found_inf(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer.step`` itself skips where its attribute ``found_inf`` says so, as torch's fused
+    ones do: not what wraps or replaces their step, for which the same holds as in :func:`is_ours`.
+    """
+    if is_fusedamps(optimizer) or not _has_own(optimizer, "_step_supports_amp_scaling"):
+        return False
+    if isinstance(optimizer, _TORCHS_FUSED) and not _runs(optimizer, _TORCHS_STEPS):
+        return False
+    return not _would_start_momentum(optimizer)
+
+
+def by_hand(optimizer: Optimizer) -> tuple[inputs.Number | None, inputs.Number | None]:
+    """``found_inf`` and ``grad_scale`` that a program set on an optimizer whose step obeys them, or None."""
+    obeys = is_fusedamps(optimizer) or _has_own(optimizer, "_step_supports_amp_scaling")
+    return inputs.by_hand(optimizer) if obeys else (None, None)
+
+
+def is_legacy(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer.step`` takes the scaler itself, which torch has deprecated but still does."""
+    return (
+        getattr(optimizer, "_step_supports_amp_scaling", False)
+        and "grad_scaler" in inspect.signature(optimizer.step).parameters
+    )
+
+
+def _would_start_momentum(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, torch.optim.SGD) and any(
+        group["momentum"] != 0
+        and param.grad is not None
+        and optimizer.state.get(param, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        for param in group["params"]
+    )

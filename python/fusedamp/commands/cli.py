@@ -1,0 +1,82 @@
+"""The command line: ``python -m fusedamp info``, ``demo``, ``repro``, ``estimate``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from fusedamp._C import build_info
+from fusedamp.commands import estimate
+from fusedamp.commands.demo import options as demo_options
+from fusedamp.commands.demo.options import DemoError
+from fusedamp.commands.info import describe, system_info
+from fusedamp.commands.repro import options as repro_options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 fine, 1 the demo's claim did not show, 2 bad options."""
+    args = _parser().parse_args(argv)
+    if args.command == "info":
+        info = system_info()
+        print(json.dumps(info, indent=2) if args.json else describe(info))
+        return 0
+    if args.command == "estimate":
+        return estimate.run(args)
+    return _run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedamp", description="Mixed-precision training for PyTorch."
+    )
+    version = f"fusedamp {build_info()['version']}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help="versions, build, devices, and which 16-bit format to choose")
+    info.add_argument("--json", action="store_true", help="machine-readable")
+    demo = commands.add_parser(
+        "demo",
+        help="train a small GPT and a conv net in FP32, FP16 and BF16, and compare",
+        description="Fine-tune a small GPT and a conv net in FP32, FP16 and BF16: with torch's AMP stack, "
+        "with fusedamp, and without master weights. Prints a table and draws a picture. Exit code 1: the "
+        "claim did not show.",
+    )
+    demo_options.add_arguments(demo)
+    repro = commands.add_parser(
+        "repro",
+        help="show published effects of 16-bit training again, in minutes",
+        description="Train a character model over loss factors and without master weights, as Micikevicius "
+        "et al. 2018 did, and show which numbers stop in 16 bits. Prints tables and draws a picture. Exit "
+        "code 1: a claim did not show.",
+    )
+    repro_options.add_arguments(repro)
+    memory = commands.add_parser(
+        "estimate",
+        help="bytes of weights, gradients, masters and states, before anything is allocated",
+        description="Bytes per parameter and in all, by part: with the chosen options, in every other mode, "
+        "and with plain torch.",
+    )
+    estimate.add_arguments(memory)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    name = args.command
+    package = {"demo": demo_options, "repro": repro_options}[name]
+    try:
+        options = package.options_from(args)
+    except DemoError as error:
+        print(f"fusedamp {name}: {error}", file=sys.stderr)
+        return 2
+    # It needs the extras, which the options have looked for.
+    run = importlib.import_module(f"fusedamp.commands.{name}.run").run
+    try:
+        return run(options)
+    except DemoError as error:
+        print(f"fusedamp {name}: {error}", file=sys.stderr)
+        return 1

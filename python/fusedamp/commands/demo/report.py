@@ -1,0 +1,130 @@
+"""What the runs say: the claim and whether it held, the table, the progress bars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fusedamp.commands.demo.tasks import Task
+from fusedamp.commands.demo.train import REFERENCE, Run, phase_ratio
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of the claim, with its figures, and whether it held."""
+
+    text: str
+    held: bool
+
+
+class Outcome:
+    """The finished runs of one task, and what is compared with what."""
+
+    def __init__(self, task: Task, runs: list[Run]) -> None:
+        self.task = task
+        self.runs = [run for run in runs if not run.variant.order]
+        self.reference = next(run for run in self.runs if run.variant == REFERENCE)
+        ends = [
+            run.held_out_loss for run in runs if run.variant.stack == "torch" and run.variant.dtype == "fp32"
+        ]
+        self.spread = max(ends) - min(ends)
+
+    def gap(self, run: Run) -> float:
+        """Held-out loss above the FP32 reference's."""
+        return run.held_out_loss - self.reference.held_out_loss
+
+    def rival(self, run: Run) -> Run:
+        """torch's run in the same format."""
+        return next(
+            r for r in self.runs if r.variant.stack == "torch" and r.variant.dtype == run.variant.dtype
+        )
+
+    def findings(self) -> list[Finding]:
+        """With masters: no further from FP32 than another order of the batches. Without: further behind."""
+        return [self._finding(run) for run in self.runs if run.variant.stack == "fusedamp"]
+
+    def _finding(self, run: Run) -> Finding:
+        gap = self.gap(run)
+        if run.variant.masters:
+            claim, held = "matches FP32", abs(gap) <= self.spread
+        else:
+            claim, held = "falls behind FP32", gap > self.spread
+        verdict = claim if held else f'does not show "{claim}"'
+        figures = f"{gap:+.5f} in held-out loss; other batch orders differ by {self.spread:.5f}"
+        return Finding(f"{self.task.name}: {run.variant.name} {verdict} ({figures})", held)
+
+    def lost_line(self) -> str:
+        """How much of FP32's training a 16-bit weight alone could not follow."""
+        shares = " and ".join(f"{share:.0%} in {name.upper()}" for name, share in self.reference.lost.items())
+        return f"Halfway, weights without masters would round away {shares} of FP32's updates."
+
+
+def table(outcome: Outcome) -> Table:
+    """One row per run."""
+    grid = Table(
+        title=f"{outcome.task.name}: {outcome.task.story}",
+        title_justify="left",
+        title_style="bold",
+        caption="Losses held out and in training; steps skipped; time: of torch's optimizer phase in this "
+        "format, over that of the run's",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,  # fits 80 columns
+        pad_edge=False,
+    )
+    grid.add_column("run", no_wrap=True)
+    heads = (
+        "held\nout",
+        "minus\nFP32",
+        "accu-\nracy",
+        "train",
+        "skip-\nped",
+        "bytes/\nparam",
+        "time",
+    )
+    for head in heads:
+        grid.add_column(head, justify="right", no_wrap=True)
+    for run in outcome.runs:
+        rival = outcome.rival(run)
+        grid.add_row(
+            run.variant.name,
+            f"{run.held_out_loss:.4f}",
+            "" if run is outcome.reference else f"{outcome.gap(run):+.4f}",
+            f"{run.evaluations[-1][2]:.1%}",
+            f"{run.train_loss:.4f}",
+            f"{len(run.skipped)}",
+            f"{run.bytes_per_param:.1f}",
+            "1" if rival is run else f"{phase_ratio(run, rival):.1f}",
+        )
+    return grid
+
+
+class Bars:
+    """A progress bar for the pre-training, then one per run with its latest loss and scale."""
+
+    def __init__(self, console: Console, task: Task) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
+        self._task = task
+        self._pretraining = self._add("pre-training in FP32", task.pretrain_steps)
+        self._rows: dict[str, TaskID] = {}
+
+    def _add(self, name: str, steps: int) -> TaskID:
+        return self.progress.add_task(f"{self._task.name:6} {name}", total=steps, note="")
+
+    def pretrained(self) -> None:
+        """One step of the pre-training is done."""
+        self.progress.advance(self._pretraining)
+
+    def finetuned(self, runs: list[Run]) -> None:
+        """One step is done by every run."""
+        for run in runs:
+            name = run.variant.name
+            if name not in self._rows:
+                self._rows[name] = self._add(name, self._task.steps)
+            scale = f"  scale {run.scales[-1]:.0f}" if run.scaler.is_enabled() else ""
+            self.progress.update(self._rows[name], advance=1, note=f"loss {run.losses[-1]:.3f}{scale}")

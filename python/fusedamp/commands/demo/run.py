@@ -1,0 +1,88 @@
+"""The demo from first line to last: train, show the table, draw the picture, say whether the claim held."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import replace
+from math import log2
+
+import torch
+from rich.console import Console
+
+from fusedamp.commands.demo.chart import draw
+from fusedamp.commands.demo.options import Options
+from fusedamp.commands.demo.report import Bars, Outcome, table
+from fusedamp.commands.demo.tasks import Task, digits_task, gpt_task
+from fusedamp.commands.demo.train import EXTRA_ORDERS, finetune, pretrain
+
+QUICK = 3
+
+
+def run(options: Options) -> int:
+    """Run the demo; returns 0, or 1 where a part of the claim did not show."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    tasks = [gpt_task(options.data) if name == "gpt" else digits_task() for name in options.tasks]
+    return run_tasks([_resized(task, options) for task in tasks], options)
+
+
+def run_tasks(tasks: list[Task], options: Options) -> int:
+    """Train and report; the data is loaded."""
+    console = Console(highlight=False)
+    started = time.perf_counter()
+    console.print(_machine(options), _method(options), sep="\n", end="\n\n")
+    outcomes = [_train(task, options, console) for task in tasks]
+    for outcome in outcomes:
+        console.print(table(outcome), outcome.lost_line(), sep="\n", end="\n\n")
+    findings = [finding for outcome in outcomes for finding in outcome.findings()]
+    for finding in findings:
+        console.print(
+            "yes " if finding.held else "NO  ", finding.text, style="" if finding.held else "bold red"
+        )
+    draw(outcomes, options.picture, _machine(options))
+    console.print(
+        f"picture: {options.picture}    time: {time.perf_counter() - started:.0f} s", soft_wrap=True
+    )
+    failed = sum(not finding.held for finding in findings)
+    if failed:
+        console.print(
+            f"The claim did not hold in {failed} of {len(findings)} points on this run.", style="bold red"
+        )
+    return 1 if failed else 0
+
+
+def _resized(task: Task, options: Options) -> Task:
+    return replace(task, steps=options.steps or (task.steps // QUICK if options.quick else task.steps))
+
+
+def _train(task: Task, options: Options, console: Console) -> Outcome:
+    bars = Bars(console, task)
+    with bars.progress:
+        base = pretrain(task, options, on_step=bars.pretrained)
+        for runs in finetune(task, base, options):
+            bars.finetuned(runs)
+    return Outcome(task, runs)
+
+
+def _machine(options: Options) -> str:
+    if options.device.type == "cuda":
+        name = torch.cuda.get_device_name(options.device)
+    else:
+        name = f"CPU, threads {torch.get_num_threads()}"
+    return (
+        f"torch {torch.__version__}, Python {platform.python_version()}, {name}, lr {options.learning_rate:g}"
+    )
+
+
+def _method(options: Options) -> str:
+    text = (
+        f"Fine-tuning at lr {options.learning_rate:g} (BERT's was 2e-5 to 5e-5, arXiv:1810.04805): many "
+        "updates are then smaller than half the distance between two neighbouring 16-bit weights. The loss "
+        f"scale of FP16 starts at 2**{log2(options.init_scale):g}, too large on purpose: an overflowing step "
+        "is skipped and its batch tried again, so that all runs make the same updates on the same batches. "
+        f"The yardstick is FP32 itself on {EXTRA_ORDERS} other orders of the batches."
+    )
+    if options.device.type == "cpu":
+        text += " On a CPU, 16-bit layers multiply in FP32 and round the result, as tensor cores do."
+    return text

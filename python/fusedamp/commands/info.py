@@ -1,0 +1,68 @@
+"""``python -m fusedamp info``: versions, build and devices."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from dataclasses import asdict
+
+import torch
+
+from .. import _C
+from ..capabilities import capabilities
+from ..ops.library import cpu_target
+
+
+def system_info() -> dict[str, object]:
+    """Everything that ``python -m fusedamp info`` shows, as plain JSON values."""
+    devices = [asdict(capability) for capability in capabilities()]
+    for device in devices:
+        device["recommended"] = str(device["recommended"]).removeprefix("torch.")
+    return {
+        "fusedamp": _C.build_info()["version"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cuda": {"torch_built_for": torch.version.cuda, "driver_supports": _driver_cuda_version()},
+        "build": _C.build_info(),
+        "cpu_target": cpu_target(),
+        "devices": devices,
+    }
+
+
+def describe(info: dict) -> str:
+    """``info`` as text."""
+    cuda, build = info["cuda"], info["build"]
+    lines = [
+        f"fusedamp {info['fusedamp']}, torch {info['torch']}, Python {info['python']}, {info['system']}",
+        f"CUDA     torch built for {cuda['torch_built_for'] or 'none'}; driver supports"
+        f" {cuda['driver_supports'] or 'none (no NVIDIA driver found)'}",
+        "build    " + ", ".join(f"{key} {_listed(value)}" for key, value in build.items()),
+        f"CPU code {info['cpu_target']} (FUSEDAMP_CPU_TARGET overrides)",
+    ]
+    for device in info["devices"]:
+        units = "AMX tiles" if device["device"] == "cpu" else "tensor cores"
+        flags = ", ".join(
+            f"{f.upper()} {'yes' if device[f] else 'no'}" for f in ("fp16", "bf16", "tf32", "fp8")
+        )
+        lines += [
+            "",
+            f"{device['device']:8} {device['name']} ({', '.join(device['features']) or 'features unknown'})",
+            f"         {units}: {flags}",
+            f"         choose {device['recommended']}: {device['why']}",
+        ]
+    return "\n".join(lines)
+
+
+def _listed(value: object) -> str:
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"
+
+
+def _driver_cuda_version() -> str | None:
+    """The newest CUDA that the installed driver supports, as libcuda says."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"

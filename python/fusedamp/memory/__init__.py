@@ -1,0 +1,1 @@
+"""Bytes of weights, gradients, masters and states, before training."""

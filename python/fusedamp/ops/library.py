@@ -1,0 +1,63 @@
+"""Loads the op libraries, and tells torch the shapes of what the ops return."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+_HERE = Path(__file__).parent.parent
+
+
+def _load(name: str) -> bool:
+    path = _HERE / f"lib{name}.so"
+    if path.exists():
+        torch.ops.load_library(path)
+    return path.exists()
+
+
+if not _load("fusedamp_cpu"):
+    raise ImportError(
+        f"fusedamp is not built: {_HERE / 'libfusedamp_cpu.so'} is missing. Run `pip install .` (or `pip "
+        f"install -e .`) in "
+        "its source folder; in a source checkout, don't import it from python/ before that."
+    )
+# The CUDA object needs the CUDA half of torch itself, GPU or not.
+HAS_CUDA_OPS: bool = torch.version.cuda is not None and _load("fusedamp_cuda")
+
+STEP_OPS: tuple[str, ...] = tuple(torch.ops.fusedamp.step_ops().split())  # of csrc/math/optimizers.def
+
+
+def _need_one_kind(*args: Any, **kwargs: Any) -> None:
+    """Tensors without data are also here when they share a call with real ones, which must not pass
+    unnoticed."""
+    kinds = {t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+    if len(kinds) > 1:
+        raise RuntimeError("some tensors are on the meta device and others are not")
+
+
+for _name in ("unscale_", "update_scale_", "_check_step", *STEP_OPS):
+    torch.library.register_fake(f"fusedamp::{_name}", _need_one_kind)
+
+
+@torch.library.register_fake("fusedamp::_find_shared_memory")
+def _nothing_shared(tensors, written):
+    _need_one_kind(tensors)
+    return -1, -1  # there are no addresses to look at
+
+
+@torch.library.register_fake("fusedamp::grad_stats")
+def _grad_stats_shapes(grads, inv_scale=None, norm_type=2.0):
+    _need_one_kind(grads, inv_scale)
+    like = grads[0]
+    return (
+        like.new_empty((), dtype=torch.float32),
+        like.new_empty((), dtype=torch.float64),
+        like.new_empty((len(grads),), dtype=torch.float64),
+        like.new_empty((len(grads), 3), dtype=torch.int64),
+    )
+
+
+def cpu_target() -> str:
+    """The instruction set that the CPU ops run on: "avx512", "avx2" or "baseline"."""
+    return torch.ops.fusedamp.cpu_target()

@@ -1,0 +1,1 @@
+"""What all optimizers share: the step, its options, and what is remembered between steps."""

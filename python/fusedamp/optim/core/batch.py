@@ -1,0 +1,40 @@
+"""What one op call updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ... import ops
+from .slot import Slot
+
+Group = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one op call updates: parameters of one group on one device, all with masters or all without."""
+
+    group: Group
+    state_names: tuple[str, ...]
+    op: str
+    scalars: dict[str, Any]
+    slots: list[Slot] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+
+    def call(self) -> ops.StepCall:
+        """The op call that updates them."""
+        states = {f"{name}s": [s.states[i] for s in self.slots] for i, name in enumerate(self.state_names)}
+        masters = [slot.master for slot in self.slots if slot.master is not None]
+        params, steps = [slot.target for slot in self.slots], [slot.step for slot in self.slots]
+        scales = [slot.scales[j] for j in range(len(self.slots[0].scales)) for slot in self.slots]
+        seeds = [slot.seed for slot in self.slots] if self.slots[0].mode.is_random() else []
+        return ops.StepCall(self.op, params, self.grads, masters, states, steps, self.scalars, scales, seeds)
+
+    def launch(self) -> None:
+        ops.step_lists(*self.call())
+        for slot in self.slots:
+            if slot.target is not slot.param:
+                slot.finish()

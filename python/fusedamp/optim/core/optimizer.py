@@ -1,0 +1,398 @@
+"""What all fused optimizers share: the step over groups and devices, their state, and checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ... import ops
+from ...ops.inputs import AmpInputs, begin_step, inputs_on
+from ...tensors.addresses import read
+from ...tensors.layout import gradient_of, in_turns
+from ...tensors.shards import local
+from ..state import checkpoint, formats
+from ..state.formats import Entry, Storage, filled, name_dtypes
+from .batch import Batch, Group
+from .options import SeenOptions, check_common, draws, is_compressed
+from .replay import Replay
+from .slot import Mode, Slot, check, check_aliasing, check_distinct, check_dtype, complete, making_complete
+
+# One for each optimizer that rounds stochastically, so that no two of a program draw alike. Not from torch's
+# generators: replicas on several ranks must draw alike, and their generators often are seeded apart.
+_seeds = itertools.count()
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose step is one op call per group and device.
+
+    The gradient of a parameter is ``param.grad``, or, where that is None, ``param.main_grad`` (an FP32 buffer
+    that some trainers accumulate into, and zero themselves). Its dtype may differ from the parameter's. It is
+    never written.
+
+    State is created at the first step: ``step`` (FP32, 0-d), the states of the algorithm and, for 16-bit
+    parameters, ``master``; in FP32 (FP64 for FP64 parameters), in the parameter's layout and placement.
+
+    With fusedamp's scaler gradients are still scaled inside ``step``, but not for hooks before it, wrappers,
+    or another ``step``. The attributes ``found_inf`` and ``grad_scale`` are obeyed as by torch's fused ones.
+    """
+
+    _fusedamp_fused = True  # fusedamp.GradScaler takes its fused route for us
+    _amp: AmpInputs | None = None  # set by the scaler around one step
+    state_names: tuple[str, ...] = ()  # all states that the algorithm may have, besides step and master
+    nonnegative_states: tuple[str, ...] = ()  # those of them that are sums of squares
+    can_compress: bool = True  # whether masters and states may be kept in less than FP32
+    required_state: tuple[str, ...] = ()  # what a checkpoint must have for every parameter that it knows
+    _slots: dict[int, Slot]  # by id of the parameter; given up when the state is asked for
+    _unchecked: bool  # whether slots were made since memory was last checked for sharing
+    _stepped: list[Slot]  # of the last step
+    _replay: Replay | None = None  # what makes the same step again quick
+    _turn: int  # counts the steps, to see a parameter twice in one
+    _looks: int = 0  # how often the state was asked for
+    _own_seed: int | None = None  # of the groups that have no rounding_seed
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = formats.spelled_out(cls)  # type: ignore[attr-defined]
+
+    def __init__(self, params: ParamsT, defaults: Group, storage: Storage | None = None) -> None:
+        self._forget()
+        defaults = formats.with_storage(type(self).__name__, defaults, storage or {})
+        self._check_group(f"[{type(self).__name__}]", defaults)
+        super().__init__(params, defaults)
+
+    @property
+    def state(self) -> Any:
+        """As in torch, a dict of dicts by parameter. Callers may change it: the next step looks at all of it.
+        Nothing else keeps its tensors: what is removed from it is freed."""
+        own = vars(self)
+        if "state" not in own:  # as of any attribute: a wrapper that forwards them answers then
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'state'")
+        self._looked()
+        return own["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._looked()
+        vars(self)["state"] = value
+
+    def _looked(self) -> None:
+        self._looks += 1
+        self._slots, self._stepped = {}, []
+        if self._replay is not None:
+            self._replay.let_go()
+
+    # What an optimizer defines ------------------------------------------------------------
+
+    def _check_group(self, where: str, group: Group) -> None:
+        """Raise where an option of ``group`` is unusable. ``where`` starts the message."""
+        check_common(where, group)
+        if is_compressed(group) and not self.can_compress:
+            raise ValueError(
+                f"{where} master_weights is {group['master_weights']!r}, state_dtype "
+                f"{group['state_dtype']!r} and stochastic_rounding {group['stochastic_rounding']}; expected "
+                f"FP32 masters and states, as {type(self).__name__} has no other. Leave them out, or "
+                "use fusedamp.optim.AdamW."
+            )
+
+    def _active_states(self, group: Group) -> tuple[str, ...]:
+        """The states that ``group`` uses with its present options, in the op's order."""
+        return self.state_names
+
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
+        """The name of the step op, and its hyper-parameters by name, in the op's order."""
+        raise NotImplementedError
+
+    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+        """A tensor with the shape of the state ``name``, else like ``param``; None where there is no such
+        state.
+        """
+        return param
+
+    def _first_value(self, name: str) -> float:
+        """What the state ``name`` is before the first step."""
+        return 0.0
+
+    def _new_state(self, name: str, like: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
+        return filled(like, dtype, self._first_value(name))
+
+    def _check_calls(self, batches: list[Batch]) -> None:
+        """Raise what the last of ``batches`` could be refused for after the first has stepped."""
+        if len(batches) > 1:
+            ops.check_steps([batch.call() for batch in batches])
+
+    def _launch(self, batch: Batch) -> None:
+        """Update the parameters of ``batch``; all that can be refused was refused before."""
+        batch.launch()
+
+    def _densified(self, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead"
+        )
+
+    def _upgrade_state(self, entry: Entry) -> None:
+        """Complete the state that another version or ``torch.optim`` saved for one parameter, in place."""
+
+    # The step -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters that have a gradient; returns what ``closure`` returned.
+
+        Args:
+            closure: reevaluates the model and returns the loss, with gradients enabled.
+        Raises: ValueError naming group and parameter; nothing was updated then.  Cost: no host sync.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():  # states must be usable outside of it, too
+                self._step()
+        else:
+            self._step()
+        return loss
+
+    _fusedamp_step = step  # by which the scaler sees that nothing stands in its place
+
+    @torch._disable_dynamo  # compiled callers run it eagerly: a trace would freeze what is remembered
+    def _step(self) -> None:
+        begin_step(self)
+        for g, group in enumerate(self.param_groups):
+            if not self._seen.has(g, group):
+                name_dtypes(group)
+                self._check_group(self._where(g), group)
+                self._seed(group)
+                self._seen.add(g, group)
+        replay = self._replay
+        if (
+            replay
+            and (calls := replay.calls(self.param_groups, vars(self), self._looks, self._mode)) is not None
+        ):
+            ready = [(table, grads, self._scalars(group, table.params)) for group, table, grads in calls]
+            for table, grads, scalars in ready:
+                table.launch(grads, scalars)
+            return
+        before, self._replay = self._stepped, None
+        batches = self._prepare()  # all is checked before anything moves
+        self._check_calls(batches)
+        for batch in batches:
+            self._launch(batch)
+        # A table costs more than a step does without one; the second step in a row of the same kind makes it.
+        self._stepped = [slot for batch in batches for slot in batch.slots]
+        if len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
+            self._replay = self._remember(batches)
+            if self._replay:  # it knows all that they do
+                self._slots, self._stepped = {}, []
+
+    def _remember(self, batches: list[Batch]) -> Replay | None:
+        seen = []
+        for batch in batches:
+            fields = read(batch.grads)
+            plain = all(slot.target is slot.param for slot in batch.slots)
+            own = all(slot.param.grad is grad for slot, grad in zip(batch.slots, batch.grads, strict=True))
+            if fields is None or not plain or not own:
+                return None
+            seen.append((batch.group, batch.op, batch.slots, fields))
+        try:
+            modes = list(map(self._mode, self.param_groups))
+            return Replay(self.param_groups, vars(self)["state"], modes, seen)
+        except ValueError:  # a tensor that only the checking op can take
+            return None
+
+    def _mode(self, group: Group) -> Mode:
+        return Mode(
+            self._active_states(group),
+            self._op(group)[0],
+            self.nonnegative_states,
+            group["master_weights"],
+            group["state_dtype"],
+            group["stochastic_rounding"],
+            group["rounding_seed"],
+        )
+
+    def _prepare(self) -> list[Batch]:
+        calls: list[Batch] = []
+        known, state = self._slots, vars(self)["state"]
+        self._turn += 1
+        position = 0  # of a group's first parameter in the optimizer: replicas and resumed runs draw alike
+        for key in [key for key, slot in known.items() if state.get(slot.param) is not slot.entry]:
+            del known[key]  # its state was removed or replaced
+        in_turns(list(self._missing_states(lambda param: gradient_of(param) is not None)))
+        for g, group in enumerate(self.param_groups):
+            mode = self._mode(group)
+            seeds, position = ((mode.rounding_seed or 0) << 32) + position, position + len(group["params"])
+            batches: dict[tuple[str, bool], Batch] = {}
+            for i, param in enumerate(group["params"]):
+                grad = gradient_of(param)
+                if grad is None:
+                    continue
+                if grad.shape != param.shape and param.grad is None:
+                    raise ValueError(
+                        f"{self._where(g)} params[{i}] has a main_grad of shape {list(grad.shape)}; "
+                        f"expected {list(param.shape)}, like the parameter. Use a view of that shape."
+                    )
+                if grad.layout is not torch.strided:
+                    grad = self._densified(grad)
+                slot = known.get(id(param))
+                try:
+                    if slot is not None and slot.turn == self._turn:
+                        raise ValueError("is in the optimizer twice; expected it once. Remove the second.")
+                    if slot is None or not slot.holds(state.get(param), mode):
+                        self._unchecked |= slot is None or slot.reusable
+                        like = partial(self._like, param=param, group=group)
+                        slot = known[id(param)] = Slot(param, state[param], mode, like, self._new_state)
+                    grad = slot.paired(grad)
+                except (ValueError, TypeError) as error:
+                    raise type(error)(f"{self._where(g)} params[{i}] {error}") from error
+                slot.turn, slot.seed = self._turn, seeds + i
+                if (batch := batches.get(slot.key)) is None:
+                    batch = batches[slot.key] = Batch(
+                        group, mode.names, mode.op, self._scalars(group, [slot.target])
+                    )
+                    calls.append(batch)
+                batch.slots.append(slot)
+                batch.grads.append(grad)
+        if self._unchecked:
+            present = {id(param) for group in self.param_groups for param in group["params"]}
+            self._slots = {key: slot for key, slot in known.items() if key in present}
+            check_aliasing(f"[{type(self).__name__}]", self._slots.values())
+            self._unchecked = False
+        return calls
+
+    def _missing_states(self, wanted: Callable[[Tensor], bool]) -> Iterator[Iterator[None]]:
+        """What makes the states of the ``wanted`` parameters that have none, one tensor at a time."""
+        state = vars(self)["state"]
+        for g, group in enumerate(self.param_groups):
+            mode = self._mode(group)
+            for i, param in enumerate(group["params"]):
+                if not state.get(param) and wanted(param):
+                    yield self._making_state(
+                        f"{self._where(g)} params[{i}]", group, mode, param, state[param]
+                    )
+
+    def _making_state(
+        self, where: str, group: Group, mode: Mode, param: Tensor, entry: Entry
+    ) -> Iterator[None]:
+        try:
+            check(local(param))
+            yield from making_complete(
+                param, entry, mode, partial(self._like, param=param, group=group), self._new_state
+            )
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{where} {error}") from error
+
+    def _seed(self, group: Group) -> None:
+        """Give ``group`` this optimizer's seed if it has none and needs one."""
+        if group["rounding_seed"] is None and draws(group):
+            if self._own_seed is None:
+                self._own_seed = next(_seeds) % 2**31
+            group["rounding_seed"] = self._own_seed
+
+    def _forget(self) -> None:
+        self._slots, self._stepped, self._replay, self._seen = {}, [], None, SeenOptions()
+        self._unchecked = True
+        self._turn = 0
+
+    def _where(self, index: int) -> str:
+        return f"[{type(self).__name__}] group {index}:"
+
+    def _scalars(self, group: Group, params: list[Tensor]) -> dict[str, Any]:
+        device = params[0].device
+        amp = inputs_on(self, device)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != device:
+            lr = lr.to(device)
+        op, hyper = self._op(group)
+        return ops.step_scalars(
+            op,
+            params,
+            lr,
+            hyper,
+            group["maximize"],
+            amp.inv_scale,
+            amp.clip_coef,
+            amp.found_inf,
+            group["stochastic_rounding"],
+        )
+
+    @torch.no_grad()
+    def planned_state(self, param: Tensor, group: Group) -> Entry:
+        """The state that the first step makes for ``param`` with the options of ``group``, without memory.
+
+        Tensors on the meta device, of a DTensor this rank's part; allocates and changes nothing.
+        Raises: ValueError where the options or the parameter are unusable.
+        """
+        meta, entry = torch.empty_like(local(param), device="meta"), Entry()
+        where = f"[{type(self).__name__}]"
+        name_dtypes(group)
+        self._check_group(where, group)
+        try:
+            check_dtype(meta)
+        except ValueError as error:
+            raise ValueError(f"{where} a parameter {error}") from None
+        complete(
+            meta, entry, self._mode(group), partial(self._like, param=meta, group=group), self._new_state
+        )
+        return entry
+
+    # Groups and checkpoints ---------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As in torch; checks the options, and refuses a parameter that is given twice (torch warns)."""
+        if isinstance(param_group, dict):
+            where = self._where(len(self.param_groups))
+            name_dtypes(param_group)
+            self._check_group(where, {**self.defaults, **param_group})
+            params = param_group["params"]
+            if not isinstance(params, (Tensor, set)):
+                param_group["params"] = params = list(params)
+                check_distinct(where, [p[1] if isinstance(p, tuple) else p for p in params])
+        super().add_param_group(param_group)
+        if not all(param.is_meta for param in self.param_groups[-1]["params"]):  # else it is only planned
+            self._seed(self.param_groups[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with plain tensors and plain options.
+
+        A state in 8 bits is saved as ``exp_avg`` (int8, or uint8 where it is never negative),
+        ``exp_avg_scale`` and its size and order in memory; a split master's remainder as an int16
+        ``master``. They are no numbers: :meth:`load_state_dict` refuses what was cast or resized. No tensor
+        is copied.
+        """
+        with checkpoint.plainly(self):
+            return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict()`` of ours or of the ``torch.optim`` namesake. Copies; FP32 state stays FP32.
+
+        A missing ``master`` is made from the weights at the next step. The options of storage stay as they
+        were, but for ``rounding_seed``. Options that this optimizer does not have are kept in the group, and
+        warned of by name where they would change its steps.
+        Raises: ValueError naming the state that doesn't fit; nothing was loaded then.
+        """
+        with checkpoint.converting(self), torch.inference_mode(False):
+            super().load_state_dict(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        names = list(state.get("defaults", vars(self).get("defaults", ())))  # torch adds "differentiable"
+        super().__setstate__(state)
+        if "differentiable" not in names:
+            self.defaults.pop("differentiable", None)
+        name_dtypes(self.defaults)
+        self._forget()
+        for group in self.param_groups:
+            name_dtypes(group)
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        for entry in vars(self)["state"].values():
+            for name in self.state_names if isinstance(entry, dict) else ():
+                # Of a pickle from before states in 8 bits were one tensor.
+                formats.taken_from_checkpoint(entry, name, name in self.nonnegative_states)

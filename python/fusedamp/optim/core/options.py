@@ -1,0 +1,139 @@
+"""Checks of the numbers in a parameter group."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _C
+from ...tensors.layout import is_fake
+
+# How masters and states may be kept: option -> its values, the one that keeps most first.
+STORAGE: dict[str, tuple[Any, ...]] = {
+    "master_weights": ("fp32", "split", "none"),
+    "state_dtype": ("float32", "bfloat16", "int8"),
+}
+LARGEST = torch.finfo(torch.float32).max  # steps compute with FP32: beyond it, 0 * lr would be NaN
+MASTER_WEIGHTS = ("auto", *STORAGE["master_weights"])
+
+
+class SeenOptions:
+    """The options of each group that were found usable: the very same objects need no second look.
+
+    Of a group with an option that can change in place, a tensor or a list, none count as seen.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, list[Any]] = {}
+
+    def has(self, index: int, group: dict[str, Any]) -> bool:
+        return index in self._seen and _C.same_items([_options(group)], self._seen[index])
+
+    def add(self, index: int, group: dict[str, Any]) -> None:
+        options = _options(group)
+        if all(map(_is_fixed, options)):
+            self._seen[index] = options
+        else:
+            self._seen.pop(index, None)
+
+
+def _options(group: dict[str, Any]) -> list[Any]:
+    return [value for name, value in group.items() if name != "params"]
+
+
+def _is_fixed(value: Any) -> bool:
+    return (
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or (isinstance(value, tuple) and all(map(_is_fixed, value)))
+    )
+
+
+def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: float = math.inf) -> None:
+    """Raise unless ``value`` is a number, or a tensor of one element, in [low, below).
+
+    A tensor on an accelerator is not read: that would synchronise.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{where} {name} is a tensor of shape {list(value.shape)}; expected one element. "
+                "Pass a 0-d tensor."
+            )
+        if value.device.type != "cpu" or is_fake(value):
+            return
+        value = value.item()
+    if not isinstance(value, Real):
+        raise TypeError(
+            f"{where} {name} is {value!r} ({type(value).__name__}); expected a number. Pass a float."
+        )
+    number: Any = value  # of any size: a whole number may be too large for a float
+    if not (low <= number < below and abs(number) <= LARGEST):
+        bound = "a finite number" if below == math.inf else f"a number < {below:g}"
+        raise ValueError(
+            f"{where} {name} is {value}; expected {bound} >= {low:g}, at most 3.4e38 as in FP32. Pass such a "
+            "value."
+        )
+
+
+def check_betas(where: str, betas: Any) -> None:
+    """Raise unless ``betas`` is a pair of numbers in [0, 1)."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{where} betas is {betas}; expected two numbers. Pass (beta1, beta2).")
+    for i, beta in enumerate(betas):
+        check_number(where, f"betas[{i}]", beta, below=1.0)
+
+
+def check_common(where: str, group: dict[str, Any]) -> None:
+    """Raise unless the options that every optimizer has are usable."""
+    check_number(where, "lr", group["lr"])
+    check_number(where, "weight_decay", group["weight_decay"])
+    if group["master_weights"] not in MASTER_WEIGHTS:
+        raise ValueError(
+            f"{where} master_weights is {group['master_weights']!r}; expected one of {MASTER_WEIGHTS}. "
+            'Use "auto" for FP32 masters of FP16 and BF16 parameters.'
+        )
+    _check_compression(where, group)
+    if group.get("differentiable"):
+        raise ValueError(
+            f"{where} differentiable is True; expected False: the fused step has no derivative. "
+            "Use the torch.optim optimizer of the same name to differentiate through steps."
+        )
+
+
+def draws(group: dict[str, Any]) -> bool:
+    """Whether steps of ``group`` draw random numbers."""
+    return group["state_dtype"] != "float32" or group["stochastic_rounding"]
+
+
+def is_compressed(group: dict[str, Any]) -> bool:
+    """Whether masters or states are kept in less than FP32, or weights are rounded stochastically."""
+    return group["master_weights"] == "split" or draws(group)
+
+
+def _check_compression(where: str, group: dict[str, Any]) -> None:
+    if group["state_dtype"] not in STORAGE["state_dtype"]:
+        raise ValueError(
+            f"{where} state_dtype is {group['state_dtype']!r}; expected one of {STORAGE['state_dtype']}. "
+            'Use "float32", which needs most memory and adds no error.'
+        )
+    if not isinstance(group["stochastic_rounding"], bool):
+        raise TypeError(
+            f"{where} stochastic_rounding is {group['stochastic_rounding']!r}; expected True or False. It "
+            "is about 16-bit weights without masters; BF16 and 8-bit states are always rounded so."
+        )
+    if group["stochastic_rounding"] and group["master_weights"] != "none":
+        raise ValueError(
+            f"{where} stochastic_rounding is True with master_weights {group['master_weights']!r}; expected "
+            '"none", as a weight that has a master is its rounding to nearest. Pass master_weights="none".'
+        )
+    seed = group["rounding_seed"]
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31):
+        raise ValueError(
+            f"{where} rounding_seed is {seed!r}; expected a whole number from 0 to 2**31 - 1, or None for "
+            "one that no other optimizer of this process has. Pass one."
+        )

@@ -1,0 +1,1 @@
+"""How masters and states are stored, converted, saved and loaded."""

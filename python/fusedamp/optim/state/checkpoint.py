@@ -1,0 +1,242 @@
+"""Checkpoints: state stays FP32, where torch would cast it to the parameter's dtype."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...tensors.layout import STATE_DTYPES, fitted, in_turns
+from .encoded import Quantized, Remainder, Scales, plain
+from .formats import (
+    DEFAULTS,
+    adapted,
+    check_master,
+    for_checkpoint,
+    has_master,
+    label,
+    name_dtypes,
+    need_storable,
+    numel_name,
+    scale_name,
+    stored_dtype,
+    taken_from_checkpoint,
+)
+from .steps import as_step
+
+# Keys that schedulers, trainers and torch's optimizers put into groups; they say nothing about the update
+# rule.
+_NO_RULE = {
+    *("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale"),
+    *("max_momentum", "min_momentum", "base_momentum", "step", "use_orig_params"),
+    *("foreach", "fused", "capturable", "differentiable", "maximize"),
+}
+# Options of other optimizers, and the values at which they change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias_correction": (True,),
+    "correct_bias": (True,),
+    "decoupled_weight_decay": (),
+    "decouple_lr": (False,),
+    "max_grad_norm": (None, 0, 0.0, float("inf")),
+    "max_norm": (None, 0, 0.0, float("inf")),
+    "amsgrad": (False,),
+    "nesterov": (False,),
+    "momentum": (0,),
+    "dampening": (0,),
+}
+
+
+class _Converted:
+    """The finished state of one parameter. Torch casts tensors, in containers too; this it leaves alone."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.entry = entry
+
+
+@contextmanager
+def plainly(optimizer: Any) -> Iterator[None]:
+    """Within it ``Optimizer.state_dict`` gives plain tensors and plain options, also to the user's hooks."""
+    for group in optimizer.param_groups:
+        name_dtypes(group)
+    hook = optimizer.register_state_dict_post_hook(_plain, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _plain(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    # The entries themselves are the optimizer's; what is saved must be dicts of its own.
+    state_dict["state"] = {
+        key: for_checkpoint(entry) if isinstance(entry, dict) else entry
+        for key, entry in state_dict["state"].items()
+    }
+
+
+@contextmanager
+def converting(optimizer: Any) -> Iterator[None]:
+    """Within it ``Optimizer.load_state_dict`` converts states our way.
+
+    It works as the last pre-hook and the first post-hook, so that the user's hooks see what torch shows.
+    """
+    before = optimizer.register_load_state_dict_pre_hook(_convert)
+    after = optimizer.register_load_state_dict_post_hook(_unwrap, prepend=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    where = f"[{type(optimizer).__name__}.load_state_dict]"
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"{where} got a dict with keys {sorted(map(str, state_dict))}; expected 'state' and "
+            "'param_groups'. Pass what an optimizer's state_dict() returned."
+        )
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
+        return None  # torch raises a ValueError that says which
+    owners: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
+    converted_groups = []
+    for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        saved = dict(saved)
+        name_dtypes(saved)
+        _warn_of_rules(f"{where} group {g}:", type(optimizer).__name__, saved, group)
+        # How masters and states are kept is the present optimizer's choice, not the checkpoint's; what it
+        # lacks stays.
+        kept = {name: group[name] for name in DEFAULTS}
+        if saved.get("rounding_seed") is not None:  # random numbers go on where they were
+            kept["rounding_seed"] = saved["rounding_seed"]
+        converted = {**{name: group[name] for name in optimizer.defaults if name in group}, **saved, **kept}
+        optimizer._check_group(f"{where} group {g}:", {**optimizer.defaults, **converted})
+        converted_groups.append(converted)
+        for index, param in zip(saved["params"], group["params"], strict=True):
+            owners[index] = (param, {**optimizer.defaults, **converted})
+    state, makers = dict(state_dict["state"]), []
+    for index, saved in state_dict["state"].items():
+        if index in owners:
+            entry = {name: value for name, value in saved.items() if value is not None}
+            makers.append(_converting(f"{where} state[{index!r}]", optimizer, entry, *owners[index]))
+            state[index] = _Converted(entry)
+    in_turns(makers)
+    return {**state_dict, "state": state, "param_groups": converted_groups}
+
+
+def _warn_of_rules(where: str, optimizer: str, saved: dict[str, Any], group: dict[str, Any]) -> None:
+    """Warn of options of the checkpoint that this optimizer does not have, and that would change its
+    steps."""
+    unknown = {name: value for name, value in saved.items() if name not in group and name not in _NO_RULE}
+    ignored = {
+        name: value
+        for name, value in unknown.items()
+        if isinstance(value, (bool, int, float)) and value not in _NEUTRAL.get(name, ())
+    }
+    if ignored:
+        warnings.warn(
+            f"{where} the checkpoint has {', '.join(f'{k}={v!r}' for k, v in ignored.items())}, which "
+            f"{optimizer} does not have: kept in the group and ignored by its steps. Set this optimizer's "
+            "own options to the same effect.",
+            stacklevel=6,
+        )
+
+
+def _converting(
+    where: str,
+    optimizer: Any,
+    entry: dict[str, Any],
+    param: Tensor,
+    group: dict[str, Any],
+) -> Iterator[None]:
+    """Makes the saved ``entry`` that of ``param``, in place and one tensor at a time."""
+    try:
+        yield from _convert_tensors(optimizer, entry, param, group)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where} {error}") from error
+
+
+def _convert_tensors(
+    optimizer: Any,
+    entry: dict[str, Any],
+    param: Tensor,
+    group: dict[str, Any],
+) -> Iterator[None]:
+    optimizer._upgrade_state(entry)
+    likes = {name: optimizer._like(name, param, group) for name in optimizer.state_names}
+    required = [name for name in optimizer.required_state if likes.get(name, param) is not None]
+    missing = [name for name in required if entry and name not in entry]
+    if missing:
+        raise ValueError(
+            f"has {sorted(entry)}, without {missing}; expected all of {required}. "
+            "Load the checkpoint of an optimizer of this kind."
+        )
+    if not has_master(param, group["master_weights"]):
+        entry.pop("master", None)
+    for name in likes:
+        taken_from_checkpoint(entry, name, name in optimizer.nonnegative_states)
+    if scales := [
+        scale_name(name)
+        for name in likes
+        if scale_name(name) in entry and not isinstance(entry.get(name), Quantized)
+    ]:
+        name = scales[0].removesuffix(scale_name(""))
+        dtype = getattr(entry.get(name), "dtype", "missing")
+        raise ValueError(
+            f"has {scales[0]!r}, the block scales of an 8-bit state, beside {name!r} of dtype {dtype}; "
+            "expected its int8 or uint8 values. Quantized values are no numbers, so they can't be cast or "
+            'computed with: load the intact checkpoint into an optimizer with state_dtype="float32", whose '
+            "states are."
+        )
+    numel = entry.pop(numel_name("master"), None)
+    for name, value in list(entry.items()):
+        if name not in entry:  # what was said of a state in 8 bits, which has another format now
+            continue
+        if name == "step":
+            entry[name] = as_step(value, param)
+        elif name == "master":  # split or whole: its weight may come later, and then the step converts it
+            check_master(value, param)
+            was_split = plain(value).dtype == torch.int16
+            if numel is not None and (not was_split or numel != value.numel()):
+                raise ValueError(
+                    f"has a master of dtype {value.dtype} with {value.numel()} elements, saved as the "
+                    f"remainder of a split one of {numel}; expected the int16 bits as they were, which are "
+                    "no numbers. Load the intact checkpoint, or remove 'master' from it: it is made from "
+                    "the weight."
+                )
+            master = fitted(plain(value), param, torch.int16 if was_split else None)
+            entry[name] = Remainder(master) if was_split and type(master) is Tensor else master
+            label(entry, name)
+        elif (like := likes.get(name)) is not None:
+            dtype = STATE_DTYPES[like.dtype]
+            if like is param:
+                need_storable(param, group["state_dtype"])
+                dtype = stored_dtype(param.dtype, group["state_dtype"], name in optimizer.nonnegative_states)
+            new = adapted(entry, name, like, dtype)
+            entry[name] = _copied(new) if new is value else new
+            label(entry, name)
+        elif isinstance(value, Scales):  # of a state that was copied with them
+            continue
+        elif isinstance(value, Tensor):
+            entry[name] = value.detach().to(param.device, copy=True)
+        else:
+            entry[name] = copy.deepcopy(value)
+        yield
+
+
+def _copied(state: Tensor) -> Tensor:
+    """``state``, which fits already, in memory of its own."""
+    if isinstance(state, Quantized):
+        return state.clone()
+    return fitted(state, state, state.dtype)
+
+
+def _unwrap(optimizer: Any) -> None:
+    for key, value in optimizer.state.items():
+        if isinstance(value, _Converted):
+            optimizer.state[key] = value.entry

@@ -1,0 +1,244 @@
+"""The benchmark measures what it says: right sides, right bytes, equal results, honest about lost time."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for extra in ("matplotlib", "numpy", "rich"):
+    pytest.importorskip(extra, reason=f"{extra} is not installed (extra: bench)")
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the package
+
+from benchmarks import chart, cliffs, contenders, duel, report, results, run, scaling, stream, timing  # noqa: E402
+from benchmarks.machine import this_machine  # noqa: E402
+from benchmarks.rows import RIVALS, ROWS, Row  # noqa: E402
+from benchmarks.timing import Limits, Sample, Timing, Triple  # noqa: E402
+from benchmarks.workloads import WORKLOADS, numel  # noqa: E402
+
+CLEAN, LOST = 0.0, 0.5
+
+
+def sample(seconds: float, waited: float = CLEAN) -> Sample:
+    return Sample(wall=seconds, cpu=seconds, waited=waited)
+
+
+def fabricated(row: Row, ours: float, theirs: float, threads: int = 1) -> results.Result:
+    """Each of our samples took ``ours`` seconds, each of theirs ``theirs``, the stream 1."""
+    measured = Timing(threads, [Triple(sample(ours), sample(theirs), sample(1.0))] * 5, dropped=2)
+    shapes = WORKLOADS[row.workload].full
+    return results.Result(row, shapes, measured, duel.Agreement(0.0, 1.0), stream_bytes=numel(shapes) * 28)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_tiny_run_from_end_to_end(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "run.py"),
+        "--quick",
+        "--workload",
+        "host",
+        "--samples",
+        "1",
+    ]
+    command += ["--rival", "P1", "P3", "--threads", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    (table,) = tmp_path.glob("*-quick.csv")
+    with table.open() as file:
+        records = list(csv.DictReader(file))
+    assert [(r["rival"], r["dtype"], r["threads"], r["clock"]) for r in records] == [
+        ("P1", "fp32", "1", "cpu"),
+        ("P3", "bf16", "1", "cpu"),
+    ]
+    wanted = "ratio_p50 ratio_p20 ratio_p80 ours_ms_p50 theirs_ms_best floor_bytes our_bytes rival_bytes"
+    wanted += " stream_gb_s share_of_stream clean dropped cpu cores flags torch fusedamp commit date"
+    for record in records:
+        assert set(wanted.split()) <= set(record)
+        assert record["quick"] == "1"
+        assert int(record["clean"]) + int(record["dropped"]) >= 1
+        assert 0 <= float(record["weight_difference"]) <= float(record["tolerance"])
+    (text,) = (path.read_text() for path in tmp_path.glob("*-quick.md"))
+    assert "A quick run" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "this process may use 1 to"),
+        (["--threads", "100000"], "this process may use 1 to"),
+        (["--samples", "0"], "expected at least 1"),
+        (["--workload", "W9"], "invalid choice: 'W9'"),
+        (["--workload", "host", "--rival", "P5"], "no row matches"),
+        (["--scaling", "--dtype", "bf16"], "--scaling: has its own workloads"),
+    ],
+)
+def test_bad_options_get_clear_messages(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_ratio_is_their_time_over_ours():
+    faster, slower = fabricated(ROWS[0], ours=0.5, theirs=1.0), fabricated(ROWS[0], ours=1.0, theirs=0.5)
+    assert (faster.ratio(), faster.verdict) == (2.0, "faster")
+    assert (slower.ratio(), slower.verdict) == (0.5, "slower")
+    record = faster.record(this_machine(), quick=False)
+    assert (record["ours_ms_p50"], record["theirs_ms_p50"]) == (500, 1000)
+    assert (record["clean"], record["dropped"]) == (5, 2)
+
+
+def test_the_share_of_the_stream_counts_the_floor_only():
+    result = fabricated(Row("adamw", "W1", RIVALS["P3"]), ours=2.0, theirs=4.0)
+    assert result.share_of_stream == pytest.approx(30 / 2 / 28)
+
+
+def test_one_thread_is_judged_by_cpu_time_and_more_by_wall_time():
+    triple = Triple(Sample(9.0, 1.0, 0.0), Sample(9.0, 4.0, 0.0), None)
+    assert Timing(1, [triple]).ratios().tolist() == [4.0]
+    assert Timing(2, [triple]).ratios().tolist() == [1.0]
+
+
+def test_bytes_per_parameter_are_those_of_the_floor_table():
+    def counts(optimizer: str, rival: str) -> tuple[int, int, int]:
+        row = Row(optimizer, "W1", RIVALS[rival])
+        return row.floor_bytes, row.our_bytes, row.rival_bytes
+
+    assert counts("adamw", "P1") == (32, 32, 48)
+    assert counts("adamw", "P2") == (32, 32, 100)
+    assert counts("adamw", "P4") == (30, 32, 60)
+    assert counts("sgd", "P1") == (24, 24, 40)
+    assert counts("sgd", "P3") == (22, 24, 52)
+
+
+def test_the_workloads_are_those_of_the_claim():
+    assert len(WORKLOADS["W2"].full) == 148
+    assert numel(WORKLOADS["W2"].full) == 124_439_808
+    assert len(WORKLOADS["W3"].full) == 2_000
+    assert all(1_000 <= size <= 10_000 for (size,) in WORKLOADS["W3"].full)
+
+
+def test_what_counts_as_disturbed():
+    assert not Sample(wall=1.0, cpu=0.99, waited=0.0).disturbed(threads=1)
+    assert Sample(wall=1.0, cpu=0.9, waited=0.0).disturbed(threads=1)
+    assert not Sample(wall=1.0, cpu=0.9, waited=0.0).disturbed(
+        threads=2
+    )  # its threads may wait for each other
+    assert Sample(wall=1.0, cpu=2.0, waited=0.1).disturbed(threads=2)
+
+
+def test_disturbed_pairs_are_dropped_and_counted(monkeypatch):
+    waits = itertools.cycle([CLEAN, CLEAN, LOST, CLEAN, CLEAN, LOST])  # pairs: clean, lost, lost, clean, ...
+    monkeypatch.setattr(timing, "_sample", lambda call: sample(1.0, next(waits)))
+    measured = timing.alternate(*[lambda: None] * 3, None, 1, Limits(samples=3, seconds=60))
+    assert (len(measured.clean), measured.dropped) == (3, 4)
+
+
+def test_a_run_ends_in_time_on_a_busy_machine(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    budget = timing.Budget(seconds=100, measurements=10, longest=8)
+    for _ in range(10):
+        now += 2 * budget.share()  # each is disturbed, and goes on for twice its time
+    assert now == pytest.approx(100)
+    assert budget.share() == 0
+
+
+def test_the_sides_take_turns_and_each_gets_fresh_gradients():
+    calls: list[str] = []
+    ours, theirs, before, roof = (
+        lambda name=name: calls.append(name) for name in ("ours", "theirs", "new", "roof")
+    )
+    timing.alternate(ours, theirs, before, roof, 1, Limits(samples=1, seconds=60, warm_up=0))
+    rounds = [tuple(calls[i : i + 5]) for i in range(0, len(calls), 5)]
+    orders = itertools.cycle(
+        [("new", "ours", "new", "theirs", "roof"), ("new", "theirs", "new", "ours", "roof")]
+    )
+    assert all(got == wanted for got, wanted in zip(rounds, orders, strict=False))
+
+
+@pytest.mark.parametrize("row", {(r.optimizer, r.rival.key): r for r in ROWS}.values(), ids=lambda r: r.name)
+def test_both_sides_compute_the_same(row):
+    agreement = duel.check_small(row, WORKLOADS[row.workload].quick)
+    assert agreement.tolerance < 1e-4  # far below what the steps change, so that the check can fail
+
+
+@pytest.mark.parametrize(("optimizer", "rival"), [("adamw", "P1"), ("adamw", "P4"), ("sgd", "P3")])
+def test_a_learning_rate_that_is_off_is_a_wrong_result(monkeypatch, optimizer, rival):
+    def off(*args):
+        options = contenders.OPTIONS[optimizer]
+        monkeypatch.setitem(contenders.OPTIONS, optimizer, {**options, "lr": options["lr"] * 1.01})
+        return contenders.torch_side(*args)
+
+    monkeypatch.setattr(duel, "torch_side", off)
+    with pytest.raises(duel.WrongResult, match="FP32 weights differ"):
+        duel.check_small(Row(optimizer, "W1", RIVALS[rival]), WORKLOADS["W3"].quick)
+
+
+def test_losses_are_in_the_report_like_wins():
+    rows = [Row("adamw", "W1", RIVALS[key]) for key in ("P1", "P2")]
+    both = [fabricated(rows[0], 1.0, 0.8), fabricated(rows[1], 1.0, 6.0)]
+    text = report.markdown(both, this_machine(), quick=False, no_stream=None)
+    assert "1 faster, 1 slower, of 2 rows" in text
+    assert "**0.80** (0.80 to 0.80) slower" in text
+    assert "2 of 7" in text  # dropped
+
+
+def test_the_charts_are_drawn(tmp_path):
+    rows = [Row("adamw", workload, RIVALS[key]) for workload in ("W1", "W3") for key in ("P1", "P3")]
+    chart.draw(
+        [fabricated(row, 1.0, 2.0, n) for row in rows for n in (1, 2)],
+        this_machine(),
+        False,
+        tmp_path / "a.png",
+    )
+    points = [scaling.Point(job, fabricated(rows[0], 1.0, 2.0)) for job in scaling.plan(quick=True, cores=2)]
+    scaling.draw(points, this_machine(), True, tmp_path / "b.png")
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_stream_touches_every_element_once(threads):
+    try:
+        adam_mix = stream.Stream(1_001)
+    except stream.NoStream as error:
+        pytest.skip(str(error))
+    torch.set_num_threads(threads)
+    before = [array.clone() for array in adam_mix._arrays]
+    adam_mix()
+    *written, grads = adam_mix._arrays
+    assert torch.equal(grads, before[3])
+    for array, old in zip(written, before, strict=False):
+        assert torch.equal(array, torch.full_like(array, array[0].item()))
+        assert array[0] > old[0]
+    assert adam_mix.bytes == 28 * 1_001
+
+
+def test_without_a_compiler_the_stream_says_so(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(stream.NoStream, match="no-such-compiler"):
+        stream.Stream(10)
+
+
+def test_cliffs_have_two_sides_that_run():
+    """Every row's work and what it is compared with; the row of 100 groups has as many."""
+    rows = list(cliffs.pairs(quick=True))
+    assert len({(row, dtype, place) for row, dtype, place, _, _ in rows}) == len(rows) == 16
+    for _, _, _, elements, (tried, plain) in rows:
+        assert elements > 0
+        tried()
+        plain()

@@ -1,0 +1,65 @@
+"""Whose complaint an error is: the op's own become ValueErrors with their cause, others stay as they are."""
+
+import pytest
+import torch
+from fusedamp import ops
+from fusedamp.ops import checks
+from fusedamp.ops.table import StepTable
+from fusedamp.tensors import addresses
+from op_calls import scalar
+
+
+def sgd(**options):
+    return ops.sgd_([torch.ones(3)], [torch.ones(3)], [], [], [scalar(0.0)], **(dict(lr=0.1) | options))
+
+
+def test_own_complaints_are_value_errors_with_their_cause():
+    with pytest.raises(ValueError, match=r"^\[sgd_\] found_inf is float64") as caught:
+        sgd(found_inf=scalar(0.0, torch.float64))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert "[sgd_] found_inf is float64" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered [sgd_] params[0]",
+        "CUDA out of memory. [GPU 0] has 2 GiB",
+        "[adamw_] params[3] is int64",
+        "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_errors_of_others_stay_runtime_errors(monkeypatch, text):
+    error = RuntimeError(text)
+
+    def fails(*args, **kwargs):
+        raise error
+
+    fails.default = torch.ops.fusedamp.sgd_.default
+    monkeypatch.setattr(torch.ops.fusedamp, "sgd_", fails)
+    with pytest.raises(RuntimeError) as caught:
+        sgd()
+    assert caught.value is error
+    assert checks.complaint("sgd_", error) is None
+
+
+def test_steps_from_addresses_complain_alike():
+    params, grads, steps = [torch.ones(3)], [torch.ones(3)], [scalar(0.0)]
+    table = StepTable("sgd_", params, [], [], steps, addresses.read(grads))
+    scalars = ops.step_scalars(
+        "sgd_", params, 0.1, dict(momentum=0.0, dampening=0.0, decay=0.0, nesterov=0.0)
+    )
+    scalars["found_inf"] = scalar(0.0, torch.float64)
+    with pytest.raises(ValueError, match=r"^\[sgd_\] found_inf is float64") as caught:
+        table.launch(addresses.read(grads), scalars)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_ops_that_take_addresses_are_private():
+    names = [name for name in dir(ops) if not name.startswith("_")]
+    assert not [name for name in names if "packed" in name]
+    for name in ("packed_step_", "packed_grad_stats"):
+        assert not hasattr(torch.ops.fusedamp, name)
+        assert hasattr(torch.ops.fusedamp, f"_{name}")
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        ops.grad_stats([torch.ones(3)], fields=addresses.read([torch.ones(3)]))
