@@ -1,7 +1,5 @@
 #include "fields.h"
 
-#include <ATen/dlpack.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,140 +11,7 @@ namespace py = pybind11;
 namespace fusedamp {
 namespace {
 
-// An attribute that torch computes in C, read without looking its name up.
-struct Attribute {
-  PyObject* name;
-  getter get;
-  void* closure;
-
-  Attribute() = default;
-  Attribute(PyTypeObject* type, const char* text) : name(PyUnicode_InternFromString(text)), get(), closure() {
-    const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name));
-    if (!found) throw py::error_already_set();
-    if (!PyObject_TypeCheck(found.ptr(), &PyGetSetDescr_Type)) return;
-    const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset;  // lives with the type
-    get = getset->get;
-    closure = getset->closure;
-  }
-  py::object of(PyObject* tensor) const {
-    auto value = py::reinterpret_steal<py::object>(get ? get(tensor, closure) : PyObject_GetAttr(tensor, name));
-    if (!value) throw py::error_already_set();
-    return value;
-  }
-};
-
-// Borrowed for as long as the process lives: torch's own types and table.
-PyTypeObject *tensor_type, *parameter_type;
-DLPackDLTensorFromPyObjectNoSync describe;
-Attribute grad, version;
-
-bool is_plain_type(PyObject* item) { return Py_TYPE(item) == tensor_type || Py_TYPE(item) == parameter_type; }
-
-struct Plain {
-  int64_t address, numel, dtype;
-};
 constexpr Py_ssize_t kBytes = sizeof(Plain);  // of one tensor
-
-// csrc/engine/dtype.h; integers only where they store something.
-int64_t dtype_code(const DLDataType& dtype, bool stored) {
-  if (dtype.lanes != 1) return -1;
-  if (stored && dtype.code == kDLInt) return dtype.bits == 8 ? 4 : dtype.bits == 16 ? 6 : -1;
-  if (stored && dtype.code == kDLUInt) return dtype.bits == 8 ? 5 : -1;
-  if (dtype.code == kDLBfloat) return dtype.bits == 16 ? 1 : -1;
-  if (dtype.code != kDLFloat) return -1;
-  return dtype.bits == 16 ? 0 : dtype.bits == 32 ? 2 : dtype.bits == 64 ? 3 : -1;
-}
-
-constexpr int64_t kSizes[] = {2, 2, 4, 8, 1, 1, 2};  // bytes of an element, by its code
-
-// How many elements, or -1 where they don't lie one after the other.
-int64_t contiguous_numel(const DLTensor& t) {
-  int64_t numel = 1;
-  for (int32_t d = 0; d < t.ndim; ++d) numel *= t.shape[d];
-  if (numel == 0 || !t.strides) return numel;
-  int64_t expected = 1;
-  for (int32_t d = t.ndim - 1; d >= 0; --d) {
-    if (t.shape[d] == 1) continue;
-    if (t.strides[d] != expected) return -1;
-    expected *= t.shape[d];
-  }
-  return numel;
-}
-
-// A lazy negation, which no field of a tensor shows: parts of conjugated complex numbers have it. It is one bit of a
-// word in torch's own object; where that lies is found out on tensors whose answers are known, since asking takes 40
-// ns.
-class Negation {
- public:
-  // `pairs`: of tensors, and the same negated.
-  void learn(const py::list& pairs) {
-    for (const py::handle pair : pairs) {
-      const py::tuple two = py::reinterpret_borrow<py::tuple>(pair);
-      if (!learn(two[0].ptr(), two[1].ptr())) {
-        bit_ = 0;
-        return;
-      }
-    }
-  }
-  bool of(PyObject* tensor) const {
-    if (bit_) return (words_of(tensor)[word_] & bit_) != 0;
-    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethod(tensor, "is_neg", nullptr));
-    if (!answer) throw py::error_already_set();
-    return answer.ptr() != Py_False;
-  }
-
- private:
-  const uint64_t* words_of(PyObject* tensor) const {
-    return reinterpret_cast<const uint64_t* const*>(tensor)[pointer_];
-  }
-  bool learn(PyObject* plain, PyObject* negated) {
-    constexpr Py_ssize_t kPointers = 8, kWords = 24;  // within both objects
-    if (bit_) {
-      const uint64_t one = words_of(plain)[word_], other = words_of(negated)[word_];
-      return (one ^ other) == bit_ && (other & bit_);
-    }
-    const auto address = py::handle(plain).attr("_cdata").cast<uint64_t>();
-    for (pointer_ = 0; reinterpret_cast<const uint64_t*>(plain)[pointer_] != address;)
-      if (++pointer_ == kPointers) return false;
-    for (word_ = kWords; word_-- > 0;) {  // from the end: sizes and counts come before it
-      const uint64_t other = words_of(negated)[word_], changed = words_of(plain)[word_] ^ other;
-      if (changed && !(changed & (changed - 1)) && (other & changed)) {
-        bit_ = changed;
-        return true;
-      }
-    }
-    return false;
-  }
-
-  Py_ssize_t pointer_ = 0, word_ = 0;
-  uint64_t bit_ = 0;  // 0: not known
-};
-Negation negation;
-
-// Reads plain tensors that are all on the same device.
-class Reader {
- public:
-  // False for what is not plain, or on another device than the first.
-  bool read(PyObject* item, bool stored, Plain& fields) {
-    if (!describe || !is_plain_type(item)) return false;
-    DLTensor t;
-    if (describe(item, &t) != 0) {  // sparse, meta ...
-      PyErr_Clear();
-      return false;
-    }
-    if (!started_) device_ = t.device;
-    started_ = true;
-    if (t.device.device_type != device_.device_type || t.device.device_id != device_.device_id) return false;
-    if (device_.device_type != kDLCPU && device_.device_type != kDLCUDA) return false;
-    fields = {static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data) + t.byte_offset), contiguous_numel(t),
-              dtype_code(t.dtype, stored)};
-    return fields.numel >= 0 && fields.dtype >= 0 && (fields.numel == 0 || t.data);
-  }
-
- private:
-  DLDevice device_ = {};
-  bool started_ = false;
-};
 
 // int64 [3, n], as Python gets it.
 struct Columns {
@@ -171,18 +36,6 @@ struct Columns {
 
 }  // namespace
 
-bool bind_tensors(py::type tensor, py::type parameter, py::capsule exchange, py::list negated) {
-  const auto* api = exchange.get_pointer<DLPackExchangeAPI>();
-  if (api->header.version.major != DLPACK_MAJOR_VERSION) return false;
-  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
-  parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
-  describe = api->dltensor_from_py_object_no_sync;
-  grad = Attribute(tensor_type, "grad");
-  version = Attribute(tensor_type, "_version");
-  negation.learn(negated);
-  return describe != nullptr;
-}
-
 py::object read_fields(py::list tensors, bool stored) {
   const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
   if (n == 0) return py::none();
@@ -191,7 +44,7 @@ py::object read_fields(py::list tensors, bool stored) {
   Plain found;
   for (Py_ssize_t i = 0; i < n; ++i) {
     PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    if (!reader.read(tensor, stored, found) || negation.of(tensor)) return py::none();
+    if (!reader.read(tensor, stored, found) || is_negated(tensor)) return py::none();
     fields.put(i, found);
   }
   return fields.bytes;
@@ -215,8 +68,8 @@ py::object read_grads(py::list params, py::bytearray fields) {
   for (Py_ssize_t i = 0; i < known.n; ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
     if (!reader.read(param, false, found) || !known.has(i, found)) return py::none();
-    const py::object its = grad.of(param);
-    if (!reader.read(its.ptr(), false, found) || negation.of(its.ptr())) return py::none();
+    const py::object its = gradient(param);
+    if (!reader.read(its.ptr(), false, found) || is_negated(its.ptr())) return py::none();
     grads.put(i, found);
   }
   return grads.bytes;
@@ -228,8 +81,8 @@ py::object grads_of(py::list params) {
   py::list grads(n);
   for (Py_ssize_t i = 0; i < n; ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
-    if (!describe || !is_plain_type(param)) return py::none();
-    py::object found = grad.of(param);
+    if (!is_plain_type(param)) return py::none();
+    py::object found = gradient(param);
     missing += found.is_none();
     PyList_SET_ITEM(grads.ptr(), i, found.release().ptr());
   }
@@ -239,7 +92,7 @@ py::object grads_of(py::list params) {
 py::bytes versions(py::list tensors) {
   const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
   std::vector<int64_t> found(n);
-  for (Py_ssize_t i = 0; i < n; ++i) found[i] = version.of(PyList_GET_ITEM(tensors.ptr(), i)).cast<int64_t>();
+  for (Py_ssize_t i = 0; i < n; ++i) found[i] = version(PyList_GET_ITEM(tensors.ptr(), i));
   return py::bytes(reinterpret_cast<const char*>(found.data()), n * sizeof(int64_t));
 }
 

@@ -3,11 +3,9 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
-namespace fusedamp {
+#include "tensors.h"
 
-// Call once: torch.Tensor, torch.nn.Parameter, the capsule torch.Tensor.__dlpack_c_exchange_api__, and pairs of tensors
-// and torch._neg_view of them. False where its version of DLPack is not one that we know.
-bool bind_tensors(pybind11::type tensor, pybind11::type parameter, pybind11::capsule exchange, pybind11::list negated);
+namespace fusedamp {
 
 // A bytearray of int64 [3, n], addresses, numels and dtype codes (csrc/engine/dtype.h), for n plain contiguous
 // floating-point tensors with memory on one device, CPU or CUDA; with `stored` also of int8, uint8 and int16, which

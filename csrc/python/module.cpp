@@ -7,6 +7,7 @@
 
 #include "fields.h"
 #include "pages.h"
+#include "plan.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -28,9 +29,11 @@ PYBIND11_MODULE(_C, m) {
       },
       "Version, compiler, the torch whose headers were used, the oldest torch that the ops load under, nvcc's release\n"
       "(empty in a CPU-only build), and the CUDA architectures and CPU instruction sets that are in the machine code.");
-  m.def("bind_tensors", &fusedamp::bind_tensors, "tensor"_a, "parameter"_a, "exchange"_a, "negated"_a,
-        "Tell read_fields torch's types, the capsule of DLPack's exchange interface, and pairs of tensors and their\n"
-        "lazy negations; False for an unknown version.");
+  m.def("bind_tensors", &fusedamp::bind_tensors, "tensor"_a, "parameter"_a, "exchange"_a, "negated"_a, "leaves"_a,
+        "Tell read_fields torch's types, the capsule of DLPack's exchange interface, pairs of tensors and their lazy\n"
+        "negations, and leaves with and without gradients; False for an unknown version.");
+  m.def("reads_directly", &fusedamp::reads_directly, "Whether plans read tensors by torch's own C functions.");
+  m.def("read_directly", &fusedamp::read_directly, "wanted"_a, "Switch that off or on again, for tests.");
   m.def("read_fields", &fusedamp::read_fields, "tensors"_a, "stored"_a = false,
         "A bytearray of int64 [3, n], the addresses, numels and dtype codes of n plain contiguous tensors with memory\n"
         "on one device, with `stored` also of small integers; None where there are none, or one is anything else.");
@@ -54,4 +57,15 @@ PYBIND11_MODULE(_C, m) {
         "Whether the first n tensors, FP32 of one element on the host, hold whole numbers from 0 to 2^62.");
   m.def("touches", &fusedamp::touches, "fields"_a, "spans"_a,
         "Whether a tensor of these fields shares memory with one of these spans.");
+  py::class_<fusedamp::Plan>(m, "Plan", "What a step saw of an optimizer: see csrc/python/plan.h.")
+      .def(py::init<py::list, const std::vector<int64_t>&, const std::vector<std::pair<int64_t, int64_t>>&,
+                    const std::vector<std::vector<int64_t>>&>(),
+           "groups"_a, "columns"_a, "kinds"_a, "rates"_a)
+      .def("look", &fusedamp::Plan::look, "groups"_a, "versioned"_a = false,
+           "The groups whose options changed, or None where more than gradients and options did.")
+      .def("note_options", &fusedamp::Plan::note_options, "index"_a, "group"_a, "Note the present options of a group.")
+      .def("gradients_moved", &fusedamp::Plan::gradients_moved, "Whether gradients moved since this was asked last.")
+      .def("mark", &fusedamp::Plan::mark, "Remember the gradients of the last versioned look; a number for it.")
+      .def("is_as_marked", &fusedamp::Plan::is_as_marked, "mark"_a,
+           "Whether the last versioned look saw these gradients, unwritten.");
 }

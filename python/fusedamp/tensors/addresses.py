@@ -30,7 +30,10 @@ _probes = [
     for dtype in (torch.half, torch.double)
 ]
 _negated = [(probe, torch._neg_view(probe)) for probe in _probes] if hasattr(torch, "_neg_view") else []
-_CAN_READ = _exchange is not None and _C.bind_tensors(Tensor, Parameter, _exchange, _negated)
+_leaves = [probe.clone().requires_grad_() for probe in (*_probes, *_probes)]
+for _leaf in _leaves[: len(_probes)]:
+    _leaf.grad = _leaf.detach().clone().add_(1)
+_CAN_READ = _exchange is not None and _C.bind_tensors(Tensor, Parameter, _exchange, _negated, _leaves)
 
 
 def can_read() -> bool:
