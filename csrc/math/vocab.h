@@ -24,11 +24,13 @@ FUSEDAMP_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FUSEDAMP_FN double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
 FUSEDAMP_FN float sqrt(float x) { return __fsqrt_rn(x); }
 FUSEDAMP_FN double sqrt(double x) { return __dsqrt_rn(x); }
+FUSEDAMP_FN double pow(double x, double y) { return ::pow(x, y); }
 #else
 FUSEDAMP_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FUSEDAMP_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 FUSEDAMP_FN float sqrt(float x) { return __builtin_sqrtf(x); }
 FUSEDAMP_FN double sqrt(double x) { return __builtin_sqrt(x); }
+FUSEDAMP_FN double pow(double x, double y) { return __builtin_pow(x, y); }  // the only one that differs between devices
 #endif
 
 template <class V>

@@ -11,8 +11,13 @@ STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kUpdateScaleSchema);
   m.def(fusedamp::kPackedStepSchema);
   m.def(fusedamp::kPackedGradStatsSchema);
-  m.def("cpu_target() -> str");  // the instruction set that the CPU ops run on
-  m.def("step_ops() -> str");    // the names of all step ops, separated by blanks
-#define FUSEDAMP_OP(op, Hyper) m.def(FUSEDAMP_STEP_SCHEMA(op));
+  m.def(fusedamp::kCheckPlanSchema);
+  m.def(fusedamp::kPlannedStepSchema);
+  m.def(fusedamp::kCheckGradsSchema);
+  m.def("cpu_target() -> str");                  // the instruction set that the CPU ops run on
+  m.def("step_ops() -> str");                    // the names of all step ops, separated by blanks
+  m.def("_rule_of(str op, int states) -> int");  // the number of the rule that has so many states per param
+  m.def("_hyper_names(str op) -> str");          // of what is in an op's `hyper`, separated by blanks
+#define FUSEDAMP_OP(op, Hyper, names) m.def(FUSEDAMP_STEP_SCHEMA(op));
 #include "../math/optimizers.def"
 }

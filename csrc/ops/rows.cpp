@@ -55,9 +55,15 @@ size_t scalar_lists(const std::string& op) {
   return 0;
 }
 
+constexpr size_t word_count(const char* text) {
+  size_t count = *text ? 1 : 0;
+  for (; *text; ++text) count += *text == ' ';
+  return count;
+}
+
 }  // namespace
 
-std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLists& lists) {
+StepRows step_rows(const std::string& op, RuleId rule, const StepLists& lists, GroupFlags flags) {
   const size_t n = lists.params.size();
   need_length(op, "grads", lists.grads.size(), n, "one per param");
   need_length(op, "steps", lists.steps.size(), n, "one per param");
@@ -68,27 +74,29 @@ std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLis
   const size_t all_lists = lists.states.size() / n, tensor_lists = all_lists - scalar_lists(op);
   if (lists.scales.size() % n != 0 || lists.scales.size() > tensor_lists * n)
     fail(op, "scales has ", lists.scales.size(), " tensors; expected one per 8-bit state, or none at all");
-  std::vector<StepRow> rows(n);
+  StepRows table = {std::vector<StepRow>(n), std::vector<void*>(n)};
   std::vector<Span> spans;
   spans.reserve(n * 7);
   for (size_t i = 0; i < n; ++i) {
     const Tensor& param = lists.params[i];
-    StepRow& row = rows[i];
+    StepRow& row = table.rows[i];
     const Name name = at("params", i);
     need_device(op, name, param, at("params", 0), lists.params[0]);
     row.param_dtype = dtype_of(op, name, param);
     row.param = data_of(op, name, param);
     row.numel = param.numel();
+    row.maximize = flags.maximize;
+    row.stochastic = flags.stochastic;
     row.seed = lists.seeds.empty() ? static_cast<int64_t>(i) : lists.seeds[i];
 
     row.grad_dtype = dtype_of(op, at("grads", i), lists.grads[i]);
-    row.grad = data_like(op, "grads", i, lists.grads[i], param);
+    table.grads[i] = data_like(op, "grads", i, lists.grads[i], param);
     if (row.grad_dtype == DType::f64 && row.param_dtype != DType::f64)
       fail(op, at("grads", i), " is float64; expected at most float32, because ", name, " is ", dtype_name(param),
            ". Cast the gradient");
 
     add_span(spans, true, name, param, row.param, size_of(row.param_dtype));
-    add_span(spans, false, at("grads", i), lists.grads[i], row.grad, size_of(row.grad_dtype));
+    add_span(spans, false, at("grads", i), lists.grads[i], table.grads[i], size_of(row.grad_dtype));
     row.master_dtype = DType::f32;
     if (!lists.masters.empty()) {
       if (!is_16bit(row.param_dtype))
@@ -130,7 +138,7 @@ std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLis
     add_span(spans, true, at("steps", i), lists.steps[i], row.step, sizeof(float));
   }
   need_own_memory(op, spans);
-  return rows;
+  return table;
 }
 
 std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool written) {
@@ -148,12 +156,12 @@ std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool
   return rows;
 }
 
-void need_counts(const std::string& op, const std::vector<StepRow>& rows) {
-  for (size_t i = 0; i < rows.size(); ++i) {
+void need_counts(const std::string& op, const StepRow* rows, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
     const float count = *rows[i].step;
     const bool in_range = count >= 0.0f && count <= kMostSteps;
     if (!in_range || static_cast<float>(static_cast<int64_t>(count)) != count)
-      fail(op, at("steps", i), " is ", count,
+      fail(op, Name{"steps", i}, " is ", count,
            "; expected a whole number from 0 to 2^62. Set it to the number of steps ", "that the parameter has taken");
   }
 }
@@ -175,34 +183,51 @@ RuleId rule_for(const std::string& op, size_t params, size_t states) {
     known += (known.empty() ? "" : " or ") + std::to_string(params * lists); \
   }
 #include "../math/optimizers.def"
+  if (known.empty()) fail("_rule_of", op, " is no step op; expected one of torch.ops.fusedamp.step_ops()");
   fail(op, "states has ", states, " tensors for ", params, " params; expected ", known);
 }
 
-StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, const std::vector<double>& hyper,
-                         bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
-                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf, bool stochastic_rounding) {
-  StepScalars s = {};
+std::string op_of(int32_t rule) {
+  static constexpr const char* kOps[] = {
+#define FUSEDAMP_RULE(op, Rule) #op "_",
+#include "../math/optimizers.def"
+  };
+  return kOps[rule];
+}
+
+std::string hyper_names(std::string op) {
+#define FUSEDAMP_OP(rule_op, Hyper, names)                                                                   \
+  static_assert(word_count(names) == sizeof(Hyper) / sizeof(double), "a name for each number of " #rule_op); \
+  if (op == #rule_op "_") return names;
+#include "../math/optimizers.def"
+  fail("_hyper_names", op, " is no step op; expected one of torch.ops.fusedamp.step_ops()");
+}
+
+StepGroup step_group(const std::string& op, const Tensor& like, double lr, const std::vector<double>& hyper,
+                     const OptionalTensor& lr_tensor) {
+  StepGroup group = {};
   size_t wanted = 0;
-#define FUSEDAMP_OP(rule_op, Hyper) \
+#define FUSEDAMP_OP(rule_op, Hyper, names) \
   if (op == #rule_op "_") wanted = sizeof(Hyper) / sizeof(double);
 #include "../math/optimizers.def"
   if (hyper.size() != wanted) fail(op, "hyper has ", hyper.size(), " values; expected ", wanted);
-  for (size_t i = 0; i < wanted; ++i) s.hyper[i] = hyper[i];
-  s.lr = lr;
-  s.maximize = maximize;
-  s.stochastic = stochastic_rounding;
+  for (size_t i = 0; i < wanted; ++i) group.hyper[i] = hyper[i];
+  group.lr = lr;
   if (lr_tensor) {
     need_device(op, {"lr"}, *lr_tensor, at("params", 0), like);
-    s.lr_dtype = dtype_of(op, {"lr"}, *lr_tensor);
-    if (lr_tensor->numel() != 1 || is_16bit(s.lr_dtype))
+    group.lr_dtype = dtype_of(op, {"lr"}, *lr_tensor);
+    if (lr_tensor->numel() != 1 || is_16bit(group.lr_dtype))
       fail(op, "lr is ", dtype_name(*lr_tensor), " of shape ", list_text(lr_tensor->sizes()),
            "; expected one float32 or float64 element");
-    s.lr_tensor = data_of(op, {"lr"}, *lr_tensor);
+    group.lr_tensor = data_of(op, {"lr"}, *lr_tensor);
   }
-  s.inv_scale = scalar_at(op, "inv_scale", inv_scale, like);
-  s.clip_coef = scalar_at(op, "clip_coef", clip_coef, like);
-  s.found_inf = scalar_at(op, "found_inf", found_inf, like);
-  return s;
+  return group;
+}
+
+StepScalars step_scalars(const std::string& op, const Tensor& like, const OptionalTensor& inv_scale,
+                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf) {
+  return {scalar_at(op, "inv_scale", inv_scale, like), scalar_at(op, "clip_coef", clip_coef, like),
+          scalar_at(op, "found_inf", found_inf, like)};
 }
 
 CheckedStep checked_step(const std::string& op, const StepLists& lists, double lr, const std::vector<double>& hyper,
@@ -210,10 +235,12 @@ CheckedStep checked_step(const std::string& op, const StepLists& lists, double l
                          const OptionalTensor& clip_coef, const OptionalTensor& found_inf, bool stochastic_rounding) {
   const Tensor& like = lists.params[0];
   const RuleId rule = rule_for(op, lists.params.size(), lists.states.size());
-  const StepScalars scalars =
-      step_scalars(op, like, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
-  CheckedStep step = {rule, scalars, step_rows(op, rule, lists)};
-  if (like.is_cpu()) need_counts(op, step.rows);
+  StepGroup group = step_group(op, like, lr, hyper, lr_tensor);
+  const StepScalars scalars = step_scalars(op, like, inv_scale, clip_coef, found_inf);
+  group.rule = rule;
+  group.count = static_cast<int64_t>(lists.params.size());
+  CheckedStep step = {group, scalars, step_rows(op, rule, lists, {maximize, stochastic_rounding})};
+  if (like.is_cpu()) need_counts(op, step.rows.rows.data(), group.count);
   return step;
 }
 

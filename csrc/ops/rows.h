@@ -2,8 +2,8 @@
 // what it got, what it wanted and the way out. Throws before anything is changed.
 #pragma once
 #include <tuple>
-#include "../math/rules.h"
 
+#include "../math/rules.h"
 #include "checks.h"
 
 namespace fusedamp {
@@ -15,19 +15,21 @@ struct StepLists {
   const std::vector<int64_t>& seeds;
 };
 
-std::vector<StepRow> step_rows(const std::string& op, RuleId rule, const StepLists& lists);
+// What the rows of a call share.
+struct GroupFlags {
+  bool maximize, stochastic;
+};
+
+// A step's tables. The rows' gradients stand beside them.
+struct StepRows {
+  std::vector<StepRow> rows;
+  std::vector<void*> grads;
+};
+StepRows step_rows(const std::string& op, RuleId rule, const StepLists& lists, GroupFlags flags);
 std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool written = false);
 
-// Rows that Python packed into int64 tensors on the CPU, of tensors that it has checked and keeps alive. Whether an
-// address is the right one only it knows; dtypes, counts and missing addresses are checked here once more.
-// Step rows, [n, 12]: param, master (or 0), three states (or 0), their scales (or 0), step, numel, seed, and the dtypes
-// of param, gradient, master and states, 8 bits each from the lowest; grads, [n]. Gradient rows, [n, 3]: gradient,
-// numel, dtype.
-std::vector<StepRow> packed_step_rows(const std::string& op, RuleId rule, const Tensor& rows, const Tensor& grads);
-std::vector<GradRow> packed_grad_rows(const Tensor& rows);
-
 // Throws unless every step count is a whole number from 0 to 2^62. For counts that the host can read.
-void need_counts(const std::string& op, const std::vector<StepRow>& rows);
+void need_counts(const std::string& op, const StepRow* rows, int64_t count);
 
 // The address of a one-element fp32 tensor on `like`'s device; null where there is none.
 float* scalar_at(const std::string& op, const char* name, const OptionalTensor& scalar, const Tensor& like);
@@ -36,15 +38,21 @@ int32_t* int_scalar_at(const std::string& op, const char* name, const OptionalTe
 // Which update rule the op's number of states per tensor asks for.
 RuleId rule_for(const std::string& op, size_t params, size_t states);
 
-StepScalars step_scalars(const std::string& op, const Tensor& like, double lr, const std::vector<double>& hyper,
-                         bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
-                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf, bool stochastic_rounding);
+// The op that has this rule, and the names of what is in its `hyper`, in order, separated by blanks.
+std::string op_of(int32_t rule);
+std::string hyper_names(std::string op);
+
+// The numbers of a call's only group; its rule and rows are not in it yet.
+StepGroup step_group(const std::string& op, const Tensor& like, double lr, const std::vector<double>& hyper,
+                     const OptionalTensor& lr_tensor);
+StepScalars step_scalars(const std::string& op, const Tensor& like, const OptionalTensor& inv_scale,
+                         const OptionalTensor& clip_coef, const OptionalTensor& found_inf);
 
 // A step op's arguments, all of them checked: nothing can be refused any more.
 struct CheckedStep {
-  RuleId rule;
+  StepGroup group;
   StepScalars scalars;
-  std::vector<StepRow> rows;
+  StepRows rows;
 };
 CheckedStep checked_step(const std::string& op, const StepLists& lists, double lr, const std::vector<double>& hyper,
                          bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,

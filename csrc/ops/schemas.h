@@ -29,7 +29,7 @@ constexpr const char* kUnscaleSchema = "unscale_(Tensor(a!)[] grads, Tensor inv_
 constexpr const char* kGradStatsSchema =
     "grad_stats(Tensor[] grads, Tensor? inv_scale=None, float norm_type=2.0) -> (Tensor, Tensor, Tensor, Tensor)";
 
-// The same two passes over addresses that the caller has packed (rows.h says how): handing over a tensor costs about
+// The same two passes over addresses that the caller has packed (packed.h says how): handing over a tensor costs about
 // 0.5 us of host time, an address a tenth of that. For fusedamp's own Python only. `like` is any tensor on the device.
 constexpr const char* kPackedStepSchema =
     "_packed_step_(Tensor rows, Tensor grads, Tensor like, str op, int states, *, " FUSEDAMP_STEP_SCALARS
@@ -37,6 +37,22 @@ constexpr const char* kPackedStepSchema =
 constexpr const char* kPackedGradStatsSchema =
     "_packed_grad_stats(Tensor rows, Tensor like, Tensor? inv_scale=None, float norm_type=2.0) -> "
     "(Tensor, Tensor, Tensor, Tensor)";
+
+// A step of all groups at once, from tables that the caller keeps: rows, gradients' addresses and groups as the engines
+// have them (engine/table.h, packed.h). _check_plan checks each row, once; _planned_step_ checks what the tables say
+// together, the scalars, and on the CPU the step counts. Given log_steps, a step adds 1 to it, and where it is skipped
+// it copies counts to log_counts and log_steps to log_step: int64, as all tables. For fusedamp's own Python only.
+constexpr const char* kCheckPlanSchema = "_check_plan(Tensor rows, Tensor groups, Tensor like) -> ()";
+constexpr const char* kPlannedStepSchema =
+    "_planned_step_(Tensor rows, Tensor grads, Tensor groups, Tensor like, *, Tensor? inv_scale=None, "
+    "Tensor? clip_coef=None, Tensor? found_inf=None, Tensor? counts=None, Tensor(a!)? log_counts=None, "
+    "Tensor(b!)? log_step=None, Tensor(c!)? log_steps=None) -> ()";
+
+// grad_stats of gradients times 1 / scale, and what follows from it. rows as _packed_grad_stats takes them
+// -> inv_scale fp32 [], clip_coef fp32 [], found_inf fp32 [], norm fp32 [] (fp64 if wide), counts int64 [n, 3]
+constexpr const char* kCheckGradsSchema =
+    "_check_grads(Tensor rows, Tensor scale, float norm_type, float max_norm, Tensor? max_norm_tensor=None, "
+    "bool wide=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 
 constexpr const char* kUpdateScaleSchema =
     "update_scale_(Tensor(a!) scale, Tensor(b!) growth_tracker, Tensor(c!)? hysteresis_tracker, Tensor found_inf, *, "

@@ -5,6 +5,8 @@
 #include <limits>
 
 #include "../../math/random.h"
+#include "../check.h"
+#include "../passes.h"
 
 namespace fusedamp::cpu {
 namespace {
@@ -21,10 +23,10 @@ struct Plan {
 };
 
 template <class Row>
-Plan plan(const std::vector<Row>& rows) {
+Plan plan(const Row* rows, size_t count) {
   Plan p;
   int64_t filled = 0;
-  for (int64_t r = 0; r < static_cast<int64_t>(rows.size()); ++r) {
+  for (int64_t r = 0; r < static_cast<int64_t>(count); ++r) {
     for (int64_t at = 0; at < rows[r].numel; at += kChunk) {
       const int64_t n = std::min(kChunk, rows[r].numel - at);
       p.chunks.push_back({r, at, n});
@@ -53,62 +55,78 @@ double combine(Norm norm, double a, double b) {
 }
 
 // kMaxNorms sums of squares for each row; empty where the rule measures nothing.
-std::vector<double> measure(RuleId rule, const std::vector<StepRow>& rows, const Plan& p, const StepScalars& scalars,
-                            const Parallel& parallel) {
+std::vector<double> measure(int32_t rule, const StepPass& pass, const Plan& p, const Parallel& parallel) {
   const auto measure_chunk = kernels().measure[rule];
   if (!measure_chunk) return {};
-  std::vector<double> found(kMaxNorms * p.chunks.size()), squares(kMaxNorms * rows.size());
+  std::vector<double> found(kMaxNorms * p.chunks.size()), squares(kMaxNorms * pass.table.count);
   parallel(p.unit_count(), [&](int64_t u) {
-    for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c)
-      measure_chunk(rows.data(), p.chunks[c], scalars, &found[kMaxNorms * c]);
+    for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c) measure_chunk(pass, p.chunks[c], &found[kMaxNorms * c]);
   });
   for (size_t c = 0; c < p.chunks.size(); ++c)  // in the order of the chunks, whoever measured them
     for (int j = 0; j < kMaxNorms; ++j) squares[kMaxNorms * p.chunks[c].row + j] += found[kMaxNorms * c + j];
   return squares;
 }
 
-}  // namespace
-
-void step(RuleId rule, const std::vector<StepRow>& rows, const StepScalars& scalars, const Parallel& parallel) {
-  if (scalars.found_inf && !(*scalars.found_inf == 0.0f)) return;
+void step_pass(int32_t rule, const StepPass& pass, const Parallel& parallel) {
   const auto step_chunks = kernels().step[rule];
-  const Plan p = plan(rows);
-  const std::vector<double> measured = measure(rule, rows, p, scalars, parallel);
+  const Plan p = plan(pass.table.rows, pass.table.count);
+  const std::vector<double> measured = measure(rule, pass, p, parallel);
   const double* squares = measured.empty() ? nullptr : measured.data();
-  parallel(p.unit_count(), [&](int64_t u) {
-    step_chunks(rows.data(), p.chunks.data() + p.units[u], p.units[u + 1] - p.units[u], scalars, squares);
-  });
-  kernels().advance[rule](rows.data(), static_cast<int64_t>(rows.size()), scalars, squares);
+  parallel(p.unit_count(),
+           [&](int64_t u) { step_chunks(pass, p.chunks.data() + p.units[u], p.units[u + 1] - p.units[u], squares); });
+  kernels().advance[rule](pass, squares);
 }
 
-ListStats grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_type, double* per_tensor,
-                     int64_t* counts, const Parallel& parallel) {
+}  // namespace
+
+void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log,
+          const Parallel& parallel) {
+  const bool skipped = scalars.found_inf && !(*scalars.found_inf == 0.0f);
+  keep_log(log, skipped, 0, 1);
+  if (skipped) return;
+  for_each_pass(table, groups, [&](int32_t rule, const StepTable& rows, const StepGroups&) {
+    step_pass(rule, {rows, groups.groups, scalars}, parallel);
+  });
+}
+
+void grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_type, const StatsOutputs& out,
+                const Parallel& parallel) {
   const StatsJob job = {inv_scale, norm_of(norm_type), norm_type};
   const auto stats = kernels().stats;
-  const Plan p = plan(rows);
+  const Plan p = plan(rows.data(), rows.size());
   std::vector<ChunkStats> found(p.chunks.size());
   parallel(p.unit_count(), [&](int64_t u) {
     for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c) stats(rows.data(), p.chunks[c], job, &found[c]);
   });
 
-  std::fill_n(per_tensor, rows.size(), 0.0);
-  std::fill_n(counts, 3 * rows.size(), int64_t{0});
-  ListStats all;
+  std::fill_n(out.per_tensor, rows.size(), 0.0);
+  std::fill_n(out.counts, 3 * rows.size(), int64_t{0});
+  bool found_inf = false;
   for (size_t c = 0; c < found.size(); ++c) {  // in the order of the chunks, whoever computed them
     const int64_t r = p.chunks[c].row;
-    per_tensor[r] = combine(job.norm, per_tensor[r], found[c].power_sum);
-    counts[3 * r] += found[c].infs;
-    counts[3 * r + 1] += found[c].nans;
-    counts[3 * r + 2] += found[c].overflows;
-    all.found_inf |= found[c].infs + found[c].nans + found[c].overflows > 0;
+    out.per_tensor[r] = combine(job.norm, out.per_tensor[r], found[c].power_sum);
+    out.counts[3 * r] += found[c].infs;
+    out.counts[3 * r + 1] += found[c].nans;
+    out.counts[3 * r + 2] += found[c].overflows;
+    found_inf |= found[c].infs + found[c].nans + found[c].overflows > 0;
   }
-  for (size_t r = 0; r < rows.size(); ++r) all.total = combine(job.norm, all.total, per_tensor[r]);
-  return all;
+  double total = 0.0;
+  for (size_t r = 0; r < rows.size(); ++r) total = combine(job.norm, total, out.per_tensor[r]);
+  *out.total = total;
+  *out.found_inf = found_inf ? 1.0f : 0.0f;
+}
+
+void check_grads(const std::vector<GradRow>& rows, const GradCheck& check, const Parallel& parallel) {
+  std::vector<double> per_tensor(rows.size());
+  double total = 0.0;
+  grad_stats(rows, reciprocal(*check.scale), check.norm_type,
+             {check.found_inf, &total, per_tensor.data(), check.counts}, parallel);
+  conclude(check, total);
 }
 
 bool unscale(const std::vector<GradRow>& rows, float inv_scale, const Parallel& parallel) {
   const auto unscale_chunk = kernels().unscale;
-  const Plan p = plan(rows);
+  const Plan p = plan(rows.data(), rows.size());
   std::atomic<bool> bad{false};
   parallel(p.unit_count(), [&](int64_t u) {
     for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c)

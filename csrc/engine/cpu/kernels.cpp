@@ -12,6 +12,7 @@ using cpu::Chunk;
 using cpu::ChunkStats;
 using cpu::Norm;
 using cpu::StatsJob;
+using cpu::StepPass;
 
 #include "stats.inc"
 #include "step.inc"

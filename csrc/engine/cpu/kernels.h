@@ -24,16 +24,21 @@ struct StatsJob {
   double p;
 };
 
+// Rows of one rule, and all groups of the step.
+struct StepPass {
+  StepTable table;
+  const StepGroup* groups;
+  StepScalars scalars;
+};
+
 struct Kernels {
   const char* name;
   // squares: kMaxNorms sums for each row, of what the rule measures; null for rules that measure nothing.
-  void (*step[kRuleCount])(const StepRow* rows, const Chunk* chunks, int64_t chunk_count, const StepScalars& scalars,
-                           const double* squares);
+  void (*step[kRuleCount])(const StepPass& pass, const Chunk* chunks, int64_t chunk_count, const double* squares);
   // Those sums over one chunk. Null for rules that measure nothing.
-  void (*measure[kRuleCount])(const StepRow* rows, const Chunk& chunk, const StepScalars& scalars, double* squares);
+  void (*measure[kRuleCount])(const StepPass& pass, const Chunk& chunk, double* squares);
   // Step counts and scalars of rows that have taken their step.
-  void (*advance[kRuleCount])(const StepRow* rows, int64_t row_count, const StepScalars& scalars,
-                              const double* squares);
+  void (*advance[kRuleCount])(const StepPass& pass, const double* squares);
   void (*stats)(const GradRow* rows, const Chunk& chunk, const StatsJob& job, ChunkStats* out);
   bool (*unscale)(const GradRow* rows, const Chunk& chunk, float inv_scale);  // true: something is non-finite
 };

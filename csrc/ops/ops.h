@@ -1,0 +1,159 @@
+// Every op once, for every backend: signature, checks, registration. A backend says what runs them:
+//   Backend(like)                      on the device of a tensor `like`; made when nothing can be refused any more
+//   step, unscale, grad_stats, check_grads, update_scale     the passes, on the backend's addresses
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+#include <tuple>
+
+#include "../math/loss_scale.h"
+#include "packed.h"
+
+namespace fusedamp {
+
+#define FUSEDAMP_OP(op, Hyper, names) inline constexpr const char* kName_##op = #op "_";
+#include "../math/optimizers.def"
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class Backend>
+struct Ops {
+  template <const char* const& kName>
+  static void step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales,
+                   double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
+                   OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf,
+                   std::vector<int64_t> seeds, bool stochastic_rounding) {
+    if (params.empty()) return;
+    const StepLists lists = {params, grads, masters, states, steps, scales, seeds};
+    const CheckedStep checked = checked_step(kName, lists, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef,
+                                             found_inf, stochastic_rounding);
+    const StepTable table = {checked.rows.rows.data(), checked.rows.grads.data(), checked.group.count};
+    Backend(params[0]).step(table, {&checked.group, 1}, checked.scalars, {});
+  }
+
+  static void packed_step_(Tensor rows, Tensor grads, Tensor like, std::string op, int64_t states, double lr,
+                           std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor, OptionalTensor inv_scale,
+                           OptionalTensor clip_coef, OptionalTensor found_inf, bool stochastic_rounding) {
+    StepGroup group = step_group(op, like, lr, hyper, lr_tensor);
+    const StepScalars scalars = step_scalars(op, like, inv_scale, clip_coef, found_inf);
+    const RuleId rule = rule_for(op, 1, states);
+    const std::vector<StepRow> unpacked = packed_step_rows(op, rule, rows, grads, {maximize, stochastic_rounding});
+    group.rule = rule;
+    group.count = static_cast<int64_t>(unpacked.size());
+    if (like.is_cpu()) need_counts(op, unpacked.data(), group.count);
+    Backend(like).step({unpacked.data(), data<void*>(grads), group.count}, {&group, 1}, scalars, {});
+  }
+
+  static void planned_step_(Tensor rows, Tensor grads, Tensor groups, Tensor like, OptionalTensor inv_scale,
+                            OptionalTensor clip_coef, OptionalTensor found_inf, OptionalTensor counts,
+                            OptionalTensor log_counts, OptionalTensor log_step, OptionalTensor log_steps) {
+    const PlannedStep plan = planned_step(rows, grads, groups);
+    const StepScalars scalars = step_scalars(plan.op, like, inv_scale, clip_coef, found_inf);
+    const StepLog log = step_log(plan.op, like, counts, log_counts, log_step, log_steps);
+    for (int64_t g = 0; like.is_cpu() && g < plan.groups.count; ++g) {
+      const StepGroup& group = plan.groups.groups[g];
+      need_counts(op_of(group.rule), plan.table.rows + group.first, group.count);
+    }
+    Backend(like).step(plan.table, plan.groups, scalars, log);
+  }
+
+  static void unscale_(Tensors grads, Tensor inv_scale, Tensor found_inf) {
+    if (grads.empty()) return;
+    const auto rows = grad_rows("unscale_", grads, true);
+    const float* inv = scalar_at("unscale_", "inv_scale", inv_scale, grads[0]);
+    float* found = scalar_at("unscale_", "found_inf", found_inf, grads[0]);
+    Backend(grads[0]).unscale(rows, inv, found);
+  }
+
+  using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+  static Stats grad_stats(Tensors grads, OptionalTensor inv_scale, double norm_type) {
+    STD_TORCH_CHECK(!grads.empty(), "[grad_stats] grads is empty; expected at least one tensor");
+    return stats_of(grad_rows("grad_stats", grads), grads[0], inv_scale, norm_type);
+  }
+
+  static Stats packed_grad_stats(Tensor rows, Tensor like, OptionalTensor inv_scale, double norm_type) {
+    return stats_of(packed_grad_rows("grad_stats", rows), like, inv_scale, norm_type);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> check_grads(Tensor rows, Tensor scale, double norm_type,
+                                                                        double max_norm, OptionalTensor max_norm_tensor,
+                                                                        bool wide) {
+    const char* op = "_check_grads";
+    const std::vector<GradRow> grads = packed_grad_rows(op, rows);
+    GradCheck check = {};
+    check.scale = scalar_at(op, "scale", scale, scale);
+    check.norm_type = norm_type;
+    check.max_norm = max_norm;
+    check.wide = wide;
+    if (max_norm_tensor) {
+      const Name name = {"max_norm"};
+      need_device(op, name, *max_norm_tensor, {"scale"}, scale);
+      check.max_norm_dtype = dtype_of(op, name, *max_norm_tensor);
+      if (max_norm_tensor->numel() != 1)
+        fail(op, name, " has shape ", list_text(max_norm_tensor->sizes()), "; expected one element");
+      check.max_norm_tensor = data_of(op, name, *max_norm_tensor);
+    }
+    const auto fresh = [&](ScalarType dtype) { return torch::stable::new_empty(scale, {}, dtype); };
+    const Tensor inv_scale = fresh(ScalarType::Float), clip_coef = fresh(ScalarType::Float),
+                 found_inf = fresh(ScalarType::Float), norm = fresh(wide ? ScalarType::Double : ScalarType::Float),
+                 counts = torch::stable::new_empty(scale, {static_cast<int64_t>(grads.size()), 3}, ScalarType::Long);
+    check.inv_scale = data<float>(inv_scale);
+    check.clip_coef = data<float>(clip_coef);
+    check.found_inf = data<float>(found_inf);
+    check.norm = norm.data_ptr();
+    check.counts = data<int64_t>(counts);
+    Backend(scale).check_grads(grads, check);
+    return {inv_scale, clip_coef, found_inf, norm, counts};
+  }
+
+  static void update_scale_(Tensor scale, Tensor growth_tracker, OptionalTensor hysteresis_tracker, Tensor found_inf,
+                            double growth_factor, double backoff_factor, int64_t growth_interval, double min_scale,
+                            double max_scale, int64_t hysteresis, bool refill_on_good_step) {
+    const char* op = "update_scale_";
+    float* scale_at = scalar_at(op, "scale", scale, scale);
+    int32_t* tracker_at = int_scalar_at(op, "growth_tracker", growth_tracker, scale);
+    int32_t* budget_at = int_scalar_at(op, "hysteresis_tracker", hysteresis_tracker, scale);
+    const float* found = scalar_at(op, "found_inf", found_inf, scale);
+    const LossScaleRule rule = {growth_factor,   backoff_factor, min_scale,          max_scale,
+                                growth_interval, hysteresis,     refill_on_good_step};
+    Backend(scale).update_scale(rule, scale_at, tracker_at, budget_at, found);
+  }
+
+  static void implement(torch::stable::detail::StableLibrary& m) {
+    m.impl("unscale_", TORCH_BOX(&Ops::unscale_));
+    m.impl("grad_stats", TORCH_BOX(&Ops::grad_stats));
+    m.impl("update_scale_", TORCH_BOX(&Ops::update_scale_));
+    m.impl("_check_grads", TORCH_BOX(&Ops::check_grads));
+    m.impl("_check_plan", TORCH_BOX(&check_plan));
+    m.impl("_check_step", TORCH_BOX(&check_step));
+    m.impl("_find_shared_memory", TORCH_BOX(&find_shared_memory));
+    m.impl("_packed_grad_stats", TORCH_BOX(&Ops::packed_grad_stats));
+    m.impl("_packed_step_", TORCH_BOX(&Ops::packed_step_));
+    m.impl("_planned_step_", TORCH_BOX(&Ops::planned_step_));
+#define FUSEDAMP_OP(op, Hyper, names) m.impl(#op "_", TORCH_BOX(&Ops::template step<kName_##op>));
+#include "../math/optimizers.def"
+  }
+
+ private:
+  static Stats stats_of(const std::vector<GradRow>& rows, const Tensor& like, const OptionalTensor& inv_scale,
+                        double norm_type) {
+    const auto n = static_cast<int64_t>(rows.size());
+    const float* inv = scalar_at("grad_stats", "inv_scale", inv_scale, like);
+    const Tensor found_inf = torch::stable::new_empty(like, {}, ScalarType::Float);
+    const Tensor total = torch::stable::new_empty(like, {}, ScalarType::Double);
+    const Tensor per_tensor = torch::stable::new_empty(like, {n}, ScalarType::Double);
+    const Tensor counts = torch::stable::new_empty(like, {n, 3}, ScalarType::Long);
+    Backend(like).grad_stats(
+        rows, inv, norm_type,
+        {data<float>(found_inf), data<double>(total), data<double>(per_tensor), data<int64_t>(counts)});
+    return {found_inf, total, per_tensor, counts};
+  }
+};
+
+}  // namespace fusedamp
