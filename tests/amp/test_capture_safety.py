@@ -224,5 +224,5 @@ def test_repeated_steps_read_nothing(make, storage):
             scaler.update()
         outcomes.append(skipped)
     assert [skipped.item() for skipped in outcomes] == [False] * 3 + [True, False, True, False, False]
-    assert optimizer._replay is not None, "the short road was never taken"
+    assert optimizer._plan is not None, "the short road was never taken"
     assert {int(optimizer.state[p]["step"]) for p in params} == {6}

@@ -25,6 +25,6 @@ def test_steps_do_not_depend_on_the_default_device(dtype, elsewhere):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    assert optimizer._replay is not None
+    assert optimizer._plan is not None
     assert scaler.get_scale() == 32.0
     assert param.max() < 0.7

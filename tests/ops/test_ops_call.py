@@ -4,6 +4,7 @@ import pytest
 import torch
 from fusedamp import ops
 from fusedamp.ops import checks
+from fusedamp.ops.inputs import DeviceInputs
 from fusedamp.ops.table import StepTable
 from fusedamp.tensors import addresses
 from op_calls import scalar
@@ -45,20 +46,18 @@ def test_errors_of_others_stay_runtime_errors(monkeypatch, text):
 
 def test_steps_from_addresses_complain_alike():
     params, grads, steps = [torch.ones(3)], [torch.ones(3)], [scalar(0.0)]
-    table = StepTable("sgd_", params, [], [], steps, addresses.read(grads))
-    scalars = ops.step_scalars(
-        "sgd_", params, 0.1, dict(momentum=0.0, dampening=0.0, decay=0.0, nesterov=0.0)
-    )
-    scalars["found_inf"] = scalar(0.0, torch.float64)
+    hyper = dict(momentum=0.0, dampening=0.0, decay=0.0, nesterov=0.0)
+    scalars = ops.step_scalars("sgd_", params[0].device, 0.1, hyper)
+    table = StepTable([ops.StepCall("sgd_", params, grads, [], {}, steps, scalars)])
     with pytest.raises(ValueError, match=r"^\[sgd_\] found_inf is float64") as caught:
-        table.launch(addresses.read(grads), scalars)
+        table.step(params, DeviceInputs(found_inf=scalar(0.0, torch.float64)))
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_ops_that_take_addresses_are_private():
     names = [name for name in dir(ops) if not name.startswith("_")]
     assert not [name for name in names if "packed" in name]
-    for name in ("packed_step_", "packed_grad_stats"):
+    for name in ("planned_step_", "packed_grad_stats"):
         assert not hasattr(torch.ops.fusedamp, name)
         assert hasattr(torch.ops.fusedamp, f"_{name}")
     with pytest.raises(TypeError, match="unexpected keyword argument"):

@@ -132,7 +132,7 @@ def test_fully_sharded_module(mesh):
             m(torch.ones(3, 4, dtype=torch.bfloat16)).float().pow(2).sum().backward()
             slots = list(optimizer._slots.values())
             optimizer.step()
-            assert not slots or optimizer._replay or list(optimizer._slots.values()) == slots
+            assert not slots or optimizer._plan or list(optimizer._slots.values()) == slots
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(p.full_tensor(), q)
 

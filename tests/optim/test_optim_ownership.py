@@ -36,7 +36,7 @@ def one_step(params, optimizer, step):
 
 
 def is_private(optimizer):
-    return optimizer._replay is not None and optimizer._replay._watch.is_private(optimizer._looks)
+    return optimizer._plan is not None and optimizer._plan._watch.is_private(optimizer._looks)
 
 
 @pytest.mark.parametrize("options", STORAGE, ids=["fp32", "split", "int8"])
@@ -125,7 +125,7 @@ def test_a_change_by_a_holder_is_seen(take, change, rest):
         change(held)
         for step in range(3):
             if not repeats:
-                optimizer._replay = None
+                optimizer._plan = None
             one_step(params, optimizer, 50 + step)
         ends.append([*params, *(value for param in params for value in optimizer.state[param].values())])
     for ours, expected in zip(*ends, strict=True):

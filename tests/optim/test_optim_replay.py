@@ -152,11 +152,11 @@ def test_no_change_between_steps_goes_unseen(change, monkeypatch):
             if step in (4, 6):
                 change(params, optimizer)
             if not repeating:
-                optimizer._replay = None
+                optimizer._plan = None
                 optimizer._stepped = []
             optimizer.step()
             if step == 3:
-                assert (optimizer._replay is not None) == repeating
+                assert (optimizer._plan is not None) == repeating
             if step == 4 and change in (shrink, transpose, reinterpret):
                 break  # a second time they would do something else
         return everything(params, optimizer)
@@ -178,8 +178,8 @@ def test_repeated_steps_equal_prepared_ones(dtype, cls, options):
         repeated.step()
         prepared._stepped = []
         prepared.step()
-    assert repeated._replay is not None
-    assert prepared._replay is None
+    assert repeated._plan is not None
+    assert prepared._plan is None
     assert_same(everything(one, repeated), everything(two, prepared))
 
 
@@ -190,9 +190,9 @@ def test_a_repeated_step_keeps_the_promises_of_a_first_one():
         versions = [param._version for param in params]
         optimizer.step()
         assert all(param._version > version for param, version in zip(params, versions, strict=True))
-    assert optimizer._replay is not None
+    assert optimizer._plan is not None
     clone = copy.deepcopy(optimizer)
-    assert clone._replay is None  # addresses of another's memory
+    assert clone._plan is None  # addresses of another's memory
     optimizer.param_groups[0]["lr"] = -1.0
     before = everything(params, optimizer)
     with pytest.raises(ValueError, match="lr"):

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from .. import ops
-from ..ops.inputs import DeviceInputs, Number, divided, flag_on, step_with, times
+from ..ops.inputs import AmpInputs, DeviceInputs, step_with, times
 from ..tensors.layout import gradient_of
 from ..tensors.shards import is_distributed, local, refuse_flattened
 from . import routes
+from .check import Check, CheckByParts
 from .clip import check_norm, clip_grad_norm_
-from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, has_value, lasting, no_overflow, on
-from .loss_scale import LossScale
-from .overflow import OverflowLog, OverflowReport, params_of
-from .routes import ReadPass
+from .gradient_checks import ByHand, GradientChecks
+from .gradients import Gradients, combine, has_value, no_overflow, on
+from .overflow import params_of
 
-ByHand = tuple[Number | None, Number | None]  # in the order of _BY_HAND
-Stats = dict[torch.device, ops.GradStats]
 _BY_HAND = ("found_inf", "grad_scale")
 _NO_CLOSURE = "Closure use is not currently supported if GradScaler is enabled."
 
 
-class GradScaler(LossScale):
+class GradScaler(GradientChecks):
     """Drop-in for :class:`torch.amp.GradScaler` that takes gradients of any dtype and never waits for the
     device.
 
@@ -61,16 +56,6 @@ class GradScaler(LossScale):
         parameters that FSDP1 shards over several ranks (use fully_shard, or torch's ShardedGradScaler).
     """
 
-    def _start_watching(self) -> None:
-        super()._start_watching()
-        self._last_found_inf: Tensor | None = None
-        self._overflows: weakref.WeakKeyDictionary[Optimizer, OverflowLog] = weakref.WeakKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        del state["_last_found_inf"], state["_overflows"]
-        return state
-
     def unscale_(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the scale in place, at once; a clipping that was put off is done here too.
 
@@ -88,7 +73,7 @@ class GradScaler(LossScale):
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("unscale_() is being called after step().")
         self._refuse_flattened("unscale_", optimizer)
-        read = self._current_read(optimizer, state)
+        read = self._current_read(optimizer, state)  # with the clip coefficient in FP64
         inv_scale = self._inverse()
         found_inf = no_overflow(inv_scale.device)
         state["found_inf_per_device"] = self._unscale_grads_(optimizer, inv_scale, found_inf, False)
@@ -96,57 +81,6 @@ class GradScaler(LossScale):
             Gradients(params_of(optimizer)).multiply_(read.clip_coef)
         state["read"] = None
         state["stage"] = OptState.UNSCALED
-
-    def _unscale_grads_(
-        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
-    ) -> PerDevice:
-        gradients = Gradients(params_of(optimizer))
-        with lasting():
-            flags = {device: on(found_inf, device).clone() for device in gradients.by_device}
-        for device, bucket in gradients.by_device.items():
-            ops.unscale_(bucket.tensors, on(inv_scale, device), flags[device])
-        gradients.write_back()
-        self._per_optimizer_states[id(optimizer)]["sharded_over"] = gradients.sharded_over
-        return gradients.agree_(flags)
-
-    def _check_inf_per_device(self, optimizer: Optimizer) -> PerDevice:  # type: ignore[override]
-        """Read the gradients once, changing none; flags what is not finite, now or once unscaled."""
-        scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
-        state = self._per_optimizer_states[id(optimizer)]
-        norm_type = state.get("norm_type", 2.0)
-        gradients = Gradients(params_of(optimizer), magnitudes=norm_type != 2)
-        inv_scale = self._inverse()
-        with lasting():
-            stats = gradients.stats(inv_scale, norm_type)
-        stamp = Stamp([scale, *gradients.originals])
-        state["read"] = ReadPass(gradients, stats, inv_scale, norm_type, stamp)
-        state["sharded_over"] = gradients.sharded_over
-        flags = gradients.agree_({device: stat.found_inf for device, stat in stats.items()})
-        state["found_inf_per_device"] = flags
-        return flags
-
-    def _current_read(self, optimizer: Optimizer, state: dict[str, Any]) -> ReadPass | None:
-        """The read pass of an earlier clip_grad_norm_; made anew, with its clipping, if anything changed
-        since.
-        """
-        read = state.get("read")
-        if read is not None and not read.stamp.matches([self._scale, *gradients_of(params_of(optimizer))]):
-            state["read"] = None
-            for max_norm, norm_type in read.clips:
-                self._clip_later(optimizer, state, max_norm, norm_type)
-        return state.get("read")
-
-    def _clip_later(
-        self, optimizer: Optimizer, state: dict[str, Any], max_norm: float | Tensor, norm_type: float
-    ) -> Tensor:
-        earlier = read = state.get("read")
-        if read is None or read.norm_type != norm_type:
-            state["norm_type"] = norm_type
-            self._check_inf_per_device(optimizer)
-            read = state["read"]
-            if earlier is not None:
-                read.clips, read.clip_coef = earlier.clips, earlier.clip_coef
-        return read.clip(max_norm, norm_type)
 
     def clip_grad_norm_(
         self, optimizer: Optimizer, max_norm: float | Tensor, norm_type: float = 2.0
@@ -175,6 +109,10 @@ class GradScaler(LossScale):
             refuse_flattened("GradScaler.clip_grad_norm_", params_of(optimizer))
             if state["stage"] is OptState.READY:
                 if self._is_fused(optimizer) and not self._overrides("unscale_", "_unscale_grads_"):
+                    if state.get("read") is None:
+                        check = self._check(optimizer, state, (max_norm, norm_type), keep=True)
+                        if check is not None:
+                            return check.found.norm
                     self._current_read(optimizer, state)
                     return self._clip_later(optimizer, state, max_norm, norm_type)
                 self.unscale_(optimizer)
@@ -246,6 +184,8 @@ class GradScaler(LossScale):
     ) -> float | None:
         if args and args[0] is not None:
             raise RuntimeError(_NO_CLOSURE)
+        if (check := self._current_check(optimizer, state, by_hand)) is not None:
+            return self._step_checked(optimizer, state, check, args, kwargs)
         flag, read = self._found_inf(optimizer, state, by_hand)
         inv_scale = clip_coef = None
         if read is None:
@@ -262,9 +202,29 @@ class GradScaler(LossScale):
             )
             for device in devices
         }
-        result = step_with(optimizer, per_device, args, kwargs)
+        result = step_with(AmpInputs(per_device, optimizer), args, kwargs)
         for name in _BY_HAND:  # set by hand, for one step, as with torch's scaler
             vars(optimizer).pop(name, None)
+        return result
+
+    def _step_checked(
+        self,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        check: Check,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> float | None:
+        assert self._scale is not None
+        device, found = self._scale.device, check.found
+        flag = self._last_found_inf = combine(state["found_inf_per_device"].values(), device)
+        log, positions = self._overflow_log(optimizer, device), check.table.positions
+        here = DeviceInputs(found.inv_scale, check.clip_coef, flag, log.of_step(positions, found.counts))
+        inputs = AmpInputs({device: here}, optimizer, check.table)
+        result = step_with(inputs, args, kwargs)
+        if not inputs.logged:  # the step was another one than the last, and took the longer way
+            log.next_step()
+            log.record_counts(positions, found.counts, flag)
         return result
 
     def _step_torch_fused(
@@ -292,7 +252,7 @@ class GradScaler(LossScale):
 
     def _found_inf(
         self, optimizer: Optimizer, state: dict[str, Any], by_hand: ByHand
-    ) -> tuple[Tensor, ReadPass | None]:
+    ) -> tuple[Tensor, CheckByParts | None]:
         """The flag to skip over all devices, and the gradient check behind it unless gradients were unscaled
         before.
         """
@@ -317,49 +277,6 @@ class GradScaler(LossScale):
             self._record_now(optimizer, flag)
         return self._skip_by_hand(by_hand[0]), read
 
-    def _divide(
-        self, optimizer: Optimizer, state: dict[str, Any], grad_scale: Number | None
-    ) -> tuple[Gradients, Stats] | None:
-        """Read the gradients as they will be once divided by a user's ``grad_scale`` too; what is not finite
-        then is an overflow.
-        """
-        if grad_scale is None:
-            return None
-        assert self._scale is not None
-        read, factor = state.get("read"), None
-        gradients = Gradients(params_of(optimizer)) if read is None else read.gradients
-        if read is not None:
-            factor = read.inv_scale
-            if read.clip_coef is not None:  # NaN of a gradient that counts as it is
-                factor = factor * read.clip_coef.float().nan_to_num(nan=0.0)
-        stats = gradients.stats(divided(factor, grad_scale, self._scale.device))
-        flags = state["found_inf_per_device"]
-        for device, flag in gradients.agree_({d: stat.found_inf for d, stat in stats.items()}).items():
-            flags[device] = combine([flag, *([flags[device]] if device in flags else [])], device)
-        return gradients, stats
-
-    def _skip_by_hand(self, found_inf: Number | None) -> Tensor:
-        """The flag of the step at hand, with what a user set. That is no overflow: the scale stays."""
-        assert self._last_found_inf is not None
-        if found_inf is not None:
-            device = self._last_found_inf.device
-            self._last_found_inf = combine([self._last_found_inf, flag_on(device, found_inf)], device)
-        return self._last_found_inf
-
-    def _combined_flag(self, optimizer: Optimizer, state: dict[str, Any]) -> Tensor:
-        """The flag over all devices, on that of the scale; begins the step that it decides about."""
-        assert self._scale is not None
-        flag = combine(state["found_inf_per_device"].values(), self._scale.device)
-        self._last_found_inf = flag
-        if optimizer not in self._overflows:
-            self._overflows[optimizer] = OverflowLog(optimizer, flag.device)
-        self._overflows[optimizer].next_step()
-        return flag
-
-    def _record_now(self, optimizer: Optimizer, flag: Tensor) -> None:
-        gradients = Gradients(params_of(optimizer))
-        self._overflows[optimizer].record(gradients, gradients.stats(None), flag)
-
     def _maybe_opt_step(
         self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
     ) -> float | None:
@@ -368,29 +285,3 @@ class GradScaler(LossScale):
             self._record_now(optimizer, self._last_found_inf)
             return None
         return optimizer.step(*args, **kwargs)
-
-    @property
-    def last_step_skipped(self) -> Tensor:
-        """Whether the latest :meth:`step` was skipped: a 0-d bool tensor on the device of the scale; no sync.
-
-        What it reads is rewritten by each replay of a CUDA graph that captured the step.
-        """
-        return torch.tensor(False) if self._last_found_inf is None else self._last_found_inf != 0
-
-    def _describe_overflow(self) -> str:
-        return str(self.overflow_report())
-
-    def overflow_report(self, optimizer: Optimizer | None = None) -> OverflowReport:
-        """The latest overflow of ``optimizer`` (left out: the latest that any optimizer had, if there are
-        several).
-
-        Tells the step and each parameter with its number of inf, NaN and too large elements. This makes the
-        host wait for the device; before, nothing was read. Gradients that were unscaled by an explicit
-        :meth:`unscale_` on CUDA are counted only now, so ask before ``zero_grad``; clipping in place has made
-        NaN of their inf.
-        """
-        if optimizer is not None:
-            log = self._overflows.get(optimizer)
-            return OverflowReport() if log is None else log.report()
-        reports = [log.report() for log in self._overflows.values()]
-        return max(reports, key=lambda report: report.step, default=OverflowReport())

@@ -57,6 +57,14 @@ def has_value(tensor: Tensor) -> bool:
 
 def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
     """One 0-d FP32 flag on ``device``, positive if any of ``flags`` (1 element, any device) is; else 0."""
+    flags = list(flags)
+    if (
+        len(flags) == 1
+        and flags[0].device == device
+        and not flags[0].dim()
+        and flags[0].dtype is torch.float32
+    ):
+        return flags[0]
     moved = [on(flag, device).reshape(()).float() for flag in flags]
     if not moved:
         return no_overflow(device)

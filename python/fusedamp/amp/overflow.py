@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..ops import GradStats
+from ..ops.inputs import StepLog
 from .gradients import Gradients, Stamp, lasting, on
 
 _MAX_RECORDS = (
@@ -72,6 +73,7 @@ class OverflowLog:
         with lasting():
             self._steps = torch.zeros((), dtype=torch.int64, device=device)
         self._records: dict[tuple[torch.device, Sequence[int]], _Record] = {}
+        self._last: tuple[Sequence[int], _Record] | None = None  # what the last step noted itself in
         self._uncounted: tuple[Stamp, Tensor, Tensor] | None = None
 
     def next_step(self) -> None:
@@ -90,6 +92,25 @@ class OverflowLog:
         )
 
     def _record(self, positions: Sequence[int], counts: Tensor, found_inf: Tensor, step: Tensor) -> None:
+        record = self._record_of(positions, counts)
+        overflow = on(found_inf, counts.device) != 0
+        torch.where(overflow, counts, record.counts, out=record.counts)
+        torch.where(overflow, on(step, counts.device), record.step, out=record.step)
+
+    def record_counts(self, positions: Sequence[int], counts: Tensor, found_inf: Tensor) -> None:
+        """Keep ``counts`` if the step at hand is an overflow."""
+        self._record(positions, counts, found_inf, self._steps)
+
+    def of_step(self, positions: Sequence[int], counts: Tensor) -> StepLog:
+        """Where a step op on the device of the log notes itself, which is :meth:`next_step` and
+        :meth:`record_counts` in one."""
+        if self._last is None or self._last[0] is not positions:
+            self._last = (positions, self._record_of(positions, counts))
+        record = self._last[1]
+        return StepLog(counts, record.counts, record.step, self._steps)
+
+    def _record_of(self, positions: Sequence[int], counts: Tensor) -> _Record:
+        """The record of one set of gradients."""
         key = (counts.device, positions if isinstance(positions, range) else tuple(positions))
         if key not in self._records:
             while len(self._records) >= _MAX_RECORDS:
@@ -97,10 +118,8 @@ class OverflowLog:
             with lasting():
                 never = torch.zeros((), dtype=torch.int64, device=counts.device)
                 self._records[key] = _Record(torch.zeros_like(counts), never)
-        record = self._records[key]
-        overflow = on(found_inf, counts.device) != 0
-        torch.where(overflow, counts, record.counts, out=record.counts)
-        torch.where(overflow, on(step, counts.device), record.step, out=record.step)
+                self._last = None  # it may have been dropped
+        return self._records[key]
 
     def report(self) -> OverflowReport:
         """Read everything. Makes the host wait for the device."""

@@ -4,43 +4,14 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from .. import ops
 from ..ops import inputs
-from .clip import clip_coefficient
-from .gradients import Gradients, Stamp
-
-
-@dataclass(slots=True)
-class ReadPass:
-    """What one read of an optimizer's still scaled gradients found, and how its step shall clip them."""
-
-    gradients: Gradients
-    stats: dict[torch.device, ops.GradStats]
-    inv_scale: Tensor
-    norm_type: float
-    stamp: Stamp  # of the scale and of the gradients
-    clips: list[tuple[float | Tensor, float]] = field(default_factory=list)
-    clip_coef: Tensor | None = None  # FP64
-
-    def clip(self, max_norm: float | Tensor, norm_type: float) -> Tensor:
-        """Put off one more clipping, and return the norm that it finds after the earlier ones."""
-        norm = self.gradients.norm(self.stats, norm_type, self.inv_scale.device)
-        if self.clip_coef is not None and norm_type != 0:
-            norm = norm * self.clip_coef
-        clip_coef = clip_coefficient(norm, max_norm)
-        self.clip_coef = clip_coef if self.clip_coef is None else self.clip_coef * clip_coef
-        self.clips.append((max_norm, norm_type))
-        return norm.to(self.gradients.widest)
-
 
 # torch puts this function around each class's step; it runs the hooks.
 _HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # type: ignore[arg-type, attr-defined]

@@ -12,8 +12,10 @@ Every step op also takes ``maximize`` (ascend instead of descend), ``inv_scale``
 
 from .adagrad import adagrad_, rmsprop_, rmsprop_centered_
 from .adam import adam_, adamw_, nadam_, radam_
+from .gradients import GradCheck as GradCheck  # for fusedamp.amp
 from .gradients import GradStats, grad_stats, unscale_
-from .gradients import _grad_stats as _grad_stats  # for fusedamp.gradients
+from .gradients import _grad_stats as _grad_stats
+from .gradients import check_grads as check_grads
 from .layerwise import lamb_, lars_, novograd_
 from .loss_scale import update_scale_
 from .sgd import lion_, sgd_

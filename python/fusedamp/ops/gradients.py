@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..tensors import addresses
 from . import checks
 from .call import bump, call
+from .inputs import GradientTable
 
 
 class GradStats(NamedTuple):
@@ -23,6 +25,35 @@ class GradStats(NamedTuple):
     counts: Tensor
     """int64, [n, 3]: elements that are infinite, that are NaN, and that are finite but overflow when
     unscaled."""
+
+
+class GradCheck(NamedTuple):
+    """What the check of n gradients on one device concludes. 0-d tensors on that device, but for counts."""
+
+    inv_scale: Tensor
+    """float32: 1 / scale."""
+    clip_coef: Tensor
+    """float32: min(1, max_norm / (norm + 1e-6))."""
+    found_inf: Tensor
+    """float32: 1 if an element is not finite before or after unscaling, else 0."""
+    norm: Tensor
+    """float32, or float64 if a gradient is: of the unscaled gradients."""
+    counts: Tensor
+    """int64, [n, 3]: as in :class:`GradStats`."""
+
+
+def check_grads(table: GradientTable, scale: Tensor, norm_type: float, max_norm: float | Tensor) -> GradCheck:
+    """Check the gradients of ``table``, which was just made: :func:`grad_stats` and what follows from it.
+
+    Args:
+        scale (1 element, fp32): the loss scale, on the gradients' device.
+        norm_type: the p of the norm, 0 to inf.
+        max_norm: a number, or 1 element (fp32|fp64) on the same device.
+    Cost: reads each gradient once; one op, no host sync.
+    """
+    number, tensor = (0.0, max_norm) if isinstance(max_norm, Tensor) else (float(max_norm), None)
+    run = torch.ops.fusedamp._check_grads.default
+    return GradCheck(*run(table.fields, scale, norm_type, number, tensor, table.has_float64))
 
 
 def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:

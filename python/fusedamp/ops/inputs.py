@@ -6,6 +6,7 @@ The scaler and the optimizers do not know each other; they meet here.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,6 +18,33 @@ _MIN, _MAX = 2.0**-126, torch.finfo(torch.float32).max  # their reciprocals are 
 _handed = threading.local()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientTable:
+    """The gradients of an optimizer that remembers its last step, as it has just seen them."""
+
+    fields: Tensor
+    """int64 [3, n]: addresses, numbers of elements and codes of dtypes; rewritten by the next look."""
+    has_float64: bool
+    device: torch.device
+    positions: Sequence[int]
+    """The place of each gradient's parameter among all of the optimizer's."""
+    mark: Callable[[], int]
+    """Remembers the gradients of a versioned look, and returns a number for it."""
+    is_as_marked: Callable[[int], bool]
+    """Whether a versioned look saw the same tensors, not written since; who asks has kept them alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLog:
+    """Where a step notes itself on the device, all int64: it adds 1 to ``steps``, and one that is skipped
+    copies ``counts`` to ``last_counts`` and ``steps`` to ``last_step``."""
+
+    counts: Tensor
+    last_counts: Tensor
+    last_step: Tensor
+    steps: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceInputs:
     """What the scaler hands to the ops on one device: FP32 tensors of one element, or None."""
@@ -24,6 +52,16 @@ class DeviceInputs:
     inv_scale: Tensor | None = None
     clip_coef: Tensor | None = None
     found_inf: Tensor | None = None
+    log: StepLog | None = None
+
+    def log_arguments(self) -> dict[str, Tensor]:
+        """Those of the op that steps from tables."""
+        log = self.log
+        if log is None:
+            return {}
+        return dict(
+            counts=log.counts, log_counts=log.last_counts, log_step=log.last_step, log_steps=log.steps
+        )
 
 
 _NOTHING = DeviceInputs()
@@ -35,7 +73,9 @@ class AmpInputs:
 
     per_device: dict[torch.device, DeviceInputs]
     optimizer: Any = None
+    table: GradientTable | None = None  # which the scaler has looked at for this very step
     consumed: bool = False  # whether its step has begun
+    logged: bool = False  # whether it has noted itself in the log
 
     def for_device(self, device: torch.device) -> DeviceInputs:
         """The inputs on ``device``; an error where the scaler saw no gradient there."""
@@ -48,18 +88,13 @@ class AmpInputs:
         return self.per_device[device]
 
 
-def step_with(
-    optimizer: Any,
-    per_device: dict[torch.device, DeviceInputs],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Call the ``step`` of ``optimizer`` with the inputs in ``per_device``; returns what it returns.
+def step_with(inputs: AmpInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the ``step`` of the optimizer that ``inputs`` are for; returns what it returns.
 
-    Raises: RuntimeError if that call did not run fusedamp's step on ``optimizer``.
+    Raises: RuntimeError if that call did not run fusedamp's step on the optimizer.
     """
-    before = getattr(_handed, "inputs", None)
-    optimizer._amp = _handed.inputs = inputs = AmpInputs(per_device, optimizer)
+    before, optimizer = getattr(_handed, "inputs", None), inputs.optimizer
+    optimizer._amp = _handed.inputs = inputs
     try:
         result = optimizer.step(*args, **kwargs)
     finally:

@@ -97,7 +97,9 @@ def run_step(
     if unknown:
         raise TypeError(f"{op}() got unexpected keyword arguments {sorted(unknown)}")
     scales, seeds = shared.pop("scales", ()), shared.pop("seeds", ())
-    scalars = step_scalars(op, params, lr, hyper, **shared)  # type: ignore[misc]  # these two are not in it
+    checks.need_lists(op, params=params)
+    device = params[0].device if params and isinstance(params[0], Tensor) else None
+    scalars = step_scalars(op, device, lr, hyper, **shared)  # type: ignore[misc]  # these two are not in it
     step_lists(op, params, grads, masters, states, steps, scalars, scales, seeds)
 
 
@@ -225,7 +227,7 @@ def _call(name: str, step: StepCall, **more: str) -> bool:
 
 def step_scalars(
     op: str,
-    params: Tensors,
+    device: torch.device | None,
     lr: float | Tensor,
     hyper: dict[str, Any],
     maximize: bool = False,
@@ -234,11 +236,13 @@ def step_scalars(
     found_inf: Tensor | None = None,
     stochastic_rounding: bool = False,
 ) -> dict[str, Any]:
-    """The keyword arguments that every step op has. ``hyper``: by name, in the order of csrc/math's Hyper."""
-    checks.need_lists(op, params=params)
+    """The keyword arguments that every step op has.
+
+    ``hyper``: by name, in the order of csrc/math's Hyper. ``device``: the parameters'.
+    """
     lr_tensor = None
-    if isinstance(lr, Tensor) and params and isinstance(params[0], Tensor):
-        if lr.device == params[0].device or lr.device.type != "cpu" or lr.numel() != 1:
+    if isinstance(lr, Tensor) and device is not None:
+        if lr.device == device or lr.device.type != "cpu" or lr.numel() != 1:
             lr, lr_tensor = 0.0, lr
         else:
             lr = lr.item()  # reading a CPU tensor waits for nothing

@@ -13,15 +13,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ... import ops
-from ...ops.inputs import AmpInputs, begin_step, inputs_on
-from ...tensors.addresses import read
+from ...ops.inputs import AmpInputs, GradientTable, begin_step, inputs_on
 from ...tensors.layout import gradient_of, in_turns
 from ...tensors.shards import local
 from ..state import checkpoint, formats
 from ..state.formats import Entry, Storage, filled, name_dtypes
 from .batch import Batch, Group
 from .options import SeenOptions, check_common, draws, is_compressed
-from .replay import Replay
+from .plan import Plan
 from .slot import Mode, Slot, check, check_aliasing, check_distinct, check_dtype, complete, making_complete
 
 # One for each optimizer that rounds stochastically, so that no two of a program draw alike. Not from torch's
@@ -52,7 +51,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _slots: dict[int, Slot]  # by id of the parameter; given up when the state is asked for
     _unchecked: bool  # whether slots were made since memory was last checked for sharing
     _stepped: list[Slot]  # of the last step
-    _replay: Replay | None = None  # what makes the same step again quick
+    _plan: Plan | None = None  # what makes the same step again quick
     _turn: int  # counts the steps, to see a parameter twice in one
     _looks: int = 0  # how often the state was asked for
     _own_seed: int | None = None  # of the groups that have no rounding_seed
@@ -85,8 +84,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _looked(self) -> None:
         self._looks += 1
         self._slots, self._stepped = {}, []
-        if self._replay is not None:
-            self._replay.let_go()
+        if self._plan is not None:
+            self._plan.let_go()
 
     # What an optimizer defines ------------------------------------------------------------
 
@@ -165,47 +164,46 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo  # compiled callers run it eagerly: a trace would freeze what is remembered
     def _step(self) -> None:
         begin_step(self)
+        plan, amp = self._plan, self._amp
+        if plan is not None:
+            looked = amp is not None and amp.table is not None and amp.table is plan.gradients
+            if (looked or plan.look(self)) and plan.is_ready(self):
+                plan.step(self)
+                return
         for g, group in enumerate(self.param_groups):
             if not self._seen.has(g, group):
                 name_dtypes(group)
                 self._check_group(self._where(g), group)
                 self._seed(group)
                 self._seen.add(g, group)
-        replay = self._replay
-        if (
-            replay
-            and (calls := replay.calls(self.param_groups, vars(self), self._looks, self._mode)) is not None
-        ):
-            ready = [(table, grads, self._scalars(group, table.params)) for group, table, grads in calls]
-            for table, grads, scalars in ready:
-                table.launch(grads, scalars)
-            return
-        before, self._replay = self._stepped, None
+        before, self._plan = self._stepped, None
         batches = self._prepare()  # all is checked before anything moves
         self._check_calls(batches)
         for batch in batches:
             self._launch(batch)
-        # A table costs more than a step does without one; the second step in a row of the same kind makes it.
+        # A plan costs more than a step does without one; the second step in a row of the same kind makes it.
         self._stepped = [slot for batch in batches for slot in batch.slots]
-        if len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
-            self._replay = self._remember(batches)
-            if self._replay:  # it knows all that they do
+        if before and len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
+            self._plan = self._remember(batches)
+            if self._plan:  # it knows all that they do
                 self._slots, self._stepped = {}, []
 
-    def _remember(self, batches: list[Batch]) -> Replay | None:
-        seen = []
+    def _remember(self, batches: list[Batch]) -> Plan | None:
         for batch in batches:
-            fields = read(batch.grads)
-            plain = all(slot.target is slot.param for slot in batch.slots)
             own = all(slot.param.grad is grad for slot, grad in zip(batch.slots, batch.grads, strict=True))
-            if fields is None or not plain or not own:
+            if not own or any(slot.target is not slot.param for slot in batch.slots):
                 return None
-            seen.append((batch.group, batch.op, batch.slots, fields))
         try:
-            modes = list(map(self._mode, self.param_groups))
-            return Replay(self.param_groups, vars(self)["state"], modes, seen)
+            return Plan(self, batches)
         except ValueError:  # a tensor that only the checking op can take
             return None
+
+    def _look(self, versioned: bool) -> GradientTable | None:
+        """For the scaler: the gradients of the next step, if it is like the last one."""
+        plan = self._plan
+        if plan is None or plan.gradients is None or not plan.look(self, versioned):
+            return None
+        return plan.gradients
 
     def _mode(self, group: Group) -> Mode:
         return Mode(
@@ -297,7 +295,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             group["rounding_seed"] = self._own_seed
 
     def _forget(self) -> None:
-        self._slots, self._stepped, self._replay, self._seen = {}, [], None, SeenOptions()
+        self._slots, self._stepped, self._plan, self._seen = {}, [], None, SeenOptions()
         self._unchecked = True
         self._turn = 0
 
@@ -305,22 +303,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         return f"[{type(self).__name__}] group {index}:"
 
     def _scalars(self, group: Group, params: list[Tensor]) -> dict[str, Any]:
-        device = params[0].device
-        amp = inputs_on(self, device)
+        amp = inputs_on(self, params[0].device)
+        numbers = self._numbers(group, params[0].device)
+        return numbers | dict(inv_scale=amp.inv_scale, clip_coef=amp.clip_coef, found_inf=amp.found_inf)
+
+    def _numbers(self, group: Group, device: torch.device) -> dict[str, Any]:
+        """The arguments of the step op that the options of ``group`` give."""
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != device:
             lr = lr.to(device)
         op, hyper = self._op(group)
         return ops.step_scalars(
             op,
-            params,
+            device,
             lr,
             hyper,
             group["maximize"],
-            amp.inv_scale,
-            amp.clip_coef,
-            amp.found_inf,
-            group["stochastic_rounding"],
+            stochastic_rounding=group["stochastic_rounding"],
         )
 
     @torch.no_grad()

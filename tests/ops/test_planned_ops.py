@@ -6,10 +6,10 @@ norm or coefficient that differs from torch's, a log that counts wrongly, tables
 
 import math
 
-import fusedamp
 import pytest
 import torch
-from fusedamp import packed
+from fusedamp.ops import library
+from fusedamp.tensors import addresses
 from op_calls import same_bits, same_numbers
 from step_tables import Group, grads_of, groups_of, planned_step, rows_of
 
@@ -252,7 +252,7 @@ def test_rules_and_names():
     for ask in (lambda: OPS._rule_of("bogus_", 1), lambda: OPS._hyper_names("bogus_")):
         with pytest.raises(RuntimeError, match=r"bogus_ is no step op"):
             ask()
-    names = {op: OPS._hyper_names(op) for op in fusedamp._library.STEP_OPS}
+    names = {op: OPS._hyper_names(op) for op in library.STEP_OPS}
     assert names["adamw_"] == "beta1 beta2 eps weight_decay"
     assert names["nadam_"] == "beta1 beta2 eps weight_decay decoupled decay_base"
     assert {*" ".join(names.values()).split()} == {*HYPER}
@@ -280,7 +280,7 @@ def some_grads(kind):
 def test_check_is_what_torch_makes_of_the_read_pass(kind, p, wide):
     """By the expressions of the other routes (fusedamp.gradients, fusedamp.clip), bit for bit on the CPU."""
     grads, scale = some_grads(kind), torch.tensor(0.3)
-    rows = packed.rows(packed.read(grads))
+    rows = addresses.rows(addresses.read(grads))
     for max_norm in (0.0, 1e-3, 1.0, 1e9, math.inf, math.nan):
         inv_scale, clip_coef, found_inf, norm, counts = OPS._check_grads(rows, scale, p, max_norm, None, wide)
         wanted_inverse = scale.double().reciprocal().float()
@@ -303,7 +303,7 @@ def test_check_is_what_torch_makes_of_the_read_pass(kind, p, wide):
 @pytest.mark.parametrize("scale", [2.0**-126, 0.3, 65536.0, 3e38])
 def test_check_with_max_norm_on_the_device(dtype, scale):
     grads, scale = some_grads("plain"), torch.tensor(scale)
-    rows = packed.rows(packed.read(grads))
+    rows = addresses.rows(addresses.read(grads))
     for max_norm in (0.3, 1e4):
         limit = torch.tensor([max_norm], dtype=dtype)
         by_tensor = OPS._check_grads(rows, scale, 2.0, math.nan, limit)
@@ -320,7 +320,7 @@ def test_check_of_no_gradients():
 
 def test_checks_that_are_refused():
     grads, scale = some_grads("plain"), torch.tensor(4.0)
-    rows = packed.rows(packed.read(grads))
+    rows = addresses.rows(addresses.read(grads))
     with pytest.raises(RuntimeError, match=r"\[_check_grads\] scale is float64"):
         OPS._check_grads(rows, scale.double(), 2.0, 1.0)
     with pytest.raises(RuntimeError, match=r"\[_check_grads\] max_norm is int64"):

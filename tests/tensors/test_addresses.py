@@ -3,7 +3,6 @@
 import pytest
 import torch
 from fusedamp import _C
-from fusedamp.ops.table import StepTable
 from fusedamp.tensors import addresses
 
 PLAIN = {
@@ -124,50 +123,6 @@ def test_shared_memory_is_found(shift):
     shares = 16 < 30 + shift < 24 or 36 < 30 + shift < 44
     assert _C.touches(addresses.read([other, grad]), spans) == shares
     assert not _C.touches(addresses.read([torch.zeros(0), other]), spans)
-
-
-PARAM, MASTER, STATE, SCALE, STEP, NUMEL, KINDS = 0, 1, 2, 5, 8, 9, 11  # columns of a step row
-F16, F32, F64, I8, I16 = 0, 2, 3, 4, 6
-
-
-def kinds(param, grad, master=F32, state=F32):
-    return param | grad << 8 | master << 16 | state << 24
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "text"),
-    [
-        (NUMEL, -1, "has -1 elements or lacks an address"),
-        (PARAM, 0, "lacks an address"),
-        (STATE, 0, "lacks an address"),
-        (STATE + 1, 0, "lacks an address"),
-        (STEP, 0, "lacks an address"),
-        (KINDS, kinds(7, F32), "has dtype codes 7, 2, 2, 2 of param"),
-        (KINDS, kinds(I8, F32), "for a param"),
-        (KINDS, kinds(F32, I16), "for its gradient"),
-        (KINDS, kinds(F32, F64), "for its gradient"),
-        (KINDS, kinds(F32, F32, state=F64), "for its states"),
-        (KINDS, kinds(F32, F32, state=F16), "for its states"),
-        (KINDS, kinds(F32, F32, state=I8), "lacks an address"),  # of scales
-        (KINDS, kinds(F64, F64), "for its states"),
-        (KINDS, kinds(F32, F32) | 1 << 40, "for a param"),
-        (MASTER, 8, "for its master"),
-    ],
-)
-def test_rows_that_no_op_takes_are_refused(column, value, text):
-    """The second of two rows is wrong; nothing is changed."""
-    params, grads, moments = ([torch.ones(3) for _ in range(count)] for count in (2, 2, 4))
-    steps = [torch.zeros(()) for _ in range(2)]
-    table = StepTable("adamw_", params, [], moments, steps, addresses.read(grads))
-    table._rows[1, column] = value
-    hyper = [0.9, 0.999, 1e-8, 0.0]
-    with pytest.raises(ValueError, match=r"^\[adamw_\] rows\[1\] ") as caught:
-        table.launch(addresses.read(grads), dict(lr=0.1, hyper=hyper))
-    assert text in str(caught.value)
-    assert all((t == 1).all() for t in (*params, *moments))
-    table.states_per_param = 1
-    with pytest.raises(ValueError, match=r"^\[adamw_\] states has 1 tensors for 1 params"):
-        table.launch(addresses.read(grads), dict(lr=0.1, hyper=hyper))
 
 
 @pytest.mark.parametrize(

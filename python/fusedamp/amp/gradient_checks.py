@@ -1,0 +1,197 @@
+"""What a loss scaler finds of the gradients of each optimizer, and keeps until the step."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+from torch.optim import Optimizer
+
+from .. import ops
+from ..ops.inputs import Number, divided, flag_on
+from .check import Check, CheckByParts, Clip, check
+from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, lasting, on
+from .loss_scale import LossScale
+from .overflow import OverflowLog, OverflowReport, params_of
+
+ByHand = tuple[Number | None, Number | None]  # found_inf and grad_scale
+Stats = dict[torch.device, ops.GradStats]
+
+
+class GradientChecks(LossScale):
+    """A loss scale that checks gradients; :class:`fusedamp.GradScaler` drives optimizers by it."""
+
+    def _start_watching(self) -> None:
+        super()._start_watching()
+        self._last_found_inf: Tensor | None = None
+        self._overflows: weakref.WeakKeyDictionary[Optimizer, OverflowLog] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["_last_found_inf"], state["_overflows"]
+        return state
+
+    def _overrides(self, *names: str) -> bool:
+        """Whether a subclass or an assignment put something in the place of fusedamp's methods."""
+        raise NotImplementedError
+
+    def _check_inf_per_device(self, optimizer: Optimizer) -> PerDevice:  # type: ignore[override]
+        """Read the gradients once, changing none; flags what is not finite, now or once unscaled."""
+        scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
+        state = self._per_optimizer_states[id(optimizer)]
+        norm_type = state.get("norm_type", 2.0)
+        gradients = Gradients(params_of(optimizer), magnitudes=norm_type != 2)
+        inv_scale = self._inverse()
+        with lasting():
+            stats = gradients.stats(inv_scale, norm_type)
+        stamp = Stamp([scale, *gradients.originals])
+        state["read"] = CheckByParts(gradients, stats, inv_scale, norm_type, stamp)
+        state["sharded_over"] = gradients.sharded_over
+        flags = gradients.agree_({device: stat.found_inf for device, stat in stats.items()})
+        state["found_inf_per_device"] = flags
+        return flags
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> PerDevice:
+        gradients = Gradients(params_of(optimizer))
+        with lasting():
+            flags = {device: on(found_inf, device).clone() for device in gradients.by_device}
+        for device, bucket in gradients.by_device.items():
+            ops.unscale_(bucket.tensors, on(inv_scale, device), flags[device])
+        gradients.write_back()
+        self._per_optimizer_states[id(optimizer)]["sharded_over"] = gradients.sharded_over
+        return gradients.agree_(flags)
+
+    def _current_read(self, optimizer: Optimizer, state: dict[str, Any]) -> CheckByParts | None:
+        """The read pass of an earlier clip_grad_norm_; made anew, with its clipping, if anything changed
+        since.
+        """
+        read = state.get("read")
+        if isinstance(read, Check) or (
+            read is not None and not read.stamp.matches([self._scale, *gradients_of(params_of(optimizer))])
+        ):
+            state["read"] = None
+            for max_norm, norm_type in read.clips:
+                self._clip_later(optimizer, state, max_norm, norm_type)
+        return state.get("read")
+
+    def _check(
+        self, optimizer: Optimizer, state: dict[str, Any], clip: Clip | None, keep: bool
+    ) -> Check | None:
+        """The gradient check of a plain step as one op; None where it takes more."""
+        assert self._scale is not None
+        if self._overrides("_check_inf_per_device"):
+            return None
+        found = check(optimizer, self._scale, clip, keep)
+        if found is not None:
+            state["read"], state["sharded_over"] = found, ()
+            state["found_inf_per_device"] = {self._scale.device: found.found.found_inf}
+        return found
+
+    def _current_check(self, optimizer: Optimizer, state: dict[str, Any], by_hand: ByHand) -> Check | None:
+        """The check of the step at hand, that of an earlier clip_grad_norm_ if it still holds."""
+        assert self._scale is not None
+        if state["stage"] is not OptState.READY or by_hand != (None, None):
+            return None
+        read = state.get("read")
+        if read is None:
+            if self._overrides("unscale_", "_unscale_grads_"):
+                return None
+            return self._check(optimizer, state, None, keep=False)
+        if not isinstance(read, Check):
+            return None
+        if read.still_holds(optimizer, self._scale):
+            return read
+        state["read"] = None
+        found = self._check(optimizer, state, read.clip, keep=False)
+        if found is None:
+            state["read"] = read  # what it had put off is done the other way
+        return found
+
+    def _clip_later(
+        self, optimizer: Optimizer, state: dict[str, Any], max_norm: float | Tensor, norm_type: float
+    ) -> Tensor:
+        earlier = read = state.get("read")
+        if read is None or read.norm_type != norm_type:
+            state["norm_type"] = norm_type
+            self._check_inf_per_device(optimizer)
+            read = state["read"]
+            if earlier is not None:
+                read.clips, read.clip_coef = earlier.clips, earlier.clip_coef
+        return read.clip(max_norm, norm_type)
+
+    def _divide(
+        self, optimizer: Optimizer, state: dict[str, Any], grad_scale: Number | None
+    ) -> tuple[Gradients, Stats] | None:
+        """Read the gradients as they will be once divided by a user's ``grad_scale`` too; what is not finite
+        then is an overflow.
+        """
+        if grad_scale is None:
+            return None
+        assert self._scale is not None
+        read, factor = state.get("read"), None
+        gradients = Gradients(params_of(optimizer)) if read is None else read.gradients
+        if read is not None:
+            factor = read.inv_scale
+            if read.clip_coef is not None:  # NaN of a gradient that counts as it is
+                factor = factor * read.clip_coef.float().nan_to_num(nan=0.0)
+        stats = gradients.stats(divided(factor, grad_scale, self._scale.device))
+        flags = state["found_inf_per_device"]
+        for device, flag in gradients.agree_({d: stat.found_inf for d, stat in stats.items()}).items():
+            flags[device] = combine([flag, *([flags[device]] if device in flags else [])], device)
+        return gradients, stats
+
+    def _skip_by_hand(self, found_inf: Number | None) -> Tensor:
+        """The flag of the step at hand, with what a user set. That is no overflow: the scale stays."""
+        assert self._last_found_inf is not None
+        if found_inf is not None:
+            device = self._last_found_inf.device
+            self._last_found_inf = combine([self._last_found_inf, flag_on(device, found_inf)], device)
+        return self._last_found_inf
+
+    def _combined_flag(self, optimizer: Optimizer, state: dict[str, Any]) -> Tensor:
+        """The flag over all devices, on that of the scale; begins the step that it decides about."""
+        assert self._scale is not None
+        flag = combine(state["found_inf_per_device"].values(), self._scale.device)
+        self._last_found_inf = flag
+        self._overflow_log(optimizer, flag.device).next_step()
+        return flag
+
+    def _overflow_log(self, optimizer: Optimizer, device: torch.device) -> OverflowLog:
+        if (log := self._overflows.get(optimizer)) is None:
+            log = self._overflows[optimizer] = OverflowLog(optimizer, device)
+        return log
+
+    def _record_now(self, optimizer: Optimizer, flag: Tensor) -> None:
+        gradients = Gradients(params_of(optimizer))
+        self._overflows[optimizer].record(gradients, gradients.stats(None), flag)
+
+    @property
+    def last_step_skipped(self) -> Tensor:
+        """Whether the latest :meth:`step` was skipped: a 0-d bool tensor on the device of the scale; no sync.
+
+        What it reads is rewritten by each replay of a CUDA graph that captured the step.
+        """
+        return torch.tensor(False) if self._last_found_inf is None else self._last_found_inf != 0
+
+    def _describe_overflow(self) -> str:
+        return str(self.overflow_report())
+
+    def overflow_report(self, optimizer: Optimizer | None = None) -> OverflowReport:
+        """The latest overflow of ``optimizer`` (left out: the latest that any optimizer had, if there are
+        several).
+
+        Tells the step and each parameter with its number of inf, NaN and too large elements. This makes the
+        host wait for the device; before, nothing was read. Gradients that were unscaled by an explicit
+        :meth:`unscale_` on CUDA are counted only now, so ask before ``zero_grad``; clipping in place has made
+        NaN of their inf.
+        """
+        if optimizer is not None:
+            log = self._overflows.get(optimizer)
+            return OverflowReport() if log is None else log.report()
+        reports = [log.report() for log in self._overflows.values()]
+        return max(reports, key=lambda report: report.step, default=OverflowReport())
