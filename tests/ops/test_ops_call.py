@@ -36,7 +36,7 @@ def test_errors_of_others_stay_runtime_errors(monkeypatch, text):
     def fails(*args, **kwargs):
         raise error
 
-    fails.default = torch.ops.fusedamp.sgd_.default
+    fails.default, fails._schema = fails, torch.ops.fusedamp.sgd_.default._schema
     monkeypatch.setattr(torch.ops.fusedamp, "sgd_", fails)
     with pytest.raises(RuntimeError) as caught:
         sgd()

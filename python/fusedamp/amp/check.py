@@ -1,5 +1,5 @@
-"""What the check of an optimizer's gradients found: by one op where these are plain and on one device, else in
-parts, with operations of torch and reductions over ranks between them.
+"""What the check of an optimizer's gradients found: by one op where these are plain and on one device, else
+in parts, with operations of torch and reductions over ranks between them.
 """
 
 from __future__ import annotations

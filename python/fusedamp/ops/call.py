@@ -20,7 +20,7 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
     if isinstance(first, Tensor) and first.is_meta:
         checks.explain(speaker, name, RuntimeError(), args, kwargs, "")
     try:
-        return getattr(torch.ops.fusedamp, name)(*args, **kwargs)
+        return getattr(torch.ops.fusedamp, name).default(*args, **kwargs)
     except RuntimeError as error:
         if (complaint := checks.complaint(speaker, error)) is not None:
             raise complaint from error

@@ -54,6 +54,7 @@ class StepTable:
         self.fields = rows(grads)  # the same memory
         self._column = self.fields[0]
         self.device = self.params[0].device
+        self._like = torch.empty(0, device=self.device)  # without a gradient: autograd has nothing to look at
         self.parts: list[_Part] = []
         memory = bytearray(len(calls) * _GROUP_WORDS * WORD)
         self._numbers, self._words = memoryview(memory).cast("d"), memoryview(memory).cast("q")
@@ -116,7 +117,7 @@ class StepTable:
             self._rows,
             self._column,
             self._groups,
-            params[0],
+            self._like,
             inv_scale=inputs.inv_scale,
             clip_coef=inputs.clip_coef,
             found_inf=inputs.found_inf,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -140,7 +141,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step -----------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update all parameters that have a gradient; returns what ``closure`` returned.
 
@@ -152,24 +152,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():  # states must be usable outside of it, too
+        if torch.compiler.is_compiling() or not self._repeat():
+            # States must be usable outside of inference mode, too.
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 self._step()
-        else:
-            self._step()
         return loss
 
     _fusedamp_step = step  # by which the scaler sees that nothing stands in its place
 
+    def _repeat(self) -> bool:
+        """Take the last step again, with new gradients; False where it would be another one."""
+        plan, amp = self._plan, self._amp
+        if plan is None:
+            return False
+        looked = amp is not None and amp.table is not None and amp.table is plan.gradients
+        if not (looked or plan.look(self)) or not plan.is_ready(self):
+            return False
+        begin_step(self)
+        plan.step(self)
+        return True
+
     @torch._disable_dynamo  # compiled callers run it eagerly: a trace would freeze what is remembered
+    @torch.no_grad()
     def _step(self) -> None:
         begin_step(self)
-        plan, amp = self._plan, self._amp
-        if plan is not None:
-            looked = amp is not None and amp.table is not None and amp.table is plan.gradients
-            if (looked or plan.look(self)) and plan.is_ready(self):
-                plan.step(self)
-                return
         for g, group in enumerate(self.param_groups):
             if not self._seen.has(g, group):
                 name_dtypes(group)
