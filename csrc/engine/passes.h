@@ -6,7 +6,7 @@
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
-// Calls visit(rule, rows, groups) for each run of groups that have the same rule, with their part of the table.
+// Calls visit(rule, rows) for each run of groups that have the same rule, with their part of the table.
 template <class Visit>
 inline void for_each_pass(const StepTable& table, const StepGroups& all, Visit visit) {
   for (int64_t from = 0, to; from < all.count; from = to) {
@@ -15,7 +15,7 @@ inline void for_each_pass(const StepTable& table, const StepGroups& all, Visit v
     for (to = from; to < all.count && all.groups[to].rule == first.rule; ++to) rows += all.groups[to].count;
     if (rows == 0) continue;
     const StepTable part = {table.rows + first.first, table.grads + first.first, rows};
-    visit(first.rule, part, StepGroups{all.groups + from, to - from});
+    visit(first.rule, part);
   }
 }
 

@@ -41,9 +41,11 @@ void may_switch();                 // a possible switch to another thread of the
 void after_atomic(void* address);  // bookkeeping for ThreadSanitizer
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void run_grid(const char* name, unsigned blocks, unsigned threads, void (*entry)(void*), void* argument);
-void note(const void* kernel);            // that it was launched
-void print_launched(const void* origin);  // "ran", and how far from there each kernel that was launched lies
-void set_schedule(uint64_t seed);         // order of threads and blocks, and preemption
+void note(const void* kernel);  // that it was launched
+void forget_launches();
+unsigned launches(const char* const** names);  // since then, in order: how many, of what names
+void print_launched(const void* origin);       // "ran", and how far from there each kernel that was launched lies
+void set_schedule(uint64_t seed);              // order of threads and blocks, and preemption
 
 template <class Tag>
 inline char shared_key = 0;

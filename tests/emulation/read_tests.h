@@ -74,6 +74,59 @@ inline void expect_stats(const Stats& s, const std::vector<Twins>& grads, float 
   expect(s.found_inf == (bad ? 1.0f : 0.0f), "found_inf is %g, wanted %d", double(s.found_inf), int(bad));
 }
 
+// What both engines conclude. The CPU's numbers are compared with torch's in tests/test_planned_ops.py.
+struct Check {
+  float inv_scale = -1.0f, clip_coef = -1.0f, found_inf = -1.0f;
+  double norm = -1.0;
+  std::vector<int64_t> counts;
+
+  GradCheck into(GradCheck check) {
+    check.inv_scale = &inv_scale;
+    check.clip_coef = &clip_coef;
+    check.found_inf = &found_inf;
+    check.norm = &norm;
+    check.counts = counts.data();
+    return check;
+  }
+  double norm_of(const GradCheck& check) const {
+    float single;
+    memcpy(&single, &norm, sizeof single);
+    return check.wide ? norm : single;
+  }
+};
+
+inline void test_check(Random& random, const std::vector<Twins>& grads, double p) {
+  now_testing = "check_grads, p = " + std::to_string(p);
+  const float scales[] = {4.0f, 1.0f, 0.3f, 0x1p126f};
+  const float scale = scales[below(random, 4)];
+  const uint16_t half = 0x3c00;  // 1
+  const float single = 2.5f;
+  const double wide = 1e-3;
+  GradCheck job = {};
+  job.scale = &scale;
+  job.norm_type = p;
+  job.max_norm = 0.5;
+  job.wide = below(random, 2);
+  const int64_t kind = below(random, 4);
+  job.max_norm_tensor = kind == 0   ? nullptr
+                        : kind == 1 ? static_cast<const void*>(&half)
+                        : kind == 2 ? &single
+                                    : static_cast<const void*>(&wide);
+  job.max_norm_dtype = kind == 1 ? DType::f16 : kind == 2 ? DType::f32 : DType::f64;
+  Check on_cpu, on_cuda;
+  for (Check* check : {&on_cpu, &on_cuda}) check->counts.assign(3 * grads.size(), -1);
+  cpu::check_grads(rows_of(grads, &Twins::cpu), on_cpu.into(job), one_thread);
+  cuda::check_grads(*EmulatedDevice(static_cast<int>(below(random, 4))), rows_of(grads, &Twins::cuda),
+                    on_cuda.into(job));
+  expect(on_cpu.inv_scale == on_cuda.inv_scale && on_cuda.inv_scale == static_cast<float>(1.0 / double(scale)),
+         "inv_scale %g", double(on_cuda.inv_scale));
+  expect(on_cpu.found_inf == on_cuda.found_inf, "found_inf %g", double(on_cuda.found_inf));
+  expect(on_cpu.counts == on_cuda.counts, "counts");
+  const double tolerance = 1e-4;  // sums in FP32, in another order; to the power of 2 for p = 0.5
+  expect_near("norm", 0, on_cuda.norm_of(job), on_cpu.norm_of(job), p == kInf || p == 0.0 ? 0.0 : tolerance);
+  expect_near("clip_coef", 0, on_cuda.clip_coef, on_cpu.clip_coef, tolerance);
+}
+
 inline std::vector<Twins> random_grads(Random& random, int64_t largest) {
   std::vector<Twins> grads;
   const bool with_bad = below(random, 2);
@@ -101,6 +154,8 @@ inline void test_reads(Random& random, int64_t largest) {
     const Stats again = emulated_stats(grads, &inv_scale, p, 0);  // other blocks, another order: the same bits
     expect(memcmp(&again.total, &s.total, sizeof s.total) == 0 || s.total != s.total, "not reproducible");
   }
+
+  for (const double p : {2.0, 1.0, kInf, 0.0, 3.0, 0.5, 7.5}) test_check(random, grads, p);
 
   now_testing = "unscale_";
   float on_cpu = 0.0f, on_cuda = 0.0f;

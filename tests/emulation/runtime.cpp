@@ -77,6 +77,9 @@ unsigned shared_array_count;
 constexpr unsigned kMostKernels = 1024;
 const void* launched[kMostKernels];
 unsigned launched_count;
+constexpr unsigned kLongestLog = 1024;
+const char* launch_log[kLongestLog];
+unsigned launch_log_length;
 
 void *main_stack_pointer, *main_asan_stack, *main_tsan;
 const void* main_stack_bottom;
@@ -251,6 +254,13 @@ void note(const void* kernel) {
   launched[launched_count++] = kernel;
 }
 
+void forget_launches() { launch_log_length = 0; }
+
+unsigned launches(const char* const** names) {
+  *names = launch_log;
+  return launch_log_length;
+}
+
 void print_launched(const void* origin) {
   for (unsigned i = 0; i < launched_count; ++i)
     printf("ran %td\n", static_cast<const char*>(launched[i]) - static_cast<const char*>(origin));
@@ -258,6 +268,7 @@ void print_launched(const void* origin) {
 
 void run_grid(const char* name, unsigned blocks, unsigned threads_per_block, void (*entry)(void*), void* argument) {
   kernel_name = name;
+  if (launch_log_length < kLongestLog) launch_log[launch_log_length++] = name;
   if (threads_per_block == 0 || threads_per_block > 1024 || blocks == 0)
     fail("invalid launch: %u blocks of %u threads", blocks, threads_per_block);
   fibers.resize(threads_per_block);

@@ -149,9 +149,10 @@ inline StepTensor step_tensor(Random& random, int64_t numel, RuleStates rule, Mi
   return t;
 }
 
-inline StepRow row_of(const StepTensor& t, void* (Twins::*side)() const) {
+using Side = void* (Twins::*)() const;
+
+inline StepRow row_of(const StepTensor& t, Side side) {
   StepRow row = {};
-  row.grad = (t.grad.*side)();
   row.param = (t.param.*side)();
   row.master = t.master.empty() ? nullptr : (t.master[0].*side)();
   row.master_dtype = t.master.empty() ? DType::f32 : t.master[0].dtype();

@@ -128,7 +128,9 @@ def test_defects_are_tried_with_every_rule_that_the_tests_name() -> None:
     folder = Path(__file__).parent
     rules = re.findall(r"FUSEDAMP_RULE\(\w+, (\w+)\)", (ROOT / "csrc/math/optimizers.def").read_text())
     (kept,) = re.findall(r"^KEPT = \((.*)\)", (folder / "mutants.py").read_text(), re.M)
-    tests = (folder / "test_kernels.cpp").read_text()
+    tests = "".join(
+        path.read_text() for path in (*folder.glob("test_kernels.cpp"), *folder.glob("*_tests.h"))
+    )
     named = {rule for rule in rules if re.search(rf"\bk{rule}\b", tests)}
     assert named
     assert named <= set(re.findall(r"\w+", kept))

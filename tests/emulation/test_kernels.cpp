@@ -1,9 +1,9 @@
 // Every kernel of the CUDA object against the CPU engine over random lists of tensors; reads in read_tests.h.
 // usage: test_kernels [rounds] [elements of the largest tensor]
-#include "../../csrc/engine/cpu/engine.h"
 #include "../../csrc/engine/cuda/step.cuh"
+#include "group_tests.h"
 #include "read_tests.h"
-#include "step_tensors.h"
+#include "step_tests.h"
 
 const fusedamp::cpu::Kernels& fusedamp::cpu::kernels() { return kKernels_baseline; }
 
@@ -11,95 +11,6 @@ namespace {
 
 using namespace fusedamp;
 using namespace world;
-
-// ---- steps
-
-void choose(bool, AdamHyper& h) { h = {0.9, 0.999, 1e-8, 0.01}; }
-void choose(bool flag, SgdHyper& h) { h = {0.9, 0.1, 0.01, double(flag)}; }
-void choose(bool, LionHyper& h) { h = {0.9, 0.99, 0.01}; }
-void choose(bool, AdagradHyper& h) { h = {0.01, 1e-10, 0.01}; }
-void choose(bool, RmsPropHyper& h) { h = {0.99, 1e-8, 0.01, 0.9}; }
-void choose(bool flag, NAdamHyper& h) { h = {0.9, 0.999, 1e-8, 0.01, double(flag), 0.9998}; }
-void choose(bool flag, LambHyper& h) { h = {0.9, 0.999, 1e-6, 0.01, double(flag), flag ? kInf : 0.5, 1.0}; }
-void choose(bool flag, LarsHyper& h) { h = {0.9, 0.01, 1e-3, 1e-8, double(flag), 1.0}; }
-void choose(bool flag, NovoGradHyper& h) { h = {0.95, 0.98, 1e-8, 0.01, double(flag)}; }
-void choose(bool flag, RAdamHyper& h) { h = {0.9, 0.999, 1e-8, 0.01, double(flag)}; }
-
-void set_hyper(RuleId rule, bool flag, double* hyper) {
-#define FUSEDAMP_RULE(op, Rule)                 \
-  if (rule == k##Rule) {                        \
-    Rule::Hyper chosen;                         \
-    choose(flag, chosen);                       \
-    std::memcpy(hyper, &chosen, sizeof chosen); \
-  }
-#include "../../csrc/math/optimizers.def"
-}
-
-struct Shape {
-  int scalars, norms;
-};
-
-Shape shape_of(RuleId rule) {
-  const Shape shapes[] = {
-#define FUSEDAMP_RULE(op, Rule) {Rule::kScalars, Rule::kNorms},
-#include "../../csrc/math/optimizers.def"
-  };
-  return shapes[rule];
-}
-
-void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, Alignment alignment, bool skipped) {
-  std::vector<StepTensor> tensors;
-  const Shape shape = shape_of(rule);
-  std::vector<Mix> mixes = every_mix(states_of(rule));  // fewer than there are sizes: each occurs
-  std::shuffle(mixes.begin(), mixes.end(), random);
-  for (const int64_t numel : sizes) {
-    const Mix mix = mixes[tensors.size() % mixes.size()];
-    tensors.push_back(step_tensor(random, numel, states_of(rule), mix, alignment));
-    for (int s = 0; s < shape.scalars; ++s) {
-      tensors.back().states.emplace_back(DType::f64, 1, 0);
-      tensors.back().states.back().set(0, double(below(random, 1000)) / 1001.0);
-    }
-  }
-
-  const float inv_scale = 1.0f / 1024.0f, clip_coef = 0.37f, single_lr = 3e-3f;
-  const double double_lr = 3e-3;
-  const float bad[] = {1.0f, 2.0f, std::numeric_limits<float>::quiet_NaN()};
-  const float found_inf = skipped ? bad[below(random, 3)] : below(random, 2) ? 0.0f : -0.0f;
-  StepScalars scalars = {};
-  set_hyper(rule, below(random, 2) == 1, scalars.hyper);
-  scalars.lr = 1e-3;
-  scalars.maximize = below(random, 2);
-  scalars.stochastic = below(random, 2);
-  const int64_t lr = below(random, 3);
-  scalars.lr_tensor = lr == 0 ? nullptr : lr == 1 ? static_cast<const void*>(&single_lr) : &double_lr;
-  scalars.lr_dtype = lr == 1 ? DType::f32 : DType::f64;
-  if (below(random, 4)) scalars.inv_scale = &inv_scale;
-  if (below(random, 2)) scalars.clip_coef = &clip_coef;
-  if (skipped || below(random, 4)) scalars.found_inf = &found_inf;
-
-  std::vector<StepRow> on_cpu, on_cuda;
-  for (const StepTensor& t : tensors) {
-    on_cpu.push_back(row_of(t, &Twins::cpu));
-    on_cuda.push_back(row_of(t, &Twins::cuda));
-  }
-  cpu::step(rule, on_cpu, scalars, one_thread);
-  cuda::step(*EmulatedDevice(static_cast<int>(below(random, 4))), rule, on_cuda, scalars);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const StepTensor& t = tensors[i];
-    now_testing = std::string("step, rule ") + std::to_string(rule) + ", " + kDTypeNames[int(t.grad.dtype())] +
-                  " gradient, " + kDTypeNames[int(t.param.dtype())] + " param" +
-                  (t.master.empty() ? "" : std::string(" with ") + kDTypeNames[int(t.master[0].dtype())] + " master") +
-                  ", states " + kDTypeNames[int(t.state_dtype)] + (scalars.stochastic ? ", stochastic" : "");
-    t.grad.expect_equal("grads", i);
-    t.step.expect_equal("steps", i);
-    // Norms are added up in another order. Rounded to FP32, what they make is the same all the same.
-    const double doubles_off = shape.norms > 0 ? 1e-11 : 0.0;
-    t.param.expect_equal("params", i, doubles_off);
-    for (const Twins& master : t.master) master.expect_equal("masters", i);
-    for (const Twins& state : t.states) state.expect_equal("states", i, doubles_off);
-    for (const Twins& scale : t.scales) scale.expect_equal("scales", i);
-  }
-}
 
 // The last chunk of a tensor with more than 2^32 elements, of which only that chunk has memory.
 void test_beyond_32_bits(Random& random) {
@@ -110,24 +21,26 @@ void test_beyond_32_bits(Random& random) {
   for (Twins* t : {&grad, &param, &buffer}) t->fill(random, 1.0);
   float steps[2] = {5.0f, 5.0f};
   StepRow row = {};
-  row.grad = grad.cpu();
   row.param = param.cpu();
   row.states[0] = buffer.cpu();
   row.step = &steps[0];
   row.numel = count;
   row.grad_dtype = DType::f16;
   row.param_dtype = row.master_dtype = row.state_dtype = DType::f32;
-  StepScalars scalars = {};
+  StepGroup group = {};
   const double hyper[] = {0.9, 0.0, 0.01, 0.0};
-  std::copy_n(hyper, 4, scalars.hyper);
-  scalars.lr = 0.1;
-  cpu::step(kSgdMomentum, {row}, scalars, one_thread);
+  std::copy_n(hyper, 4, group.hyper);
+  group.lr = 0.1;
+  group.count = 1;
+  group.rule = kSgdMomentum;
+  void* grads = grad.cpu();
+  cpu::step({&row, &grads, 1}, {&group, 1}, {}, {}, one_thread);
 
   auto long_before = [&](const Twins& t) {
     return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.cuda()) -
                                    static_cast<uintptr_t>(first * size_of(t.dtype())));
   };
-  row.grad = long_before(grad);
+  grads = long_before(grad);
   row.param = long_before(param);
   row.states[0] = long_before(buffer);
   row.step = &steps[1];
@@ -136,7 +49,7 @@ void test_beyond_32_bits(Random& random) {
   const SgdCoeffs<double> exact = SgdMomentum::coeffs({0.9, 0.0, 0.01, 0.0}, 0.1, 6);
   const SgdCoeffs<float> coeffs = round_coeffs<SgdCoeffs, float>(exact);
   cuda::launch("step", &cuda::step_kernel<SgdMomentum, cuda::Kind::kSingle>, 1, cuda::kBlock, nullptr,
-               cuda::Table<StepRow>{&placed, 1, 1}, scalars, &coeffs);
+               cuda::StepRows{{&placed, 1, 1}, &grads}, StepScalars{}, &coeffs);
   for (const Twins* t : {&grad, &param, &buffer}) t->expect_equal("tensor", 0);
 }
 
@@ -158,14 +71,14 @@ void test_compressed_beyond_32_bits(Random& random, bool emulated) {
   row.grad_dtype = DType::f16;
   row.param_dtype = row.master_dtype = DType::f32;
   row.state_dtype = DType::i8;
-  row.grad = static_cast<char*>(grad.cuda()) - first * 2;
+  void* grads = static_cast<char*>(grad.cuda()) - first * 2;
   row.param = static_cast<char*>(param.cuda()) - first * 4;
   row.states[0] = static_cast<char*>(codes.cuda()) - first;
   row.scales[0] = static_cast<float*>(scales.cuda()) - first / block;
-  StepScalars scalars = {};
-  set_hyper(kLion, false, scalars.hyper);
-  scalars.lr = 0.1;
-  const auto coeffs = cuda::coeffs_for<Lion, float>(row, scalars, nullptr);
+  StepGroup group = {};
+  set_hyper(kLion, false, group.hyper);
+  group.lr = 0.1;
+  const auto coeffs = cuda::coeffs_for<Lion, float>(row, group, nullptr);
 
   const RandomKey key = random_key(random_stream(row.seed, 6), 0, first);
   expect(key.outer != random_key(random_stream(row.seed, 6), 0, kKeyElements - 1).outer,
@@ -195,10 +108,10 @@ void test_compressed_beyond_32_bits(Random& random, bool emulated) {
     steps = 6.0f;  // counted by another launch
     const cuda::Placed<StepRow> placed = {row, -chunk};
     cuda::launch("step", &cuda::step_kernel<Lion, cuda::Kind::kCompressed>, 1, cuda::kBlock, nullptr,
-                 cuda::Table<StepRow>{&placed, 1, 1}, scalars, &coeffs);
+                 cuda::StepRows{{&placed, 1, 1}, &grads}, StepScalars{}, &coeffs);
   } else {
     const cpu::Chunk last = {0, first, count};
-    cpu::kernels().step[kLion](&row, &last, 1, scalars, nullptr);
+    cpu::kernels().step[kLion]({{&row, &grads, 1}, &group, {}}, &last, 1, nullptr);
   }
   for (const Twins* t : {&param, &codes, &scales}) t->expect_equal("tensor", 0);
 }
@@ -248,6 +161,9 @@ int main(int argc, char** argv) {
   Random random(1);
   test_beyond_32_bits(random);
   for (const bool emulated : {true, false}) test_compressed_beyond_32_bits(random, emulated);
+  for (int repeat = 0; repeat < 3; ++repeat) test_rules_in_turn(random, repeat == 2);
+  test_launches(random);
+  test_resident_tables(random);
   test_more_chunks_than_threads();
   test_every_position(random);
   test_update_scale(random);

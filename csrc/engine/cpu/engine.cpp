@@ -84,7 +84,7 @@ void step(const StepTable& table, const StepGroups& groups, const StepScalars& s
   const bool skipped = scalars.found_inf && !(*scalars.found_inf == 0.0f);
   keep_log(log, skipped, 0, 1);
   if (skipped) return;
-  for_each_pass(table, groups, [&](int32_t rule, const StepTable& rows, const StepGroups&) {
+  for_each_pass(table, groups, [&](int32_t rule, const StepTable& rows) {
     step_pass(rule, {rows, groups.groups, scalars}, parallel);
   });
 }

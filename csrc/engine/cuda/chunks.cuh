@@ -22,20 +22,30 @@ struct Table {
   int64_t row_count, chunk_count;
 };
 
+// Rows on the host, with their chunks.
+template <class Row>
+struct Gathered {
+  std::vector<Placed<Row>> rows;
+  int64_t chunk_count = 0;
+
+  void add(const Row& row) {
+    rows.push_back({row, chunk_count});
+    chunk_count += (row.numel + kChunk - 1) / kChunk;
+  }
+  Table<Row> on(const Device& device) const {
+    static_assert(sizeof(Placed<Row>) % 8 == 0, "uploads go in words of 8 bytes");
+    static_assert(std::has_unique_object_representations_v<Placed<Row>>, "padding would make equal tables differ");
+    const void* resident = device.resident(rows.data(), static_cast<int64_t>(rows.size() * sizeof rows[0]));
+    return {static_cast<const Placed<Row>*>(resident), static_cast<int64_t>(rows.size()), chunk_count};
+  }
+};
+
 template <class Row>
 Table<Row> place(const Device& device, const std::vector<Row>& rows) {
-  std::vector<Placed<Row>> placed(rows.size());
-  int64_t chunks = 0;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    placed[i].row = rows[i];
-    placed[i].first_chunk = chunks;
-    chunks += (rows[i].numel + kChunk - 1) / kChunk;
-  }
-  const int64_t bytes = static_cast<int64_t>(placed.size() * sizeof placed[0]);
-  static_assert(sizeof(Placed<Row>) % 8 == 0, "uploads go in words of 8 bytes");
-  static_assert(std::has_unique_object_representations_v<Placed<Row>>, "padding would make equal tables differ");
-  const void* resident = device.resident(placed.data(), bytes);
-  return {static_cast<const Placed<Row>*>(resident), static_cast<int64_t>(rows.size()), chunks};
+  Gathered<Row> gathered;
+  gathered.rows.reserve(rows.size());
+  for (const Row& row : rows) gathered.add(row);
+  return gathered.on(device);
 }
 
 // Launches a kernel whose blocks take every gridDim-th of `units`: as many blocks as run at the same time. Were there

@@ -13,10 +13,10 @@ constexpr int kPerLane = static_cast<int>(kScaleBlock) / 32;
 static_assert(kChunk % kScaleBlock == 0, "chunks have whole scale blocks");
 static_assert(kKeyElements % kChunk == 0, "elements of a chunk share their random keys");
 
-inline bool is_compressed(const StepRow& row, const StepScalars& scalars) {
+inline bool is_compressed(const StepRow& row) {
   if (row.param_dtype == DType::f64) return false;
   const bool split = row.master && row.master_dtype == DType::i16;
-  const bool dithered = scalars.stochastic && !row.master && is_16bit(row.param_dtype);
+  const bool dithered = row.stochastic && !row.master && is_16bit(row.param_dtype);
   return split || dithered || row.state_dtype != DType::f32;
 }
 
@@ -36,8 +36,8 @@ __device__ __forceinline__ bool is_aligned(const void* list, DType dtype) {
 }
 // Whether every whole lane of every list moves by one access.
 template <class Rule>
-__device__ __forceinline__ bool is_aligned(const StepRow& row) {
-  bool aligned = is_aligned(row.grad, row.grad_dtype) && is_aligned(row.param, row.param_dtype) &&
+__device__ __forceinline__ bool is_aligned(const StepRow& row, const void* grad) {
+  bool aligned = is_aligned(grad, row.grad_dtype) && is_aligned(row.param, row.param_dtype) &&
                  is_aligned(row.master, row.master_dtype);
 #pragma unroll
   for (int j = 0; j < Rule::kStates; ++j) aligned &= is_aligned(row.states[j], row.state_dtype);
@@ -249,14 +249,14 @@ __device__ __forceinline__ void for_each_state(Visit visit) {
 // act(weight, gradient, states) for a lane's elements of one scale block; the results are stored where Action::kStores.
 // Every lane of the warp calls it. `keys`: of the lists' random numbers.
 template <bool kWhole, class Rule, class Action>
-__device__ __forceinline__ void visit_lane(const StepRow& row, int64_t at, int left, Action& act, bool stochastic,
+__device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grads, int64_t at, int left, Action& act,
                                            const RandomKey* keys) {
   constexpr int kStates = kStateRoom<Rule>;
   const int count = kWhole || left > kPerLane ? kPerLane : left < 0 ? 0 : left;
   const int64_t block = at / kScaleBlock;
 
   const StepRow lists = row;  // one wait for all addresses, before the loads that need them
-  const Words grad_words = fetch<kWhole>(lists.grad, lists.grad_dtype, at, count);
+  const Words grad_words = fetch<kWhole>(grads, lists.grad_dtype, at, count);
   const Words param_words = fetch<kWhole>(lists.param, lists.param_dtype, at, count);
   Words master_words = {}, state_words[kStates];
   float scales[kStates];
@@ -281,7 +281,7 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, int64_t at, int l
   }
   if constexpr (!Action::kStores) return;
   // By `row`: addresses that are read again take no registers meanwhile.
-  put_weights<kWhole>(row, at, count, weight, stochastic, keys[kWeightList]);
+  put_weights<kWhole>(row, at, count, weight, row.stochastic, keys[kWeightList]);
   for_each_state<Rule>([&](auto j) {
     put_states<kWhole, kNeverNegative<Rule, j>>(row.states[j], row.state_dtype, at, count, state[j], keys[j],
                                                 row.scales[j] + block);
@@ -290,7 +290,7 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, int64_t at, int l
 
 // The elements of one chunk.
 template <class Rule, class Action>
-__device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span span, Action& act, bool stochastic,
+__device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, void* const& grads, Span span, Action& act,
                                                        uint64_t stream) {
   constexpr int kBlockSize = static_cast<int>(kScaleBlock);
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -303,14 +303,14 @@ __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, Span 
     if (lane <= kWeightList) keys[lane] = random_key(stream, lane, span.first);
   }
 
-  const bool aligned = is_aligned<Rule>(row);
+  const bool aligned = is_aligned<Rule>(row, grads);
   for (int first = warp * kBlockSize; first < span.count; first += warps * kBlockSize) {
     const int in_block = lane * kPerLane, left = span.count - first;
     const int64_t at = span.first + first + in_block;
     if (aligned && left >= kBlockSize) {
-      visit_lane<true, Rule>(row, at, kPerLane, act, stochastic, keys);
+      visit_lane<true, Rule>(row, grads, at, kPerLane, act, keys);
     } else {
-      visit_lane<false, Rule>(row, at, left - in_block, act, stochastic, keys);
+      visit_lane<false, Rule>(row, grads, at, left - in_block, act, keys);
     }
   }
 }

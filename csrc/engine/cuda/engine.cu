@@ -1,21 +1,38 @@
 // Which kernels an op runs: one table entry per update rule, and the small kernels that need no file of their own.
 #include "chunks.cuh"
 
+#include "../passes.h"
+
 namespace fusedamp::cuda {
 
 // Instantiated once per rule: adamw.cu, adam.cu, sgd.cu ...
 template <class Rule>
-void step_with(const Device& device, const std::vector<StepRow>& rows, const StepScalars& scalars);
-#define FUSEDAMP_RULE(op, Rule) \
-  extern template void step_with<Rule>(const Device&, const std::vector<StepRow>&, const StepScalars&);
+void step_with(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
+               StepLog& log);
+#define FUSEDAMP_RULE(op, Rule)                                                                                \
+  extern template void step_with<Rule>(const Device&, const StepTable&, const StepGroups&, const StepScalars&, \
+                                       StepLog&);
 #include "../../math/optimizers.def"
 
-void step(const Device& device, RuleId rule, const std::vector<StepRow>& rows, const StepScalars& scalars) {
-  static constexpr void (*kSteps[])(const Device&, const std::vector<StepRow>&, const StepScalars&) = {
+namespace {
+
+// The log of a step that has no rows; else the first launch keeps it.
+__global__ void __launch_bounds__(kBlock) log_kernel(const StepLog log, const float* found_inf) {
+  keep_log(log, overflowed(found_inf), threadIdx.x, blockDim.x);
+}
+
+}  // namespace
+
+void step(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
+          StepLog log) {
+  using Step = void (*)(const Device&, const StepTable&, const StepGroups&, const StepScalars&, StepLog&);
+  static constexpr Step kSteps[] = {
 #define FUSEDAMP_RULE(op, Rule) &step_with<Rule>,
 #include "../../math/optimizers.def"
   };
-  kSteps[rule](device, rows, scalars);
+  for_each_pass(table, groups,
+                [&](int32_t rule, const StepTable& rows) { kSteps[rule](device, rows, groups, scalars, log); });
+  if (log.steps) launch("log", &log_kernel, 1, kBlock, device.stream, log, scalars.found_inf);
 }
 
 namespace {

@@ -22,18 +22,17 @@ struct Device {
   std::function<const void*(const void* table, int64_t bytes)> resident;
 };
 
-// What a read pass writes, all on the device.
-struct StatsOutputs {
-  float* found_inf;
-  double *total, *per_tensor;
-  int64_t* counts;  // three per tensor: infs, NaNs, overflows
-};
+// One step of all groups, in which the groups of one rule that follow each other share their launches. All addresses
+// in the tables and scalars are on the device; the tables themselves are not, and may go when this returns.
+void step(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
+          StepLog log);
 
-void step(const Device& device, RuleId rule, const std::vector<StepRow>& rows, const StepScalars& scalars);
-
-// inv_scale may be null, for 1.
+// inv_scale may be null, for 1. What is written lies on the device.
 void grad_stats(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, double norm_type,
                 const StatsOutputs& out);
+
+// The same, and what follows from it, in as many launches.
+void check_grads(const Device& device, const std::vector<GradRow>& rows, const GradCheck& check);
 
 void unscale(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, float* found_inf);
 

@@ -32,16 +32,16 @@ struct AddSquares {
 };
 
 template <class Rule, Kind kKind, class V = ValueOf<kKind>>
-__global__ void __launch_bounds__(kBlock) measure_kernel(const Table<StepRow> table, const StepScalars scalars,
+__global__ void __launch_bounds__(kBlock) measure_kernel(const StepRows table, const StepScalars scalars,
                                                          const CoeffsOf<Rule, V>* coeffs, ChunkSquares* records) {
   if (overflowed(scalars.found_inf)) return;
-  const V grad_scale = grad_scale_of(scalars);
   int64_t r = -1;
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
     r = find_row(table, chunk, r);
+    const StepRow& row = table.rows[r].row;
     const CoeffsOf<Rule, V> k = coeffs[r];
-    MeasureAction<Rule, V> act = {k, grad_scale, {}};
-    visit<Rule, kKind>(table.rows[r].row, span_of(table.rows[r], chunk), scalars, act);
+    MeasureAction<Rule, V> act = {k, grad_scale_of(row, scalars), {}};
+    visit<Rule, kKind>(row, table.grads[r], span_of(table.rows[r], chunk), act);
 #pragma unroll
     for (int j = 0; j < Rule::kNorms; ++j) {
       const double sum = block_reduce(act.found.sums[j], AddSquares());
@@ -52,10 +52,14 @@ __global__ void __launch_bounds__(kBlock) measure_kernel(const Table<StepRow> ta
 
 // Blocks take tensors.
 template <class Rule, class V>
-__global__ void __launch_bounds__(kBlock) conclude_kernel(const Table<StepRow> table, const StepScalars scalars,
-                                                          const ChunkSquares* records, CoeffsOf<Rule, V>* coeffs) {
+__global__ void __launch_bounds__(kBlock)
+    conclude_kernel(const StepRows table, const __grid_constant__ GroupPacket packet, const StepScalars scalars,
+                    const ChunkSquares* records, CoeffsOf<Rule, V>* coeffs) {
   if (overflowed(scalars.found_inf)) return;
   for (int64_t r = blockIdx.x; r < table.row_count; r += gridDim.x) {
+    const StepRow& row = table.rows[r].row;
+    const StepGroup* group = packet.of(row);
+    if (!group) continue;
     const int64_t end = r + 1 < table.row_count ? table.rows[r + 1].first_chunk : table.chunk_count;
     double squares[kMaxNorms] = {};
 #pragma unroll
@@ -65,22 +69,24 @@ __global__ void __launch_bounds__(kBlock) conclude_kernel(const Table<StepRow> t
       squares[j] = block_reduce(sum, AddSquares());
     }
     if (threadIdx.x == 0) {
-      const StepRow& row = table.rows[r].row;
-      coeffs[r] = coeffs_for<Rule, V>(row, scalars, squares);
-      advance<Rule>(row, hyper_of<Rule>(scalars), layer_of<Rule>(row, squares));
+      coeffs[r] = coeffs_for<Rule, V>(row, *group, squares);
+      advance<Rule>(row, hyper_of<Rule>(*group), layer_of<Rule>(row, squares));
     }
   }
 }
 
 // `coeffs` are those of tensors without norms, and afterwards the step's.
 template <class Rule, Kind kKind, class V = ValueOf<kKind>>
-void measure(const Device& device, const Table<StepRow>& table, const StepScalars& scalars, CoeffsOf<Rule, V>* coeffs) {
+void measure(const Device& device, const std::vector<Placed<StepRow>>& rows, const StepRows& table,
+             const StepGroups& groups, const StepScalars& scalars, CoeffsOf<Rule, V>* coeffs) {
   auto* records = static_cast<ChunkSquares*>(
       device.scratch(std::max<int64_t>(table.chunk_count, 1) * static_cast<int64_t>(sizeof(ChunkSquares))));
   launch_over(table.chunk_count, device, "measure", &measure_kernel<Rule, kKind>, table, scalars,
               static_cast<const CoeffsOf<Rule, V>*>(coeffs), records);
-  launch_over(table.row_count, device, "measure", &conclude_kernel<Rule, V>, table, scalars,
-              static_cast<const ChunkSquares*>(records), coeffs);
+  for_each_packet(rows, groups, [&](const GroupPacket& packet) {
+    launch_over(table.row_count, device, "conclude", &conclude_kernel<Rule, V>, table, packet, scalars,
+                static_cast<const ChunkSquares*>(records), coeffs);
+  });
 }
 
 }  // namespace fusedamp::cuda

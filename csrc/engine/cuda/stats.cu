@@ -5,6 +5,8 @@
 #include "chunks.cuh"
 #include "element.cuh"
 
+#include "../check.h"
+
 namespace fusedamp::cuda {
 namespace {
 
@@ -129,11 +131,17 @@ __device__ __forceinline__ ChunkStats chunk_stats(const GradRow& row, Span span,
   return exact_stats<float, kGeneral>(row, span, inv_scale, job);
 }
 
+// What gradients are multiplied by: *inv_scale, or 1 / *scale, or 1 where both are null.
+struct Factor {
+  const float *inv_scale, *scale;
+  __device__ __forceinline__ float value() const { return inv_scale ? *inv_scale : scale ? reciprocal(*scale) : 1.0f; }
+};
+
 template <bool kGeneral>
-__global__ void __launch_bounds__(kBlock) stats_kernel(const Table<GradRow> table, const float* inv_scale_at,
-                                                       const Job job, ChunkStats* records, unsigned* finished) {
+__global__ void __launch_bounds__(kBlock) stats_kernel(const Table<GradRow> table, const Factor factor, const Job job,
+                                                       ChunkStats* records, unsigned* finished) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;  // for the launch that follows
-  const float inv_scale = inv_scale_at ? *inv_scale_at : 1.0f;
+  const float inv_scale = factor.value();
   int64_t r = -1;
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
     r = find_row(table, chunk, r);
@@ -142,10 +150,10 @@ __global__ void __launch_bounds__(kBlock) stats_kernel(const Table<GradRow> tabl
   }
 }
 
-// Blocks take tensors; the block that finishes last takes the total.
+// Blocks take tensors; the block that finishes last takes the total, and concludes where `check` has a scale.
 __global__ void __launch_bounds__(kBlock)
     combine_kernel(const Table<GradRow> table, const Norm norm, const ChunkStats* records, unsigned* finished,
-                   const StatsOutputs out) {
+                   const StatsOutputs out, const GradCheck check) {
   constexpr int kAhead = 8;
   const Combine combine = {norm};
   for (int64_t r = blockIdx.x; r < table.row_count; r += gridDim.x) {
@@ -198,13 +206,12 @@ __global__ void __launch_bounds__(kBlock)
   if (threadIdx.x == 0) {
     *out.total = total;
     *out.found_inf = bad ? 1.0f : 0.0f;
+    if (check.scale) conclude(check, total);
   }
 }
 
-}  // namespace
-
-void grad_stats(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, double norm_type,
-                const StatsOutputs& out) {
+void read(const Device& device, const std::vector<GradRow>& rows, Factor factor, double norm_type,
+          const StatsOutputs& out, const GradCheck& check) {
   const Table<GradRow> table = place(device, rows);
   const Job job = job_of(norm_type);
   const int64_t record_bytes = table.chunk_count * static_cast<int64_t>(sizeof(ChunkStats));
@@ -212,9 +219,23 @@ void grad_stats(const Device& device, const std::vector<GradRow>& rows, const fl
   auto* records = reinterpret_cast<ChunkStats*>(scratch);
   auto* finished = reinterpret_cast<unsigned*>(scratch + record_bytes);
   const auto stats = job.norm == Norm::kGeneral ? &stats_kernel<true> : &stats_kernel<false>;
-  launch_over(table.chunk_count, device, "grad_stats", stats, table, inv_scale, job, records, finished);
-  launch_over(table.row_count, device, "grad_stats", &combine_kernel, table, job.norm,
-              static_cast<const ChunkStats*>(records), finished, out);
+  launch_over(table.chunk_count, device, "grad_stats", stats, table, factor, job, records, finished);
+  launch_over(table.row_count, device, "combine", &combine_kernel, table, job.norm,
+              static_cast<const ChunkStats*>(records), finished, out, check);
+}
+
+}  // namespace
+
+void grad_stats(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, double norm_type,
+                const StatsOutputs& out) {
+  read(device, rows, {inv_scale, nullptr}, norm_type, out, {});
+}
+
+void check_grads(const Device& device, const std::vector<GradRow>& rows, const GradCheck& check) {
+  const auto count = static_cast<int64_t>(rows.size());
+  auto* totals = static_cast<double*>(device.scratch((1 + count) * static_cast<int64_t>(sizeof(double))));
+  read(device, rows, {nullptr, check.scale}, check.norm_type, {check.found_inf, totals, totals + 1, check.counts},
+       check);
 }
 
 }  // namespace fusedamp::cuda

@@ -23,45 +23,68 @@ constexpr int kResidentBlocks = kKind == Kind::kDouble ? 2 : (kKind == Kind::kCo
 
 template <class Rule, Kind kKind, class V = ValueOf<kKind>>
 __global__ void __launch_bounds__(kBlock, kResidentBlocks<Rule, kKind>)
-    step_kernel(const Table<StepRow> table, const StepScalars scalars, const CoeffsOf<Rule, V>* coeffs) {
+    step_kernel(const StepRows table, const StepScalars scalars, const CoeffsOf<Rule, V>* coeffs) {
   if (overflowed(scalars.found_inf)) return;
-  const V grad_scale = grad_scale_of(scalars);
   int64_t r = -1;
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
     r = find_row(table, chunk, r);
+    const StepRow& row = table.rows[r].row;
     const CoeffsOf<Rule, V> k = coeffs[r];
-    StepAction<Rule, V> act = {k, grad_scale};
-    visit<Rule, kKind>(table.rows[r].row, span_of(table.rows[r], chunk), scalars, act);
+    StepAction<Rule, V> act = {k, grad_scale_of(row, scalars)};
+    visit<Rule, kKind>(row, table.grads[r], span_of(table.rows[r], chunk), act);
   }
 }
 
+// The rows of one kind, on the host.
+struct StepList : Gathered<StepRow> {
+  std::vector<void*> grads;
+
+  void add(const StepRow& row, void* grad) {
+    Gathered<StepRow>::add(row);
+    grads.push_back(grad);
+  }
+  StepRows on(const Device& device) const {
+    const Table<StepRow> table = Gathered<StepRow>::on(device);
+    const void* resident = device.resident(grads.data(), static_cast<int64_t>(grads.size() * sizeof grads[0]));
+    return {table, static_cast<void* const*>(resident)};
+  }
+};
+
 template <class Rule, Kind kKind>
-void step_as(const Device& device, const std::vector<StepRow>& rows, const StepScalars& scalars) {
-  if (rows.empty()) return;
-  const Table<StepRow> table = place(device, rows);
+void step_as(const Device& device, const StepList& list, const StepGroups& groups, const StepScalars& scalars,
+             StepLog& log) {
+  if (list.rows.empty()) return;
+  const StepRows table = list.on(device);
   using V = ValueOf<kKind>;
   using Coeffs = CoeffsOf<Rule, V>;
   Coeffs* coeffs = static_cast<Coeffs*>(device.scratch(table.row_count * static_cast<int64_t>(sizeof(Coeffs))));
   const int64_t blocks = (table.row_count + kBlock - 1) / kBlock;
-  launch("prepare", &prepare_kernel<Rule, V>, blocks, kBlock, device.stream, table, scalars, coeffs);
-  if constexpr (Rule::kNorms > 0) measure<Rule, kKind>(device, table, scalars, coeffs);
+  for_each_packet(list.rows, groups, [&](const GroupPacket& packet) {
+    launch("prepare", &prepare_kernel<Rule, V>, blocks, kBlock, device.stream, table, packet, scalars, log, coeffs);
+    log = {};  // it has been kept
+  });
+  if constexpr (Rule::kNorms > 0) measure<Rule, kKind>(device, list.rows, table, groups, scalars, coeffs);
   if (table.chunk_count == 0) return;  // every tensor is empty: a step was taken all the same
   launch_over(table.chunk_count, device, "step", &step_kernel<Rule, kKind>, table, scalars,
               static_cast<const Coeffs*>(coeffs));
 }
 
+// `table`: the rows of this rule; `groups`: all of the step.
 template <class Rule>
-void step_with(const Device& device, const std::vector<StepRow>& rows, const StepScalars& scalars) {
-  std::vector<StepRow> singles, compressed, doubles;
-  for (const StepRow& row : rows)
-    (row.param_dtype == DType::f64 ? doubles : is_compressed(row, scalars) ? compressed : singles).push_back(row);
-  step_as<Rule, Kind::kSingle>(device, singles, scalars);
-  step_as<Rule, Kind::kCompressed>(device, compressed, scalars);
-  step_as<Rule, Kind::kDouble>(device, doubles, scalars);
+void step_with(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
+               StepLog& log) {
+  StepList singles, compressed, doubles;
+  for (int64_t i = 0; i < table.count; ++i) {
+    const StepRow& row = table.rows[i];
+    (row.param_dtype == DType::f64 ? doubles : is_compressed(row) ? compressed : singles).add(row, table.grads[i]);
+  }
+  step_as<Rule, Kind::kSingle>(device, singles, groups, scalars, log);
+  step_as<Rule, Kind::kCompressed>(device, compressed, groups, scalars, log);
+  step_as<Rule, Kind::kDouble>(device, doubles, groups, scalars, log);
 }
 
 }  // namespace fusedamp::cuda
 
-#define FUSEDAMP_CUDA_STEP(Rule)                                                                      \
-  template void fusedamp::cuda::step_with<fusedamp::Rule>(const Device&, const std::vector<StepRow>&, \
-                                                          const StepScalars&);
+#define FUSEDAMP_CUDA_STEP(Rule)                                                                              \
+  template void fusedamp::cuda::step_with<fusedamp::Rule>(const Device&, const StepTable&, const StepGroups&, \
+                                                          const StepScalars&, StepLog&);

@@ -7,13 +7,13 @@ namespace fusedamp::cuda {
 // act(weight, gradient, states) for each element of one chunk; the results are stored where Action::kStores.
 // G and P are the raw types of gradient and parameter; kMaster: the weight is a float master beside `param`.
 template <class Rule, class V, class G, class P, bool kMaster, class Action>
-__device__ __forceinline__ void visit_chunk(const StepRow& row, Span span, Action& act) {
+__device__ __forceinline__ void visit_chunk(const StepRow& row, const void* grad, Span span, Action& act) {
   constexpr bool kWide = kMaster || Rule::kStates > 0;  // is there a list of V?
   constexpr int kWidest = kWide ? sizeof(V) : sizeof(G) > sizeof(P) ? sizeof(G) : sizeof(P);
   constexpr int kVector = 16 / kWidest;  // the widest list moves 16 bytes at a time
   constexpr int kStates = kStateRoom<Rule>;
 
-  const G* grads = in_global(static_cast<const G*>(row.grad) + span.first);
+  const G* grads = in_global(static_cast<const G*>(grad) + span.first);
   P* params = in_global(static_cast<P*>(row.param) + span.first);
   V* masters = kMaster ? in_global(static_cast<V*>(row.master) + span.first) : nullptr;
   V* states[kStates];
@@ -62,21 +62,21 @@ __device__ __forceinline__ void visit_chunk(const StepRow& row, Span span, Actio
 }
 
 template <class Rule, class V, class Action>
-__device__ __forceinline__ void visit_any_chunk(const StepRow& row, Span span, Action& act) {
+__device__ __forceinline__ void visit_any_chunk(const StepRow& row, const void* grad, Span span, Action& act) {
   const int64_t grad_bytes = size_of(row.grad_dtype);
   if constexpr (sizeof(V) == 8) {
-    if (grad_bytes == 8) return visit_chunk<Rule, V, uint64_t, uint64_t, false>(row, span, act);
-    if (grad_bytes == 4) return visit_chunk<Rule, V, uint32_t, uint64_t, false>(row, span, act);
-    return visit_chunk<Rule, V, uint16_t, uint64_t, false>(row, span, act);
+    if (grad_bytes == 8) return visit_chunk<Rule, V, uint64_t, uint64_t, false>(row, grad, span, act);
+    if (grad_bytes == 4) return visit_chunk<Rule, V, uint32_t, uint64_t, false>(row, grad, span, act);
+    return visit_chunk<Rule, V, uint16_t, uint64_t, false>(row, grad, span, act);
   } else if (row.param_dtype == DType::f32) {
-    if (grad_bytes == 4) return visit_chunk<Rule, V, uint32_t, uint32_t, false>(row, span, act);
-    return visit_chunk<Rule, V, uint16_t, uint32_t, false>(row, span, act);
+    if (grad_bytes == 4) return visit_chunk<Rule, V, uint32_t, uint32_t, false>(row, grad, span, act);
+    return visit_chunk<Rule, V, uint16_t, uint32_t, false>(row, grad, span, act);
   } else if (row.master) {
-    if (grad_bytes == 4) return visit_chunk<Rule, V, uint32_t, uint16_t, true>(row, span, act);
-    return visit_chunk<Rule, V, uint16_t, uint16_t, true>(row, span, act);
+    if (grad_bytes == 4) return visit_chunk<Rule, V, uint32_t, uint16_t, true>(row, grad, span, act);
+    return visit_chunk<Rule, V, uint16_t, uint16_t, true>(row, grad, span, act);
   } else {
-    if (grad_bytes == 4) return visit_chunk<Rule, V, uint32_t, uint16_t, false>(row, span, act);
-    return visit_chunk<Rule, V, uint16_t, uint16_t, false>(row, span, act);
+    if (grad_bytes == 4) return visit_chunk<Rule, V, uint32_t, uint16_t, false>(row, grad, span, act);
+    return visit_chunk<Rule, V, uint16_t, uint16_t, false>(row, grad, span, act);
   }
 }
 
@@ -86,12 +86,12 @@ template <Kind kKind>
 using ValueOf = std::conditional_t<kKind == Kind::kDouble, double, float>;
 
 template <class Rule, Kind kKind, class Action>
-__device__ __forceinline__ void visit(const StepRow& row, Span span, const StepScalars& scalars, Action& act) {
+__device__ __forceinline__ void visit(const StepRow& row, void* const& grad, Span span, Action& act) {
   if constexpr (kKind == Kind::kCompressed) {
     const int64_t t = step_number(*row.step);  // of this step, which is counted before it is taken
-    visit_compressed_chunk<Rule>(row, span, act, scalars.stochastic, random_stream(row.seed, t));
+    visit_compressed_chunk<Rule>(row, grad, span, act, random_stream(row.seed, t));
   } else {
-    visit_any_chunk<Rule, ValueOf<kKind>>(row, span, act);
+    visit_any_chunk<Rule, ValueOf<kKind>>(row, grad, span, act);
   }
 }
 
