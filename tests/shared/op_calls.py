@@ -3,9 +3,12 @@ bit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+import reference
 import torch
 from fusedamp import ops
+from tolerances import EXACT, Rounded, unit
 from torch import Tensor
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -81,6 +84,20 @@ STATE_NAMES = {
     "lamb_": _MOMENTS,
     "lars_": ["momentum_buffers"],
     "novograd_": _MOMENTS,
+}
+REFERENCES: dict[str, Callable] = {
+    "adamw_": reference.adamw,
+    "adam_": reference.adam,
+    "sgd_": reference.sgd,
+    "lion_": reference.lion,
+    "adagrad_": reference.adagrad,
+    "rmsprop_": reference.rmsprop,
+    "rmsprop_centered_": partial(reference.rmsprop, centered=True),
+    "radam_": reference.radam,
+    "nadam_": reference.nadam,
+    "lamb_": reference.lamb,
+    "lars_": reference.lars,
+    "novograd_": reference.novograd,
 }
 NEEDS = {"max_exp_avg_sqs": "amsgrad", "momentum_buffers": "momentum"}  # lists that an option brings
 SCALARS = {("nadam_", "mu_products"), ("novograd_", "exp_avg_sqs")}  # one fp64 element per parameter
@@ -211,6 +228,35 @@ def step_call(
             states.append(state.square() + 2.0 if name in SQUARES else state.clamp(-4, 4) * 0.3)
         call.steps.append(scalar(float(taken[i % len(taken)])))
     return call
+
+
+def expected(call: StepCall, index: int) -> tuple[Rounded, list[Rounded]]:
+    """Returns what ``reference.py`` makes of tensor ``index`` of a call that has not run yet: the master (the
+    weight if there is none), and the states.
+    """
+    options = dict(call.options, lr=float(call.options["lr"]))
+    options.pop("found_inf", None)
+    factors = [options.pop(name, None) for name in ("inv_scale", "clip_coef")]
+    inv_scale, clip_coef = (scalar(1.0) if factor is None else factor for factor in factors)
+    p = (call.masters or call.params)[index]
+    u = EXACT if p.dtype == torch.float64 else unit(torch.float32)
+    g = call.grads[index].double() * (inv_scale * clip_coef).double()
+    state: dict = {"step": int(call.steps[index])}
+    names = []
+    for name, tensors in zip(STATE_NAMES[call.op], call.states, strict=True):
+        if tensors:
+            names.append(name.removesuffix("s"))
+            value = tensors[index].double()
+            state[names[-1]] = Rounded(value, 0 * value, EXACT if (call.op, name) in SCALARS else u)
+    old_p = Rounded(p.double(), 0 * p.double(), u)
+    new_p = REFERENCES[call.op](old_p, Rounded(g, u * g.abs(), u), state, **options)
+    # RAdam's rate: a difference of powers, made in FP64.
+    new_p.error = new_p.error + EXACT * state.get("condition", 0.0) * (new_p.value - old_p.value).abs()
+    if call.op == "nadam_":  # a power of as many factors as there are steps, and products
+        state["mu_product"].error = (state["step"] + 9) * EXACT * state["mu_product"].value
+    if call.op == "novograd_":  # the roundings of a long sum of squares
+        state["exp_avg_sq"].error += 64 * EXACT * state["exp_avg_sq"].value
+    return new_p, [state[name] for name in names]
 
 
 def guarded(t: Tensor, offset: int = 0) -> tuple[Tensor, Callable[[], bool]]:

@@ -2,7 +2,8 @@
 
 Independent of the package on purpose, so that a formula that is wrong there is wrong here only by chance.
 Each function takes one parameter, its gradient and its state (a dict, changed in place; empty at first) and
-returns the new parameter. Symbols are the papers'.
+returns the new parameter. Symbols are the papers'. ``tolerances.Rounded`` may stand in for the tensors of
+those that have an op: they add their terms in the op's order.
 """
 
 import torch
@@ -31,16 +32,17 @@ def adam(
     t = state["step"] = state.get("step", 0) + 1
     if maximize:
         g = -g
-    if not decoupled_weight_decay:
+    if decoupled_weight_decay:
+        theta = theta - lr * weight_decay * theta
+    else:
         g = g + weight_decay * theta
     m = state["exp_avg"] = beta1 * state.get("exp_avg", 0 * theta) + (1 - beta1) * g
     v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0 * theta) + (1 - beta2) * g**2
     if amsgrad:
-        v = state["max_exp_avg_sq"] = torch.maximum(state.get("max_exp_avg_sq", 0 * theta), v)
+        v = state["max_exp_avg_sq"] = state.get("max_exp_avg_sq", 0 * theta).maximum(v)
     m_hat = m / (1 - beta1**t)
     v_hat = v / (1 - beta2**t)
-    decay = lr * weight_decay * theta if decoupled_weight_decay else 0.0
-    return theta - lr * m_hat / (v_hat.sqrt() + eps) - decay
+    return theta - lr * m_hat / (v_hat.sqrt() + eps)
 
 
 def adamw(theta: Tensor, g: Tensor, state: dict, *, weight_decay: float = 1e-2, **options) -> Tensor:
@@ -60,11 +62,11 @@ def sgd(
     maximize: bool = False,
 ) -> Tensor:
     """Sutskever et al. 2013, with the velocity in units of gradients and torch's undampened first step."""
-    first = "momentum_buffer" not in state
-    state["step"] = state.get("step", 0) + 1
+    t = state["step"] = state.get("step", 0) + 1
     d = (-g if maximize else g) + weight_decay * theta
     if momentum:
-        velocity = d if first else momentum * state["momentum_buffer"] + (1 - dampening) * d
+        part = 1.0 if t == 1 else 1 - dampening
+        velocity = momentum * state.get("momentum_buffer", 0 * theta) + part * d
         state["momentum_buffer"] = velocity
         d = d + momentum * velocity if nesterov else velocity
     return theta - lr * d
@@ -88,7 +90,7 @@ def lion(
     m = state.get("exp_avg", 0 * theta)
     c = state["direction"] = beta1 * m + (1 - beta1) * g
     state["exp_avg"] = beta2 * m + (1 - beta2) * g
-    return theta - lr * (c.sign() + weight_decay * theta)
+    return theta - lr * weight_decay * theta - lr * c.sign()
 
 
 def adagrad(
@@ -170,7 +172,7 @@ def radam(
     m_hat = m / (1 - beta1**t)
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
-    state["rate"] = torch.ones_like(theta)
+    state["rate"] = 1.0
     if rho > 5:
         r = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
         state["condition"] = 2 * t * rho_inf / (1 - beta2**t) / (rho - 4)
@@ -283,7 +285,7 @@ def nadam(
         g = g + weight_decay * theta
     mu_t = beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * momentum_decay))
-    product = state["mu_product"] = state.get("mu_product", torch.ones((), dtype=theta.dtype)) * mu_t
+    product = state["mu_product"] = state.get("mu_product", 1.0) * mu_t
     m = state["exp_avg"] = beta1 * state.get("exp_avg", 0 * theta) + (1 - beta1) * g
     v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0 * theta) + (1 - beta2) * g**2
     g_part, m_part = (1 - mu_t) / (1 - product), mu_next / (1 - product * mu_next)
@@ -317,7 +319,7 @@ def lamb(
     u = state["u"] = m / state["denominator"] + weight_decay * x
     ratio = 1.0
     if adapt and x.norm() > 0 and u.norm() > 0:
-        ratio = min(float(x.norm() / u.norm()), trust_clip)
+        ratio = min(x.norm() / u.norm(), trust_clip)
     state["ratio"] = ratio
     return x - lr * ratio * u
 
@@ -341,7 +343,7 @@ def lars(
     g = -g if maximize else g
     ratio = 1.0
     if adapt and w.norm() > 0 and g.norm() > 0:
-        ratio = float(trust_coefficient * w.norm() / (g.norm() + weight_decay * w.norm() + eps))
+        ratio = trust_coefficient * w.norm() / (g.norm() + weight_decay * w.norm() + eps)
     state["ratio"] = ratio
     g = ratio * (g + weight_decay * w)
     v = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0 * w) + g

@@ -5,6 +5,8 @@ and the subtraction of the update) and up to ``k`` of the size of the update's t
 recurrences contract, so that what earlier steps left does not grow: errors add up.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
@@ -140,3 +142,103 @@ def state_error(
     growth = 1 if "_off" in state else 1 / (1 - options.get("momentum", 0.0))
     term = growth * (5 * steps * largest + decay * weight_error)
     return 2 * largest * term if name.endswith("_sq") or name == "square_avg" else term
+
+
+EXACT = 2.0**-53  # the unit roundoff of what is always FP64
+SLACK = 1.01  # for the second order
+
+
+class Rounded:
+    """An FP64 tensor with a bound on the error of a computation in another precision, to first order.
+
+    Functions of ``reference.py`` take it in place of a tensor. Each operation rounds once, by at most ``u``
+    times its result; so does a number where it meets a tensor. The op adds terms in the same order, folds
+    numbers into fewer coefficients and fuses products with sums: it rounds no more often. Norms and sums over
+    a tensor, and what is made of them and of numbers, are FP64 until they meet a tensor. What is made of
+    numbers alone is exact.
+    """
+
+    def __init__(self, value: Any, error: Any, u: float) -> None:
+        self.value, self.error, self.u = value, error, u
+
+    def _with(self, other: Any) -> tuple[Rounded, Rounded, float]:
+        """Both at the same precision, and its unit roundoff."""
+        other = other if isinstance(other, Rounded) else Rounded(other, 0.0, 0.0)
+        u = max(self.u, other.u)
+        one, two = (x if x.u == u else Rounded(x.value, x.error + u * abs(x.value), u) for x in (self, other))
+        return one, two, u
+
+    def __neg__(self) -> Rounded:
+        return Rounded(-self.value, self.error, self.u)
+
+    def abs(self) -> Rounded:
+        return Rounded(self.value.abs(), self.error, self.u)
+
+    def __add__(self, other: Any) -> Rounded:
+        a, b, u = self._with(other)
+        value = a.value + b.value
+        return Rounded(value, a.error + b.error + u * abs(value), u)
+
+    def __sub__(self, other: Any) -> Rounded:
+        return self + -other
+
+    def __rsub__(self, other: Any) -> Rounded:
+        return -self + other
+
+    def __mul__(self, other: Any) -> Rounded:
+        a, b, u = self._with(other)
+        value = a.value * b.value
+        return Rounded(value, abs(a.value) * b.error + abs(b.value) * a.error + u * abs(value), u)
+
+    def __truediv__(self, other: Any) -> Rounded:
+        a, b, u = self._with(other)
+        value = a.value / b.value
+        return Rounded(value, (a.error + abs(value) * b.error) / abs(b.value) + u * abs(value), u)
+
+    def __rtruediv__(self, other: Any) -> Rounded:
+        return Rounded(other, 0.0, 0.0) / self
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def square(self) -> Rounded:
+        return self * self
+
+    def __pow__(self, exponent: int) -> Rounded:
+        assert exponent == 2
+        return self.square()
+
+    def sqrt(self) -> Rounded:
+        value = self.value.sqrt()
+        return Rounded(value, self.error / (2 * value) + self.u * value, self.u)
+
+    def sign(self) -> Rounded:
+        """Either sign where roundings may turn it."""
+        return Rounded(self.value.sign(), 2.0 * (self.value.abs() <= self.error), self.u)
+
+    def maximum(self, other: Rounded) -> Rounded:
+        return Rounded(self.value.maximum(other.value), torch.maximum(self.error, other.error), self.u)
+
+    def sum(self) -> Rounded:
+        """The many roundings of a long FP64 sum average out, to about one."""
+        value = self.value.sum()
+        return Rounded(value, self.error.sum() + EXACT * abs(value), EXACT)
+
+    def norm(self) -> Rounded:
+        """As the sum of squares; no further off than the norm of the errors."""
+        value = self.value.norm()
+        return Rounded(value, self.error.norm() + EXACT * value, EXACT)
+
+    def __gt__(self, other: Any) -> bool:
+        return bool(self.value > getattr(other, "value", other))
+
+    def __lt__(self, other: Any) -> bool:
+        return bool(self.value < getattr(other, "value", other))
+
+    def check(self, got: Tensor, what: str) -> None:
+        """Asserts that ``got`` lies within the bound; twice the bound if ``value`` rounds as coarsely."""
+        miss = (got.double() - self.value).abs()
+        allowed = self.error * (2 * SLACK if self.u <= EXACT else SLACK)
+        worst = (miss - allowed).max().item() if miss.numel() else 0.0
+        assert worst <= 0, (
+            f"{what} misses the reference by {miss.max().item():.3g}, {worst:.3g} beyond its roundings"
+        )
