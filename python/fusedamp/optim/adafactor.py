@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Unpack
 
 import torch
@@ -13,6 +14,17 @@ from .core.composed import ComposedOptimizer, Values
 from .core.optimizer import Group
 from .core.options import check_number
 from .state.formats import Storage
+from .state.spec import StateSpec
+
+
+def _is_factored(param: Tensor, group: Group) -> bool:
+    return param.dim() > 1
+
+
+def _mean_over(dim: int, param: Tensor) -> Tensor:
+    shape = list(param.shape)
+    shape[dim] = 1
+    return param.new_empty(shape)
 
 
 class Adafactor(ComposedOptimizer):
@@ -32,8 +44,11 @@ class Adafactor(ComposedOptimizer):
     Source: Shazeer and Stern 2018, arXiv:1804.04235, Alg. 4 and 5, with torch's ``lr`` and ``eps``.
     """
 
-    state_names = ("row_var", "col_var", "variance")
-    required_state = ("step", "row_var", "col_var", "variance")
+    states = (
+        StateSpec("row_var", like=partial(_mean_over, -1), required=True, of=_is_factored),
+        StateSpec("col_var", like=partial(_mean_over, -2), required=True, of=_is_factored),
+        StateSpec("variance", required=True, of=lambda param, group: not _is_factored(param, group)),
+    )
 
     def __init__(
         self,
@@ -73,14 +88,6 @@ class Adafactor(ComposedOptimizer):
             raise ValueError(
                 f"{where} beta2_decay is {group['beta2_decay']}; expected a number <= 0. Pass such as -0.8."
             )
-
-    def _state_like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
-        if (name == "variance") == (param.dim() > 1):
-            return None
-        shape = list(param.shape)
-        if name != "variance":
-            shape[-1 if name == "row_var" else -2] = 1
-        return param.new_empty(shape)
 
     def _rule(
         self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor

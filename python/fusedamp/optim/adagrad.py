@@ -12,6 +12,7 @@ from ..tensors.shards import local
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import check_number
 from .state.formats import Storage
+from .state.spec import StateSpec
 
 
 class Adagrad(FusedOptimizer):
@@ -29,9 +30,8 @@ class Adagrad(FusedOptimizer):
     Source: Duchi, Hazan and Singer 2011, JMLR 12.
     """
 
-    state_names = ("sum",)
-    nonnegative_states = ("sum",)
-    required_state = ("step", "sum")
+    # Of the constructor, for every group, as in torch.
+    states = (StateSpec("sum", first="initial_accumulator_value", nonnegative=True, required=True),)
 
     def __init__(
         self,
@@ -65,9 +65,6 @@ class Adagrad(FusedOptimizer):
         super()._check_group(where, group)
         for name in ("lr_decay", "eps", "initial_accumulator_value"):
             check_number(where, name, group[name])
-
-    def _first_value(self, name: str) -> float:
-        return self.defaults["initial_accumulator_value"]  # of the constructor, for every group, as in torch
 
     def _densified(self, grad: Tensor) -> Tensor:
         return grad.to_dense()

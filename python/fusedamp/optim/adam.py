@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import check_betas, check_number
 from .state.formats import Storage
+from .state.spec import StateSpec
 
 
 class Adam(FusedOptimizer):
@@ -46,9 +48,11 @@ class Adam(FusedOptimizer):
     Source: Kingma and Ba 2015, arXiv:1412.6980, Alg. 1; amsgrad: Reddi et al. 2018, arXiv:1904.09237.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    nonnegative_states = ("exp_avg_sq", "max_exp_avg_sq")
-    required_state = ("step", "exp_avg", "exp_avg_sq")
+    states = (
+        StateSpec("exp_avg", required=True),
+        StateSpec("exp_avg_sq", nonnegative=True, required=True),
+        StateSpec("max_exp_avg_sq", nonnegative=True, when=itemgetter("amsgrad")),
+    )
 
     def __init__(
         self,
@@ -86,9 +90,6 @@ class Adam(FusedOptimizer):
         super()._check_group(where, group)
         check_number(where, "eps", group["eps"])
         check_betas(where, group["betas"])
-
-    def _active_states(self, group: Group) -> tuple[str, ...]:
-        return self.state_names if group["amsgrad"] else self.state_names[:2]
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
         beta1, beta2 = group["betas"]

@@ -17,12 +17,14 @@ from ..tensors.shards import need_whole, sharded_dims
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import check_betas, check_number
 from .state.formats import Storage
+from .state.spec import StateSpec
 
 
 class Layerwise(FusedOptimizer):
     """What they share: a parameter must be whole on its rank."""
 
-    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+    def _check_param(self, param: Tensor, group: Group) -> None:
+        super()._check_param(param, group)
         need_whole(param, type(self).__name__)
         if any(mesh.size(dim) > 1 for mesh, dim in sharded_dims(param)):
             placements = param.placements  # type: ignore[attr-defined]
@@ -30,7 +32,6 @@ class Layerwise(FusedOptimizer):
                 f"is a DTensor with placements {placements}; expected the whole tensor on each rank: "
                 f"{type(self).__name__} needs its norm. Replicate it, or use an optimizer like AdamW."
             )
-        return super()._like(name, param, group)
 
 
 class LAMB(Layerwise):
@@ -51,9 +52,10 @@ class LAMB(Layerwise):
     Source: You et al. 2020, arXiv:1904.00962, Alg. 2.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative_states = ("exp_avg_sq",)
-    required_state = ("step", "exp_avg", "exp_avg_sq")
+    states = (
+        StateSpec("exp_avg", required=True),
+        StateSpec("exp_avg_sq", nonnegative=True, required=True),
+    )
 
     def __init__(
         self,
@@ -104,8 +106,7 @@ class LARS(Layerwise):
     Source: You, Gitman and Ginsburg 2017, arXiv:1708.03888, Alg. 1.
     """
 
-    state_names = ("momentum_buffer",)
-    required_state = ("momentum_buffer",)
+    states = (StateSpec("momentum_buffer", required=True, count=0.0),)
 
     def __init__(
         self,
@@ -149,8 +150,10 @@ class NovoGrad(Layerwise):
     Source: Ginsburg et al. 2019, arXiv:1905.11286, Alg. 1.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq")
-    required_state = ("step", "exp_avg", "exp_avg_sq")
+    states = (
+        StateSpec("exp_avg", required=True),
+        StateSpec("exp_avg_sq", like=scalar_like, required=True),
+    )
 
     def __init__(
         self,
@@ -172,10 +175,6 @@ class NovoGrad(Layerwise):
         super()._check_group(where, group)
         check_number(where, "eps", group["eps"])
         check_betas(where, group["betas"])
-
-    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
-        like = super()._like(name, param, group)
-        return scalar_like(param) if name == "exp_avg_sq" else like
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
         beta1, beta2 = group["betas"]

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import check_betas
 from .state.formats import Storage
+from .state.spec import StateSpec
 
 
 class Lion(FusedOptimizer):
@@ -27,8 +28,7 @@ class Lion(FusedOptimizer):
     Source: Chen et al. 2023, arXiv:2302.06675, Alg. 2.
     """
 
-    state_names = ("exp_avg",)
-    required_state = ("exp_avg",)
+    states = (StateSpec("exp_avg", required=True, count=0.0),)
 
     def __init__(
         self,

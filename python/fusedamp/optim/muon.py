@@ -15,13 +15,30 @@ from torch.optim.optimizer import ParamsT
 from .. import ops
 from ..tensors.shards import need_whole
 from .core.composed import ComposedOptimizer, Values
-from .core.optimizer import Batch, Group
+from .core.optimizer import Batch, FusedOptimizer, Group
 from .core.options import check_number
-from .state.formats import Entry, Storage, name_dtypes
+from .state.formats import Storage, name_dtypes
+from .state.spec import StateSpec
 
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 NS_DTYPES = ("bfloat16", "float16", "float32", "float64")
 MAX_NS_STEPS = 99
+
+
+def _has_matrices(group: Group) -> bool:
+    return group["use_muon"] is not False
+
+
+def _has_others(group: Group) -> bool:
+    return group["use_muon"] is not True
+
+
+def _is_matrix(param: Tensor, group: Group) -> bool:
+    return param.dim() == 2 if group["use_muon"] is None else group["use_muon"]
+
+
+def _is_other(param: Tensor, group: Group) -> bool:
+    return not _is_matrix(param, group)
 
 
 class Muon(ComposedOptimizer):
@@ -49,8 +66,11 @@ class Muon(ComposedOptimizer):
         arXiv:2502.16982; AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
 
-    state_names = ("momentum_buffer", "exp_avg", "exp_avg_sq")
-    required_state = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    states = (
+        StateSpec("momentum_buffer", required=True, when=_has_matrices, of=_is_matrix, count=1.0),
+        StateSpec("exp_avg", required=True, when=_has_others, of=_is_other, count=0.0),
+        StateSpec("exp_avg_sq", required=True, when=_has_others, of=_is_other, count=0.0),
+    )
 
     def __init__(
         self,
@@ -112,26 +132,18 @@ class Muon(ComposedOptimizer):
             if group[name] not in known:
                 raise ValueError(f"{where} {name} is {group[name]!r}; expected one of {known}.")
 
-    def _active_states(self, group: Group) -> tuple[str, ...]:
-        known = {None: self.state_names, True: self.state_names[:1], False: self.state_names[1:]}
-        return known[group["use_muon"]]
-
-    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
-        matrix = _is_matrix(param, group)
-        if group["use_muon"] is not False:
+    def _check_param(self, param: Tensor, group: Group) -> None:
+        if _has_matrices(group):
             need_whole(param, type(self).__name__)
-        if (name == "momentum_buffer") != matrix:
-            return None
-        if param.dim() != 2 and matrix:
+        if not _is_matrix(param, group):
+            FusedOptimizer._check_param(self, param, group)
+            return
+        if param.dim() != 2:
             raise ValueError(
                 f"has shape {list(param.shape)} in a group with use_muon=True; expected two dimensions. "
                 "Leave use_muon out, or put the parameter into a group with use_muon=False."
             )
-        return super()._like(name, param, group) if matrix else param
-
-    def _upgrade_state(self, entry: Entry) -> None:
-        if "momentum_buffer" in entry:  # torch keeps no step count; a buffer exists from the first step on
-            entry.setdefault("step", 1.0)
+        super()._check_param(param, group)
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
         beta1, beta2 = group["adamw_betas"]
@@ -165,10 +177,6 @@ class Muon(ComposedOptimizer):
             (lr * factor).to(weight.dtype) if isinstance(lr, Tensor) else lr * factor for factor in factors
         )
         return weight - decay * weight - rate * direction, {"momentum_buffer": buffer}
-
-
-def _is_matrix(param: Tensor, group: Group) -> bool:
-    return param.dim() == 2 if group["use_muon"] is None else group["use_muon"]
 
 
 def _parts(batch: Batch) -> Iterator[tuple[Batch, bool]]:

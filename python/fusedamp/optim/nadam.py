@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..tensors.layout import scalar_like
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import check_betas, check_number
-from .state.formats import Entry, Storage
+from .state.formats import Storage
+from .state.spec import StateSpec
 
 
 class NAdam(FusedOptimizer):
@@ -29,9 +29,11 @@ class NAdam(FusedOptimizer):
     Source: Dozat 2016, "Incorporating Nesterov Momentum into Adam", Alg. 2.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq", "mu_product")
-    nonnegative_states = ("exp_avg_sq",)
-    required_state = ("step", "exp_avg", "exp_avg_sq", "mu_product")
+    states = (
+        StateSpec("exp_avg", required=True),
+        StateSpec("exp_avg_sq", nonnegative=True, required=True),
+        StateSpec("mu_product", like=scalar_like, first=1.0, required=True),
+    )
 
     def __init__(
         self,
@@ -59,16 +61,6 @@ class NAdam(FusedOptimizer):
         check_number(where, "eps", group["eps"])
         check_number(where, "momentum_decay", group["momentum_decay"])
         check_betas(where, group["betas"])
-
-    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
-        return scalar_like(param) if name == "mu_product" else super()._like(name, param, group)
-
-    def _first_value(self, name: str) -> float:
-        return 1.0 if name == "mu_product" else 0.0
-
-    def _upgrade_state(self, entry: Entry) -> None:
-        if isinstance(entry.get("mu_product"), float):  # of torch before 2.0
-            entry["mu_product"] = torch.tensor(entry["mu_product"], dtype=torch.float64)
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
         beta1, beta2 = group["betas"]

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import check_betas, check_number
 from .state.formats import Storage
+from .state.spec import StateSpec
 
 
 class RAdam(FusedOptimizer):
@@ -27,9 +28,10 @@ class RAdam(FusedOptimizer):
     Source: Liu et al. 2020, arXiv:1908.03265, Alg. 2.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative_states = ("exp_avg_sq",)
-    required_state = ("step", "exp_avg", "exp_avg_sq")
+    states = (
+        StateSpec("exp_avg", required=True),
+        StateSpec("exp_avg_sq", nonnegative=True, required=True),
+    )
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import check_number
 from .state.formats import Storage
+from .state.spec import StateSpec
 
 
 class RMSprop(FusedOptimizer):
@@ -28,9 +30,11 @@ class RMSprop(FusedOptimizer):
     Source: Tieleman and Hinton 2012, Lecture 6.5; centered: Graves 2013, arXiv:1308.0850.
     """
 
-    state_names = ("square_avg", "grad_avg", "momentum_buffer")
-    nonnegative_states = ("square_avg",)
-    required_state = ("step", "square_avg")
+    states = (
+        StateSpec("square_avg", nonnegative=True, required=True),
+        StateSpec("grad_avg", when=itemgetter("centered")),
+        StateSpec("momentum_buffer", when=itemgetter("momentum")),
+    )
 
     def __init__(
         self,
@@ -62,10 +66,6 @@ class RMSprop(FusedOptimizer):
                 '"float32", as a variance that is the difference of two roundings may vanish. Pass '
                 "centered=False."
             )
-
-    def _active_states(self, group: Group) -> tuple[str, ...]:
-        centered = ("grad_avg",) if group["centered"] else ()
-        return ("square_avg", *centered, *(("momentum_buffer",) if group["momentum"] != 0 else ()))
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
         hyper = {name: group[name] for name in ("alpha", "eps", "weight_decay", "momentum")}

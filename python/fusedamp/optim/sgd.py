@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import check_number
-from .core.slot import Entry
 from .state.formats import Storage
+from .state.spec import StateSpec
 
 
 class SGD(FusedOptimizer):
@@ -31,7 +31,8 @@ class SGD(FusedOptimizer):
     Source: Polyak 1964; Nesterov's form as in Sutskever et al. 2013.
     """
 
-    state_names = ("momentum_buffer",)
+    # A buffer starts from the first gradient it sees. torch keeps no count: there, it has seen one.
+    states = (StateSpec("momentum_buffer", when=itemgetter("momentum"), count=1.0, restarts=True),)
 
     def __init__(
         self,
@@ -70,18 +71,6 @@ class SGD(FusedOptimizer):
                 f"{where} nesterov is True with momentum {group['momentum']} and dampening "
                 f"{group['dampening']}; expected momentum > 0 and dampening 0. Pass these, or nesterov=False."
             )
-
-    def _active_states(self, group: Group) -> tuple[str, ...]:
-        return self.state_names if group["momentum"] != 0 else ()
-
-    def _new_state(self, name: str, like: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
-        # The op starts the buffer from the first gradient it sees. In place: processes may share the count.
-        entry["step"].zero_()
-        return super()._new_state(name, like, dtype, entry)
-
-    def _upgrade_state(self, entry: Entry) -> None:
-        if "momentum_buffer" in entry:  # torch keeps no step count; a buffer exists from the first step on
-            entry.setdefault("step", 1.0)
 
     def _densified(self, grad: Tensor) -> Tensor:
         return grad.to_dense()
