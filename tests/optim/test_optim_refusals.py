@@ -23,7 +23,7 @@ BAD_OPTIONS = [
     (optim.AdamW, {"eps": -1e-8}, r"eps is -1e-08; expected a finite number >= 0"),
     (optim.AdamW, {"betas": (1.0, 0.9)}, r"betas\[0\] is 1.0; expected a number < 1 >= 0"),
     (optim.AdamW, {"betas": (0.9, -0.1)}, r"betas\[1\] is -0.1"),
-    (optim.AdamW, {"betas": (0.9,)}, r"betas is \(0.9,\); expected two numbers"),
+    (optim.AdamW, {"betas": (0.9,)}, r"betas is \(0.9,\); expected 2 numbers"),
     (optim.Adam, {"weight_decay": -1}, r"weight_decay is -1; expected"),
     (optim.Adam, {"differentiable": True}, r"differentiable is True; expected False"),
     (

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from .core.composed import ComposedOptimizer, Values
 from .core.optimizer import Group
-from .core.options import check_number
+from .core.options import FINITE, NOT_NEGATIVE, Bounds
 from .state.formats import Storage
 from .state.spec import StateSpec
 
@@ -44,6 +44,8 @@ class Adafactor(ComposedOptimizer):
     Source: Shazeer and Stern 2018, arXiv:1804.04235, Alg. 4 and 5, with torch's ``lr`` and ``eps``.
     """
 
+    op = "Adafactor"
+    bounds = {"d": Bounds(low=1.0), "beta2_decay": FINITE}
     states = (
         StateSpec("row_var", like=partial(_mean_over, -1), required=True, of=_is_factored),
         StateSpec("col_var", like=partial(_mean_over, -2), required=True, of=_is_factored),
@@ -80,10 +82,8 @@ class Adafactor(ComposedOptimizer):
             raise ValueError(f"{where} eps is {group['eps']}; expected two numbers. Pass (eps1, eps2).")
         eps1, eps2 = group["eps"]
         if eps1 is not None:
-            check_number(where, "eps[0]", eps1)
-        check_number(where, "eps[1]", eps2)
-        check_number(where, "d", group["d"], low=1.0)
-        check_number(where, "beta2_decay", group["beta2_decay"], low=-math.inf, below=math.inf)
+            NOT_NEGATIVE.check(where, "eps[0]", eps1)
+        NOT_NEGATIVE.check(where, "eps[1]", eps2)
         if group["beta2_decay"] > 0:
             raise ValueError(
                 f"{where} beta2_decay is {group['beta2_decay']}; expected a number <= 0. Pass such as -0.8."

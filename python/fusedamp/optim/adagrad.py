@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from ..tensors.layout import STATE_DTYPES, in_turns
 from ..tensors.shards import local
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_number
+from .core.options import NOT_NEGATIVE
 from .state.formats import Storage
 from .state.spec import StateSpec
 
@@ -30,6 +30,8 @@ class Adagrad(FusedOptimizer):
     Source: Duchi, Hazan and Singer 2011, JMLR 12.
     """
 
+    op, hyper = "adagrad_", ("lr_decay", "eps", "weight_decay")
+    bounds = dict.fromkeys(("lr_decay", "eps", "initial_accumulator_value"), NOT_NEGATIVE)
     # Of the constructor, for every group, as in torch.
     states = (StateSpec("sum", first="initial_accumulator_value", nonnegative=True, required=True),)
 
@@ -61,16 +63,8 @@ class Adagrad(FusedOptimizer):
                 if isinstance(value, Tensor):  # not what is said of one in 8 bits
                     value.share_memory_()
 
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        for name in ("lr_decay", "eps", "initial_accumulator_value"):
-            check_number(where, name, group[name])
-
     def _densified(self, grad: Tensor) -> Tensor:
         return grad.to_dense()
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        return "adagrad_", {name: group[name] for name in ("lr_decay", "eps", "weight_decay")}
 
 
 def _can_have_state(param: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_betas, check_number
+from .core.options import BETAS, NOT_NEGATIVE
 from .state.formats import Storage
 from .state.spec import StateSpec
 
@@ -48,6 +48,8 @@ class Adam(FusedOptimizer):
     Source: Kingma and Ba 2015, arXiv:1412.6980, Alg. 1; amsgrad: Reddi et al. 2018, arXiv:1904.09237.
     """
 
+    hyper = ("betas", "eps", "weight_decay")
+    bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
     states = (
         StateSpec("exp_avg", required=True),
         StateSpec("exp_avg_sq", nonnegative=True, required=True),
@@ -86,15 +88,8 @@ class Adam(FusedOptimizer):
         }
         super().__init__(params, defaults, storage)
 
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        check_number(where, "eps", group["eps"])
-        check_betas(where, group["betas"])
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        hyper = dict(beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
-        return "adamw_" if group["decoupled_weight_decay"] else "adam_", hyper
+    def _op_name(self, group: Group) -> str:
+        return "adamw_" if group["decoupled_weight_decay"] else "adam_"
 
 
 class AdamW(Adam):

@@ -7,7 +7,7 @@ second moment. CPU and CUDA add up in different orders: results may differ betwe
 from __future__ import annotations
 
 import math
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from ..tensors.layout import scalar_like
 from ..tensors.shards import need_whole, sharded_dims
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_betas, check_number
+from .core.options import BETAS, NOT_NEGATIVE
 from .state.formats import Storage
 from .state.spec import StateSpec
 
@@ -52,6 +52,9 @@ class LAMB(Layerwise):
     Source: You et al. 2020, arXiv:1904.00962, Alg. 2.
     """
 
+    op = "lamb_"
+    hyper = ("betas", "eps", "weight_decay", "bias_correction", "trust_clip", "adapt")
+    bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
     states = (
         StateSpec("exp_avg", required=True),
         StateSpec("exp_avg_sq", nonnegative=True, required=True),
@@ -77,15 +80,8 @@ class LAMB(Layerwise):
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
-        check_number(where, "eps", group["eps"])
         if group["trust_clip"] != math.inf:
-            check_number(where, "trust_clip", group["trust_clip"])
-        check_betas(where, group["betas"])
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        names = ("eps", "weight_decay", "bias_correction", "trust_clip", "adapt")
-        return "lamb_", dict(beta1=beta1, beta2=beta2) | {name: group[name] for name in names}
+            NOT_NEGATIVE.check(where, "trust_clip", group["trust_clip"])
 
 
 class LARS(Layerwise):
@@ -106,6 +102,9 @@ class LARS(Layerwise):
     Source: You, Gitman and Ginsburg 2017, arXiv:1708.03888, Alg. 1.
     """
 
+    op = "lars_"
+    hyper = ("momentum", "weight_decay", "trust_coefficient", "eps", "nesterov", "adapt")
+    bounds = dict.fromkeys(("momentum", "trust_coefficient", "eps"), NOT_NEGATIVE)
     states = (StateSpec("momentum_buffer", required=True, count=0.0),)
 
     def __init__(
@@ -126,15 +125,6 @@ class LARS(Layerwise):
         defaults |= dict(trust_coefficient=trust_coefficient, nesterov=nesterov, adapt=adapt)
         super().__init__(params, {**defaults, "maximize": maximize}, storage)
 
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        for name in ("momentum", "trust_coefficient", "eps"):
-            check_number(where, name, group[name])
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        names = ("momentum", "weight_decay", "trust_coefficient", "eps", "nesterov", "adapt")
-        return "lars_", {name: group[name] for name in names}
-
 
 class NovoGrad(Layerwise):
     """NovoGrad: momentum of gradients that are divided by a running norm of their tensor.
@@ -150,6 +140,8 @@ class NovoGrad(Layerwise):
     Source: Ginsburg et al. 2019, arXiv:1905.11286, Alg. 1.
     """
 
+    op, hyper = "novograd_", ("betas", "eps", "weight_decay", "grad_averaging")
+    bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
     states = (
         StateSpec("exp_avg", required=True),
         StateSpec("exp_avg_sq", like=scalar_like, required=True),
@@ -170,13 +162,3 @@ class NovoGrad(Layerwise):
         defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         defaults |= dict(grad_averaging=grad_averaging, maximize=maximize)
         super().__init__(params, defaults, storage)
-
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        check_number(where, "eps", group["eps"])
-        check_betas(where, group["betas"])
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        names = ("eps", "weight_decay", "grad_averaging")
-        return "novograd_", dict(beta1=beta1, beta2=beta2) | {name: group[name] for name in names}

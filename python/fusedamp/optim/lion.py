@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_betas
+from .core.options import BETAS
 from .state.formats import Storage
 from .state.spec import StateSpec
 
@@ -28,6 +28,8 @@ class Lion(FusedOptimizer):
     Source: Chen et al. 2023, arXiv:2302.06675, Alg. 2.
     """
 
+    op, hyper = "lion_", ("betas", "weight_decay")
+    bounds = {"betas": BETAS}
     states = (StateSpec("exp_avg", required=True, count=0.0),)
 
     def __init__(
@@ -42,11 +44,3 @@ class Lion(FusedOptimizer):
     ) -> None:
         defaults: Group = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
         super().__init__(params, defaults, storage)
-
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        check_betas(where, group["betas"])
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        return "lion_", dict(beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"])

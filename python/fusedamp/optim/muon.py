@@ -16,8 +16,8 @@ from .. import ops
 from ..tensors.shards import need_whole
 from .core.composed import ComposedOptimizer, Values
 from .core.optimizer import Batch, FusedOptimizer, Group
-from .core.options import check_number
-from .state.formats import Storage, name_dtypes
+from .core.options import BETAS, FRACTION, NOT_NEGATIVE, Bounds
+from .state.formats import Storage
 from .state.spec import StateSpec
 
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
@@ -66,6 +66,14 @@ class Muon(ComposedOptimizer):
         arXiv:2502.16982; AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
 
+    op, hyper = "adamw_", ("adamw_betas", "adamw_eps", "weight_decay")
+    bounds = {
+        "momentum": FRACTION,
+        "eps": NOT_NEGATIVE,
+        "adamw_eps": NOT_NEGATIVE,
+        "ns_coefficients": Bounds(low=-math.inf, length=3),
+        "adamw_betas": BETAS,
+    }
     states = (
         StateSpec("momentum_buffer", required=True, when=_has_matrices, of=_is_matrix, count=1.0),
         StateSpec("exp_avg", required=True, when=_has_others, of=_is_other, count=0.0),
@@ -109,17 +117,7 @@ class Muon(ComposedOptimizer):
         super().__init__(params, defaults, storage)
 
     def _check_group(self, where: str, group: Group) -> None:
-        name_dtypes(group)
         super()._check_group(where, group)
-        check_number(where, "momentum", group["momentum"], below=1.0)
-        check_number(where, "eps", group["eps"])
-        check_number(where, "adamw_eps", group["adamw_eps"])
-        for name, length in (("ns_coefficients", 3), ("adamw_betas", 2)):
-            if len(group[name]) != length:
-                raise ValueError(f"{where} {name} is {group[name]}; expected {length} numbers.")
-            low, below = (0.0, 1.0) if name == "adamw_betas" else (-math.inf, math.inf)
-            for i, value in enumerate(group[name]):
-                check_number(where, f"{name}[{i}]", value, low=low, below=below)
         if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] <= MAX_NS_STEPS:
             raise ValueError(
                 f"{where} ns_steps is {group['ns_steps']}; expected a whole number from 0 to {MAX_NS_STEPS}."
@@ -144,11 +142,6 @@ class Muon(ComposedOptimizer):
                 "Leave use_muon out, or put the parameter into a group with use_muon=False."
             )
         super()._check_param(param, group)
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["adamw_betas"]
-        hyper = dict(beta1=beta1, beta2=beta2, eps=group["adamw_eps"], weight_decay=group["weight_decay"])
-        return "adamw_", hyper
 
     def _check_calls(self, batches: list[Batch]) -> None:
         parts = [part for batch in batches for part in _parts(batch)]

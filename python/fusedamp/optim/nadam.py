@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..tensors.layout import scalar_like
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_betas, check_number
+from .core.options import BETAS, NOT_NEGATIVE
 from .state.formats import Storage
 from .state.spec import StateSpec
 
@@ -29,6 +29,8 @@ class NAdam(FusedOptimizer):
     Source: Dozat 2016, "Incorporating Nesterov Momentum into Adam", Alg. 2.
     """
 
+    op, hyper = "nadam_", ("betas", "eps", "weight_decay", "decoupled_weight_decay")
+    bounds = {"eps": NOT_NEGATIVE, "momentum_decay": NOT_NEGATIVE, "betas": BETAS}
     states = (
         StateSpec("exp_avg", required=True),
         StateSpec("exp_avg_sq", nonnegative=True, required=True),
@@ -56,14 +58,6 @@ class NAdam(FusedOptimizer):
         defaults |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
         super().__init__(params, defaults | dict(differentiable=differentiable), storage)
 
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        check_number(where, "eps", group["eps"])
-        check_number(where, "momentum_decay", group["momentum_decay"])
-        check_betas(where, group["betas"])
-
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        hyper = dict(beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
-        decoupled, decay_base = group["decoupled_weight_decay"], 0.96 ** group["momentum_decay"]
-        return "nadam_", hyper | dict(decoupled=decoupled, decay_base=decay_base)
+        op, hyper = super()._op(group)
+        return op, hyper | {"decay_base": 0.96 ** group["momentum_decay"]}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_number
+from .core.options import NOT_NEGATIVE
 from .state.formats import Storage
 from .state.spec import StateSpec
 
@@ -30,6 +30,8 @@ class RMSprop(FusedOptimizer):
     Source: Tieleman and Hinton 2012, Lecture 6.5; centered: Graves 2013, arXiv:1308.0850.
     """
 
+    hyper = ("alpha", "eps", "weight_decay", "momentum")
+    bounds = dict.fromkeys(("alpha", "eps", "momentum"), NOT_NEGATIVE)
     states = (
         StateSpec("square_avg", nonnegative=True, required=True),
         StateSpec("grad_avg", when=itemgetter("centered")),
@@ -58,8 +60,6 @@ class RMSprop(FusedOptimizer):
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
-        for name in ("alpha", "eps", "momentum"):
-            check_number(where, name, group[name])
         if group["centered"] and group["state_dtype"] != "float32":
             raise ValueError(
                 f"{where} state_dtype is {group['state_dtype']!r} with centered=True; expected "
@@ -67,6 +67,5 @@ class RMSprop(FusedOptimizer):
                 "centered=False."
             )
 
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        hyper = {name: group[name] for name in ("alpha", "eps", "weight_decay", "momentum")}
-        return "rmsprop_centered_" if group["centered"] else "rmsprop_", hyper
+    def _op_name(self, group: Group) -> str:
+        return "rmsprop_centered_" if group["centered"] else "rmsprop_"

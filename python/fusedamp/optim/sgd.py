@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from operator import itemgetter
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_number
+from .core.options import FINITE, NOT_NEGATIVE
 from .state.formats import Storage
 from .state.spec import StateSpec
 
@@ -31,6 +30,8 @@ class SGD(FusedOptimizer):
     Source: Polyak 1964; Nesterov's form as in Sutskever et al. 2013.
     """
 
+    op, hyper = "sgd_", ("momentum", "dampening", "weight_decay", "nesterov")
+    bounds = {"momentum": NOT_NEGATIVE, "dampening": FINITE}
     # A buffer starts from the first gradient it sees. torch keeps no count: there, it has seen one.
     states = (StateSpec("momentum_buffer", when=itemgetter("momentum"), count=1.0, restarts=True),)
 
@@ -64,8 +65,6 @@ class SGD(FusedOptimizer):
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
-        check_number(where, "momentum", group["momentum"])
-        check_number(where, "dampening", group["dampening"], low=-math.inf)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"{where} nesterov is True with momentum {group['momentum']} and dampening "
@@ -74,6 +73,3 @@ class SGD(FusedOptimizer):
 
     def _densified(self, grad: Tensor) -> Tensor:
         return grad.to_dense()
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        return "sgd_", {name: group[name] for name in ("momentum", "dampening", "weight_decay", "nesterov")}

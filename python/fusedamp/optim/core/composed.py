@@ -40,9 +40,6 @@ class ComposedOptimizer(FusedOptimizer):
         """
         raise NotImplementedError
 
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        return type(self).__name__, {}
-
     def _check_param(self, param: Tensor, group: Group) -> None:
         super()._check_param(param, group)
         need_whole(param, type(self).__name__)

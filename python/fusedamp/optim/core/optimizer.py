@@ -20,7 +20,7 @@ from ..state import checkpoint, formats
 from ..state.formats import Entry, Storage, name_dtypes
 from ..state.spec import State, StateSpec, complete, completing, resolved
 from .batch import Batch, Group
-from .options import SeenOptions, check_common, draws, is_compressed
+from .options import Bounds, SeenOptions, check_common, draws, is_compressed
 from .params import check_aliasing, check_distinct, check_dtype, check_place
 from .replay import Replay
 from .slot import Mode, Slot
@@ -46,6 +46,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _fusedamp_fused = True  # fusedamp.GradScaler takes its fused route for us
     _amp: AmpInputs | None = None  # set by the scaler around one step
+    op: str  # the step op, where it does not depend on options
+    hyper: tuple[str, ...] = ()  # the options that are its hyper-parameters, in its order; pairs are two
+    bounds: dict[str, Bounds] = {}  # of options, besides those that all have
     states: tuple[StateSpec, ...] = ()  # all that the algorithm may have, in the op's order
     can_compress: bool = True  # whether masters and states may be kept in less than FP32
     _slots: dict[int, Slot]  # by id of the parameter; given up when the state is asked for
@@ -92,6 +95,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_group(self, where: str, group: Group) -> None:
         """Raise where an option of ``group`` is unusable. ``where`` starts the message."""
         check_common(where, group)
+        for name, bounds in self.bounds.items():
+            bounds.check(where, name, group[name])
         if is_compressed(group) and not self.can_compress:
             raise ValueError(
                 f"{where} master_weights is {group['master_weights']!r}, state_dtype "
@@ -101,8 +106,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        """The name of the step op, and its hyper-parameters by name, in the op's order."""
-        raise NotImplementedError
+        """The step op, and its hyper-parameters in its order, by names for messages."""
+        hyper = {}
+        for name in self.hyper:
+            value = group[name]
+            if isinstance(value, (tuple, list)):
+                hyper[name + "[0]"], hyper[name + "[1]"] = value
+            else:
+                hyper[name] = value
+        return self._op_name(group), hyper
+
+    def _op_name(self, group: Group) -> str:
+        return self.op
 
     def _check_param(self, param: Tensor, group: Group) -> None:
         """Raise where ``param`` cannot be optimized with the options of ``group``, wherever it lies."""
@@ -203,7 +218,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _mode(self, group: Group) -> Mode:
         return Mode(
             self._specs(group),
-            self._op(group)[0],
+            self._op_name(group),
             group["master_weights"],
             group["state_dtype"],
             group["stochastic_rounding"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,12 +80,28 @@ def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: 
         )
 
 
-def check_betas(where: str, betas: Any) -> None:
-    """Raise unless ``betas`` is a pair of numbers in [0, 1)."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"{where} betas is {betas}; expected two numbers. Pass (beta1, beta2).")
-    for i, beta in enumerate(betas):
-        check_number(where, f"betas[{i}]", beta, below=1.0)
+class Bounds(NamedTuple):
+    """Numbers that an option may be, from ``low`` and below ``below``; with ``length`` a tuple of them."""
+
+    low: float = 0.0
+    below: float = math.inf
+    length: int | None = None
+
+    def check(self, where: str, name: str, value: Any) -> None:
+        """Raise unless ``value`` is such a number, or such numbers."""
+        if self.length is None:
+            check_number(where, name, value, low=self.low, below=self.below)
+            return
+        if not isinstance(value, (tuple, list)) or len(value) != self.length:
+            raise ValueError(
+                f"{where} {name} is {value}; expected {self.length} numbers. Pass a tuple of them."
+            )
+        for i, number in enumerate(value):
+            check_number(where, f"{name}[{i}]", number, low=self.low, below=self.below)
+
+
+NOT_NEGATIVE, FINITE = Bounds(), Bounds(low=-math.inf)
+FRACTION, BETAS = Bounds(below=1.0), Bounds(below=1.0, length=2)
 
 
 def check_common(where: str, group: dict[str, Any]) -> None:
