@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..ops.checks import need_length, refuse
 from .core.composed import ComposedOptimizer, Values
 from .core.optimizer import Group
 from .core.options import FINITE, NOT_NEGATIVE, Bounds
@@ -78,16 +79,13 @@ class Adafactor(ComposedOptimizer):
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
-        if len(group["eps"]) != 2:
-            raise ValueError(f"{where} eps is {group['eps']}; expected two numbers. Pass (eps1, eps2).")
+        need_length(where, "eps", group["eps"], 2)
         eps1, eps2 = group["eps"]
         if eps1 is not None:
             NOT_NEGATIVE.check(where, "eps[0]", eps1)
         NOT_NEGATIVE.check(where, "eps[1]", eps2)
         if group["beta2_decay"] > 0:
-            raise ValueError(
-                f"{where} beta2_decay is {group['beta2_decay']}; expected a number <= 0. Pass such as -0.8."
-            )
+            refuse(where, "beta2_decay", group["beta2_decay"], "a number <= 0, such as -0.8")
 
     def _rule(
         self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor

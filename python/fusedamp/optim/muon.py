@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import ops
+from ..ops.checks import refuse
 from ..tensors.shards import need_whole
 from .core.composed import ComposedOptimizer, Values
 from .core.optimizer import Batch, FusedOptimizer, Group
@@ -119,16 +120,14 @@ class Muon(ComposedOptimizer):
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
         if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] <= MAX_NS_STEPS:
-            raise ValueError(
-                f"{where} ns_steps is {group['ns_steps']}; expected a whole number from 0 to {MAX_NS_STEPS}."
-            )
+            refuse(where, "ns_steps", group["ns_steps"], f"a whole number from 0 to {MAX_NS_STEPS}")
         for name, known in (
             ("adjust_lr_fn", ADJUST_LR_FNS),
             ("ns_dtype", NS_DTYPES),
             ("use_muon", (None, True, False)),
         ):
             if group[name] not in known:
-                raise ValueError(f"{where} {name} is {group[name]!r}; expected one of {known}.")
+                refuse(where, name, group[name], f"one of {known}")
 
     def _check_param(self, param: Tensor, group: Group) -> None:
         if _has_matrices(group):
