@@ -8,6 +8,7 @@ call of an op; what is in the lists is read only after torch has refused it.
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +17,15 @@ from torch import Tensor
 from ..tensors.layout import is_fake
 
 INT32_MAX = 2**31 - 1
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Within it errors about values and types start with ``where``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where} {error}") from error
 
 
 def need_lists(op: str, **lists: Any) -> None:

@@ -14,7 +14,7 @@ from ..ops.checks import need_length, refuse
 from .core.composed import ComposedOptimizer, Values
 from .core.optimizer import Group
 from .core.options import FINITE, NOT_NEGATIVE, Bounds
-from .state.formats import Storage
+from .state.formats import Storage, options
 from .state.spec import StateSpec
 
 
@@ -66,16 +66,7 @@ class Adafactor(ComposedOptimizer):
         maximize: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "beta2_decay": beta2_decay,
-            "eps": eps,
-            "d": d,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

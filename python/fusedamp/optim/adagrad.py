@@ -9,9 +9,9 @@ from torch.optim.optimizer import ParamsT
 
 from ..tensors.layout import STATE_DTYPES, in_turns
 from ..tensors.shards import local
-from .core.optimizer import FusedOptimizer, Group
+from .core.optimizer import FusedOptimizer
 from .core.options import NOT_NEGATIVE
-from .state.formats import Storage
+from .state.formats import Storage, options
 from .state.spec import StateSpec
 
 
@@ -50,10 +50,7 @@ class Adagrad(FusedOptimizer):
         fused: bool | None = None,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay)
-        defaults |= dict(initial_accumulator_value=initial_accumulator_value, foreach=foreach)
-        defaults |= dict(maximize=maximize, differentiable=differentiable, fused=fused)
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
         in_turns(list(self._missing_states(_can_have_state)))
 
     def share_memory(self) -> None:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import BETAS, NOT_NEGATIVE
-from .state.formats import Storage
+from .state.formats import Storage, options
 from .state.spec import StateSpec
 
 
@@ -73,20 +73,7 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _op_name(self, group: Group) -> str:
         return "adamw_" if group["decoupled_weight_decay"] else "adam_"
@@ -114,21 +101,7 @@ class AdamW(Adam):
         fused: bool | None = None,
         **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            **storage,
-        )
+        super().__init__(params, **options(locals()), decoupled_weight_decay=True, **storage)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -16,7 +16,7 @@ from ..tensors.layout import scalar_like
 from ..tensors.shards import need_whole, sharded_dims
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import BETAS, NOT_NEGATIVE
-from .state.formats import Storage
+from .state.formats import Storage, options
 from .state.spec import StateSpec
 
 
@@ -74,9 +74,7 @@ class LAMB(Layerwise):
         maximize: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        defaults |= dict(bias_correction=bias_correction, trust_clip=trust_clip, adapt=adapt)
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
@@ -121,9 +119,7 @@ class LARS(Layerwise):
         maximize: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
-        defaults |= dict(trust_coefficient=trust_coefficient, nesterov=nesterov, adapt=adapt)
-        super().__init__(params, {**defaults, "maximize": maximize}, storage)
+        super().__init__(params, options(locals()), storage)
 
 
 class NovoGrad(Layerwise):
@@ -159,6 +155,4 @@ class NovoGrad(Layerwise):
         maximize: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        defaults |= dict(grad_averaging=grad_averaging, maximize=maximize)
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)

@@ -7,9 +7,9 @@ from typing import Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .core.optimizer import FusedOptimizer, Group
+from .core.optimizer import FusedOptimizer
 from .core.options import BETAS
-from .state.formats import Storage
+from .state.formats import Storage, options
 from .state.spec import StateSpec
 
 
@@ -42,5 +42,4 @@ class Lion(FusedOptimizer):
         maximize: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)

@@ -18,7 +18,7 @@ from ..tensors.shards import need_whole
 from .core.composed import ComposedOptimizer, Values
 from .core.optimizer import Batch, FusedOptimizer, Group
 from .core.options import BETAS, FRACTION, NOT_NEGATIVE, Bounds
-from .state.formats import Storage
+from .state.formats import Storage, options
 from .state.spec import StateSpec
 
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
@@ -100,22 +100,7 @@ class Muon(ComposedOptimizer):
         ns_dtype: torch.dtype | str = torch.bfloat16,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "maximize": maximize,
-            "use_muon": use_muon,
-            "adamw_betas": adamw_betas,
-            "adamw_eps": adamw_eps,
-            "ns_dtype": ns_dtype,
-        }
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

@@ -7,9 +7,9 @@ from typing import Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .core.optimizer import FusedOptimizer, Group
+from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, NOT_NEGATIVE
-from .state.formats import Storage
+from .state.formats import Storage, options
 from .state.spec import StateSpec
 
 
@@ -50,7 +50,4 @@ class RAdam(FusedOptimizer):
         differentiable: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        defaults |= dict(foreach=foreach, capturable=capturable)
-        defaults |= dict(decoupled_weight_decay=decoupled_weight_decay, differentiable=differentiable)
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import NOT_NEGATIVE
-from .state.formats import Storage
+from .state.formats import Storage, options
 from .state.spec import StateSpec
 
 
@@ -53,10 +53,7 @@ class RMSprop(FusedOptimizer):
         differentiable: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered)
-        defaults |= dict(weight_decay=weight_decay, capturable=capturable, foreach=foreach)
-        defaults |= dict(maximize=maximize, differentiable=differentiable)
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

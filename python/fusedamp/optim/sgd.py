@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import FINITE, NOT_NEGATIVE
-from .state.formats import Storage
+from .state.formats import Storage, options
 from .state.spec import StateSpec
 
 
@@ -50,18 +50,7 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)

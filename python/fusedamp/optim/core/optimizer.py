@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ... import ops
+from ...ops.checks import at
 from ...ops.inputs import AmpInputs, begin_step, inputs_on
 from ...tensors.addresses import read
 from ...tensors.layout import gradient_of, in_turns
@@ -283,10 +284,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     yield self._making_state(f"{self._where(g)} params[{i}]", group, param, state[param])
 
     def _making_state(self, where: str, group: Group, param: Tensor, entry: Entry) -> Iterator[None]:
-        try:
+        with at(where):
             yield from completing(param, entry, self._states_of(param, group))
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{where} {error}") from error
 
     def _seed(self, group: Group) -> None:
         """Give ``group`` this optimizer's seed if it has none and needs one."""
@@ -333,11 +332,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         where = f"[{type(self).__name__}]"
         name_dtypes(group)
         self._check_group(where, group)
-        try:
+        with at(f"{where} a parameter"):
             self._check_param(meta, group)
             complete(meta, entry, resolved(self._specs(group), meta, group, self.defaults))
-        except ValueError as error:
-            raise ValueError(f"{where} a parameter {error}") from None
         return entry
 
     # Groups and checkpoints ---------------------------------------------------------------

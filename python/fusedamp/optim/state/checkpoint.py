@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.checks import at
 from ...tensors.layout import fitted, in_turns, scalar_like
 from .encoded import Quantized, Remainder, Scales, plain
 from .formats import (
     DEFAULTS,
+    Entry,
     adapted,
     check_master,
     for_checkpoint,
@@ -146,25 +148,14 @@ def _warn_of_rules(where: str, optimizer: str, saved: dict[str, Any], group: dic
 
 
 def _converting(
-    where: str,
-    optimizer: Any,
-    entry: dict[str, Any],
-    param: Tensor,
-    group: dict[str, Any],
+    where: str, optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any]
 ) -> Iterator[None]:
     """Makes the saved ``entry`` that of ``param``, in place and one tensor at a time."""
-    try:
+    with at(where):
         yield from _convert_tensors(optimizer, entry, param, group)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{where} {error}") from error
 
 
-def _convert_tensors(
-    optimizer: Any,
-    entry: dict[str, Any],
-    param: Tensor,
-    group: dict[str, Any],
-) -> Iterator[None]:
+def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any]) -> Iterator[None]:
     optimizer._check_param(param, group)
     specs = [spec for spec in optimizer.states if spec.of is None or spec.of(param, group)]
     for spec in specs:
@@ -184,19 +175,15 @@ def _convert_tensors(
         )
     for spec in optimizer.states:
         taken_from_checkpoint(entry, spec.name, spec.nonnegative)
-    if scales := [
-        scale_name(name)
-        for name in (spec.name for spec in optimizer.states)
-        if scale_name(name) in entry and not isinstance(entry.get(name), Quantized)
-    ]:
-        name = scales[0].removesuffix(scale_name(""))
-        dtype = getattr(entry.get(name), "dtype", "missing")
-        raise ValueError(
-            f"has {scales[0]!r}, the block scales of an 8-bit state, beside {name!r} of dtype {dtype}; "
-            "expected its int8 or uint8 values. Quantized values are no numbers, so they can't be cast or "
-            'computed with: load the intact checkpoint into an optimizer with state_dtype="float32", whose '
-            "states are."
-        )
+        scales = scale_name(spec.name)
+        if scales in entry and not isinstance(entry.get(spec.name), Quantized):
+            dtype = getattr(entry.get(spec.name), "dtype", "missing")
+            raise ValueError(
+                f"has {scales!r}, the block scales of an 8-bit state, beside {spec.name!r} of dtype {dtype}; "
+                "expected its int8 or uint8 values. Quantized values are no numbers, so they can't be cast "
+                'or computed with: load the intact checkpoint into an optimizer with state_dtype="float32", '
+                "whose states are."
+            )
     present = [spec for spec in specs if spec.name in entry]
     states = {state.name: state for state in resolved(present, param, group, optimizer.defaults)}
     if "master" not in states:

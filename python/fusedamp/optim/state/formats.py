@@ -32,6 +32,11 @@ DEFAULTS = Storage(
 )
 
 
+def options(given: dict[str, Any]) -> dict[str, Any]:
+    """``given``, the ``locals()`` of a constructor, without its parameters and its options of storage."""
+    return {name: given[name] for name in given if name not in ("self", "params", "storage", "__class__")}
+
+
 def with_storage(optimizer: str, defaults: Entry, storage: Storage) -> Entry:
     """``defaults`` with the options of storage, those given and the others."""
     unknown = sorted(storage.keys() - DEFAULTS.keys())
