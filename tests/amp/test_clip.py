@@ -123,10 +123,7 @@ def test_nonfinite(bad):
 BAD = [
     ({"max_norm": -1.0}, r"max_norm is -1.0; expected a number >= 0"),
     ({"max_norm": math.nan}, r"max_norm is nan"),
-    (
-        {"max_norm": torch.ones(2)},
-        r"max_norm has shape \[2\] and dtype torch.float32; expected a number or 1 real element",
-    ),
+    ({"max_norm": torch.ones(2)}, r"max_norm is a torch.float32 tensor of shape \[2\]; expected a number"),
     ({"max_norm": 1.0, "norm_type": -1.0}, r"norm_type is -1.0; expected a number >= 0, or inf"),
     ({"max_norm": 1.0, "norm_type": math.nan}, r"norm_type is nan"),
 ]
@@ -136,11 +133,11 @@ BAD = [
 def test_bad_arguments(arguments, match):
     (param,) = params_of([torch.float32])
     before = param.grad.clone()
-    with pytest.raises(ValueError, match=r"^\[clip_grad_norm_\] " + match):
+    with pytest.raises((ValueError, TypeError), match=r"^\[clip_grad_norm_\] " + match):
         fusedamp.clip_grad_norm_(param, **arguments)
     scaler = GradScaler(DEVICE, init_scale=4.0)
     scaler.scale(torch.ones(()))
-    with pytest.raises(ValueError, match=r"^\[GradScaler.clip_grad_norm_\] " + match):
+    with pytest.raises((ValueError, TypeError), match=r"^\[GradScaler.clip_grad_norm_\] " + match):
         scaler.clip_grad_norm_(optim.AdamW([param]), **arguments)
     assert torch.equal(param.grad, before)
 

@@ -201,11 +201,8 @@ def test_clipping_refuses_what_is_no_number(way):
             else fusedamp.clip_grad_norm_([param], *args)
         )
 
-    for value in (True, "1", None, 1j, [1.0]):
+    for value in (True, "1", None, 1j, [1.0], torch.tensor(True), torch.tensor(1j), torch.ones(2)):
         with pytest.raises(TypeError, match="max_norm is"):
-            clip(value)
-    for value in (torch.tensor(True), torch.tensor(1j), torch.ones(2)):
-        with pytest.raises(ValueError, match="max_norm has shape"):
             clip(value)
     for value in (math.nan, -1.0, -HUGE):
         with pytest.raises(ValueError, match="max_norm is"):

@@ -102,7 +102,7 @@ ADAM = {
     ),
     "integer lr": bad_value(option(lr=torch.ones((), dtype=torch.int64)), "lr is int64"),
     "float16 lr": bad_value(option(lr=scalar(1.0, torch.float16)), "lr is float16 of shape []; expected one"),
-    "betas": bad_type(option(betas=0.9), "betas is 0.9; expected a pair of numbers"),
+    "betas": bad_type(option(betas=0.9), "betas is 0.9; expected 2 numbers"),
     "eps": bad_type(option(eps=None), "eps is None; expected a number"),
     "amsgrad": bad_value(option(amsgrad=True), "max_exp_avg_sqs has 0 tensors with amsgrad=True; expected"),
     "found_inf": bad_type(option(found_inf=1.0), "found_inf is a float; expected a tensor"),

@@ -6,7 +6,7 @@ import re
 import pytest
 import storage_reference
 import torch
-from cases import CASES, bits, kept, make_params, set_grads
+from cases import CASES, bits, kept, make_params, nonnegative_states, set_grads
 from fusedamp import optim
 from fusedamp.ops.inputs import AmpInputs, DeviceInputs
 from fusedamp.optim.core.options import STORAGE
@@ -124,7 +124,7 @@ def assert_near(case, param, entry, exact, wide, mode):
         elif mode["state_dtype"] == "bfloat16":
             assert_neighbour(value, wanted)
         else:
-            nonnegative = name in case.ours.nonnegative_states
+            nonnegative = name in nonnegative_states(case.ours)
             assert value.dtype == (torch.uint8 if nonnegative else torch.int8)
             assert storage_reference.are_neighbours(value, scales, wanted), name
 

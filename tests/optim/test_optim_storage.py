@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from cases import BY_NAME, SHAPES, kept, make_params, set_grads
+from cases import BY_NAME, SHAPES, kept, make_params, nonnegative_states, set_grads
 from fusedamp import GradScaler, optim
 from fusedamp.optim.state import recoding
 from on_device import DEVICE
@@ -69,7 +69,7 @@ def test_runs_resume_bit_for_bit(case, dtype, mode):
     assert same(tensors(optimizer, params), tensors(second, resumed))
     kinds = {value.dtype for value in kept(optimizer.state[params[0]]).values()}
     wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-    signed = [state for state in case.states if state not in case.ours.nonnegative_states]
+    signed = [state for state in case.states if state not in nonnegative_states(case.ours)]
     assert wanted[mode["state_dtype"]] in kinds or not signed
     assert (torch.int16 in kinds) == (mode["master_weights"] == "split" and dtype in HALVES)
 

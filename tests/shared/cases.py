@@ -37,6 +37,11 @@ class Case:
         return self.name
 
 
+def nonnegative_states(ours: type[torch.optim.Optimizer]) -> set[str]:
+    """The names of the states that 8 bits hold without a sign."""
+    return {spec.name for spec in ours.states if spec.nonnegative}
+
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_MOMENTS = (*MOMENTS, "max_exp_avg_sq")
 

@@ -10,29 +10,22 @@ from types import GeneratorType
 import torch
 from torch import Tensor
 
+from ..ops import checks
 from ..tensors.shards import refuse_flattened
 from .gradients import Gradients, on
-from .limits import number
 
 
 def check_norm(op: str, max_norm: float | Tensor, norm_type: float) -> float:
-    """The norm type as a float, or an error; a ``max_norm`` tensor is not looked into (no sync)."""
-    if isinstance(max_norm, Tensor):
-        if max_norm.numel() != 1 or max_norm.dtype is torch.bool or max_norm.is_complex():
-            raise ValueError(
-                f"[{op}] max_norm has shape {list(max_norm.shape)} and dtype {max_norm.dtype}; expected "
-                "a number or 1 real element."
-            )
-    elif not number("max_norm", max_norm, op) >= 0:
-        raise ValueError(
-            f"[{op}] max_norm is {max_norm}; expected a number >= 0 (inf only measures the norm)."
-        )
-    # torch takes "inf", too.
-    norm_type = float(norm_type) if isinstance(norm_type, str) else number("norm_type", norm_type, op)
+    """The norm type as a float, or an error; the value of a ``max_norm`` tensor is not read (no sync)."""
+    where = f"[{op}]"
+    checks.need_number(where, "max_norm", max_norm)
+    if not isinstance(max_norm, Tensor) and not checks.number(where, "max_norm", max_norm) >= 0:
+        checks.refuse(where, "max_norm", max_norm, "a number >= 0 (inf only measures the norm)")
+    if isinstance(norm_type, str):  # torch takes "inf", too
+        norm_type = float(norm_type)
+    norm_type = checks.number(where, "norm_type", norm_type)
     if not norm_type >= 0:
-        raise ValueError(
-            f"[{op}] norm_type is {norm_type}; expected a number >= 0, or inf for the largest element."
-        )
+        checks.refuse(where, "norm_type", norm_type, "a number >= 0, or inf for the largest element")
     return norm_type
 
 
@@ -41,7 +34,7 @@ def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     if isinstance(max_norm, Tensor):
         max_norm = on(max_norm.detach(), norm.device).double().reshape(())
     else:
-        max_norm = number("max_norm", max_norm)
+        max_norm = checks.number("[clip_grad_norm_]", "max_norm", max_norm)
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -69,8 +62,8 @@ def clip_grad_norm_(
     Returns: the norm before clipping over all ranks that hold shards, 0-d on the device of the first
         gradient, FP32, or FP64 if any gradient is FP64. It is accumulated in FP64, so FP16 gradients do not
         overflow it.
-    Raises: ValueError for a negative or NaN ``max_norm`` or ``norm_type``, a ``max_norm`` tensor of several
-        elements. RuntimeError for FSDP1's shards on several ranks.
+    Raises: ValueError for a negative or NaN ``max_norm`` or ``norm_type``; TypeError for no numbers, and
+        tensors of several. RuntimeError for FSDP1's shards on several ranks.
     Cost: one read of the gradients and one read and write.
     """
     if isinstance(parameters, Tensor):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NoReturn, TypedDict
+from functools import partial
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from ..ops import checks
 from .gradients import has_value
 
 # The smallest normal FP32 number. Its reciprocal is finite; from 2**-128 on it would be inf.
 MIN_SCALE = 2.0**-126
 FP32_MAX = torch.finfo(torch.float32).max
-INT32_MAX = 2**31 - 1
 
 
 class ScaleLimits(TypedDict, total=False):
@@ -26,29 +27,9 @@ class ScaleLimits(TypedDict, total=False):
     on_floor: Literal["warn", "raise"]
 
 
-def _refuse(name: str, got: object, wanted: str, op: str = "GradScaler") -> NoReturn:
-    raise ValueError(f"[{op}] {name} is {got!r}; expected {wanted}.")
-
-
-def number(name: str, value: Any, op: str = "GradScaler") -> float:
-    """``value``, a real number or a tensor of 1 element, as a float; inf where it is beyond a float."""
-    odd = isinstance(value, (str, bytes, bool, complex))
-    if isinstance(value, Tensor):
-        odd = value.numel() != 1 or value.dtype is torch.bool or value.is_complex() or not has_value(value)
-    try:
-        if not odd:
-            return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-    except (TypeError, ValueError, RuntimeError):
-        pass
-    raise TypeError(f"[{op}] {name} is {value!r}; expected a number.")
-
-
-def count(name: str, value: Any, wanted: str, low: int = 1, high: int = INT32_MAX) -> int:
-    if not low <= number(name, value) <= high or not float(value).is_integer():
-        _refuse(name, value, f"a whole number from {low} to {high}: {wanted}")
-    return int(value)
+number = partial(checks.number, "[GradScaler]")
+_count = partial(checks.count, "[GradScaler]")
+_refuse = partial(checks.refuse, "[GradScaler]")
 
 
 def check_scale(name: str, value: Any) -> float:
@@ -73,7 +54,7 @@ def check_backoff_factor(value: Any) -> float:
 
 
 def check_interval(value: Any) -> int:
-    return count("growth_interval", value, "how many good steps in a row raise the scale")
+    return _count("growth_interval", value, "how many good steps in a row raise the scale")
 
 
 def check_limits(
@@ -89,7 +70,7 @@ def check_limits(
     if not (low <= high <= FP32_MAX or high == math.inf):
         wanted = f"a number >= min_scale ({low!r}) and <= {FP32_MAX:.8g}, or inf for no ceiling"
         _refuse("max_scale", max_scale, wanted)
-    budget = count("hysteresis", hysteresis, "how many overflows lower the scale once; 1 is torch's way")
+    budget = _count("hysteresis", hysteresis, "how many overflows lower the scale once; 1 is torch's way")
     if hysteresis_refill not in ("growth", "good_step"):
         _refuse("hysteresis_refill", hysteresis_refill, '"growth" or "good_step"')
     if on_floor not in ("warn", "raise"):
@@ -138,5 +119,5 @@ def checked_state(state: dict[str, Any], min_scale: float, max_scale: float) -> 
     trackers = {"_growth_tracker": "good steps in a row", "_hysteresis_tracker": "overflows left to forgive"}
     for name, wanted in trackers.items():
         if name == "_growth_tracker" or state.get(name) is not None:
-            checked[name] = count(f"state_dict[{name!r}]", state[name], wanted, 0, INT32_MAX - 1)
+            checked[name] = _count(f"state_dict[{name!r}]", state[name], wanted, 0, checks.INT32_MAX - 1)
     return checked

@@ -92,7 +92,7 @@ def radam_(
     **shared: Unpack[Shared],
 ) -> None:
     states = dict(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    decoupled = checks.flag("radam_", "decoupled_weight_decay", decoupled_weight_decay)
+    decoupled = checks.flag("[radam_]", "decoupled_weight_decay", decoupled_weight_decay)
     hyper = _moments("radam_", betas, eps, weight_decay) | dict(decoupled=decoupled)
     run_step("radam_", params, grads, masters, states, steps, lr, hyper, shared)
 
@@ -123,14 +123,14 @@ def nadam_(
     **shared: Unpack[Shared],
 ) -> None:
     states = dict(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, mu_products=mu_products)
-    decoupled = checks.flag("nadam_", "decoupled_weight_decay", decoupled_weight_decay)
-    decay_base = 0.96 ** checks.number("nadam_", "momentum_decay", momentum_decay)
+    decoupled = checks.flag("[nadam_]", "decoupled_weight_decay", decoupled_weight_decay)
+    decay_base = 0.96 ** checks.number("[nadam_]", "momentum_decay", momentum_decay)
     hyper = _moments("nadam_", betas, eps, weight_decay) | dict(decoupled=decoupled, decay_base=decay_base)
     run_step("nadam_", params, grads, masters, states, steps, lr, hyper, shared)
 
 
 def _moments(op: str, betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
-    beta1, beta2 = checks.pair(op, "betas", betas)
+    beta1, beta2 = checks.numbers(f"[{op}]", "betas", betas)
     return dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
 
@@ -139,7 +139,7 @@ def _adam_states(
 ) -> dict[str, Tensors]:
     states = dict(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, max_exp_avg_sqs=max_exp_avg_sqs)
     checks.need_lists(op, **states)
-    if checks.flag(op, "amsgrad", amsgrad) != (len(max_exp_avg_sqs) > 0) and exp_avgs:
+    if checks.flag(f"[{op}]", "amsgrad", amsgrad) != (len(max_exp_avg_sqs) > 0) and exp_avgs:
         raise ValueError(
             f"[{op}] max_exp_avg_sqs has {len(max_exp_avg_sqs)} tensors with amsgrad={amsgrad}; expected one "
             "per param with amsgrad, none without"

@@ -1,16 +1,31 @@
-"""What is wrong with the kinds of an op's arguments, said so that a user can act on it.
+"""What is wrong with an argument, said so that a user can act on it: of ops, optimizers and scalers.
 
-torch rejects a None in a list, a float where a tensor belongs or a sparse tensor in words about schemas and
-dispatch keys. Lists and numbers are checked before the call; what is in the lists is looked at only after
-torch has refused it.
+``where`` starts a message, as ``[AdamW] group 0:``. torch rejects a None in a list, a float where a tensor
+belongs or a sparse tensor in words about schemas and dispatch keys. Lists and numbers are checked before the
+call of an op; what is in the lists is read only after torch has refused it.
 """
 
+import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from ..tensors.layout import is_fake
+
+INT32_MAX = 2**31 - 1
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Within it errors about values and types start with ``where``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where} {error}") from error
 
 
 def need_lists(op: str, **lists: Any) -> None:
@@ -19,23 +34,82 @@ def need_lists(op: str, **lists: Any) -> None:
             raise TypeError(f"[{op}] {name} is {_kind(value)}; expected a list of tensors")
 
 
-def number(op: str, name: str, value: Any) -> float:
-    try:
+def refuse(where: str, name: str, got: object, wanted: str) -> NoReturn:
+    raise ValueError(f"{where} {name} is {_shown(got)}; expected {wanted}. Pass such a value.")
+
+
+def need_number(where: str, name: str, value: Any, flags: bool = False) -> None:
+    """Raise where ``value`` is text, complex, a bool without ``flags``, or a tensor of other than one real.
+
+    What a tensor holds is not read.
+    """
+    odd = isinstance(value, (str, bytes, complex)) or (isinstance(value, bool) and not flags)
+    if isinstance(value, Tensor):
+        odd = value.numel() != 1 or value.dtype is torch.bool or value.is_complex()
+    if odd:
+        _refuse_kind(where, name, value)
+
+
+def number(where: str, name: str, value: Any, flags: bool = False) -> float:
+    """``value``, a real number or a tensor of one, as a float; inf where it is beyond a float.
+
+    ``flags``: whether bools are taken, as 0 and 1. A tensor on a device makes the host wait.
+    """
+    kind = type(value)
+    if kind is float or (kind is bool and flags):  # quick: every step asks
         return float(value)
+    if kind is not int:
+        need_number(where, name, value, flags)
+    try:
+        if not isinstance(value, Tensor) or not is_fake(value):
+            return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"[{op}] {name} is {value!r}; expected a number") from None
+        pass
+    _refuse_kind(where, name, value)
 
 
-def flag(op: str, name: str, value: Any) -> bool:
+def need_length(where: str, name: str, value: Any, length: int) -> None:
+    """Raise unless ``value`` is a tuple or list of ``length``."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{where} {name} is {_shown(value)}; expected {length} numbers. Pass a tuple.")
+    if len(value) != length:
+        refuse(where, name, value, f"{length} numbers")
+
+
+def numbers(where: str, name: str, value: Any, length: int = 2) -> list[float]:
+    """``value``, a tuple or list of ``length`` numbers."""
+    need_length(where, name, value, length)
+    return [number(where, f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def count(where: str, name: str, value: Any, what: str, low: int = 1, high: int = INT32_MAX) -> int:
+    """``value``, a whole number from ``low`` to ``high`` in whatever type; ``what`` says what it counts."""
+    exact = number(where, name, value)
+    if not low <= exact <= high or not exact.is_integer():
+        refuse(where, name, value, f"a whole number from {low} to {high}: {what}")
+    return int(exact)
+
+
+def flag(where: str, name: str, value: Any) -> bool:
     if not isinstance(value, (bool, int)):
-        raise TypeError(f"[{op}] {name} is {value!r}; expected True or False")
+        raise TypeError(f"{where} {name} is {_shown(value)}; expected True or False")
     return bool(value)
 
 
-def pair(op: str, name: str, value: Any) -> tuple[float, float]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise TypeError(f"[{op}] {name} is {value!r}; expected a pair of numbers")
-    return number(op, f"{name}[0]", value[0]), number(op, f"{name}[1]", value[1])
+def _refuse_kind(where: str, name: str, value: object) -> NoReturn:
+    raise TypeError(
+        f"{where} {name} is {_shown(value)}; expected a number. Pass a float, or a tensor of one real."
+    )
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if value.numel() != 1 or is_fake(value):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return repr(value.item())
 
 
 def need_seeds(op: str, seeds: Any) -> None:

@@ -109,9 +109,9 @@ def _grad_stats(
     checks.need_lists("grad_stats", grads=grads)
     if not grads:
         raise ValueError("[grad_stats] grads is empty; expected at least one tensor")
-    norm_type = checks.number("grad_stats", "norm_type", norm_type)
+    norm_type = checks.number("[grad_stats]", "norm_type", norm_type)
     if not norm_type >= 0.0:
-        raise ValueError(f"[grad_stats] norm_type is {norm_type}; expected a number from 0 to inf")
+        checks.refuse("[grad_stats]", "norm_type", norm_type, "a number from 0 to inf")
     if fields is None:
         fields = addresses.read(grads)
     if fields is not None:

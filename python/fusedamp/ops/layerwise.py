@@ -40,7 +40,7 @@ def lamb_(
     adapt: bool = True,
     **shared: Unpack[Shared],
 ) -> None:
-    beta1, beta2 = checks.pair("lamb_", "betas", betas)
+    beta1, beta2 = checks.numbers("[lamb_]", "betas", betas)
     hyper = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     hyper |= dict(bias_correction=bias_correction, trust_clip=trust_clip, adapt=adapt)
     states = dict(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
@@ -102,7 +102,7 @@ def novograd_(
     grad_averaging: bool = False,
     **shared: Unpack[Shared],
 ) -> None:
-    beta1, beta2 = checks.pair("novograd_", "betas", betas)
+    beta1, beta2 = checks.numbers("[novograd_]", "betas", betas)
     hyper = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, grad_averaging=grad_averaging)
     states = dict(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     run_step("novograd_", params, grads, masters, states, steps, lr, hyper, shared)

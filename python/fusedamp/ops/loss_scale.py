@@ -75,17 +75,17 @@ def _checked(
     refill_on_good_step: bool,
 ) -> dict[str, Any]:
     """The rule as the op takes it; a training loop gives the same one in each iteration."""
-    op = "update_scale_"
+    where = "[update_scale_]"
     factors = dict(
         growth_factor=growth_factor, backoff_factor=backoff_factor, min_scale=min_scale, max_scale=max_scale
     )
-    factors = {name: checks.number(op, name, value) for name, value in factors.items()}
+    factors = {name: checks.number(where, name, value) for name, value in factors.items()}
     for name, number in factors.items():
         if math.isnan(number) or (name.endswith("_scale") and number < 0.0):
             wanted = "a number from 0 to inf" if name.endswith("_scale") else "a number"
-            raise ValueError(f"[{op}] {name} is {number}; expected {wanted}")
+            checks.refuse(where, name, number, wanted)
     for name, value in dict(growth_interval=growth_interval, hysteresis=hysteresis).items():
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-            raise ValueError(f"[{op}] {name} is {value!r}; expected a whole number from 1 to 2**31 - 1")
-    refill = checks.flag(op, "refill_on_good_step", refill_on_good_step)
+            checks.refuse(where, name, value, "a whole number from 1 to 2**31 - 1")
+    refill = checks.flag(where, "refill_on_good_step", refill_on_good_step)
     return factors | dict(growth_interval=growth_interval, hysteresis=hysteresis, refill_on_good_step=refill)

@@ -57,6 +57,6 @@ def lion_(
     weight_decay: float,
     **shared: Unpack[Shared],
 ) -> None:
-    beta1, beta2 = checks.pair("lion_", "betas", betas)
+    beta1, beta2 = checks.numbers("[lion_]", "betas", betas)
     hyper = dict(beta1=beta1, beta2=beta2, weight_decay=weight_decay)
     run_step("lion_", params, grads, masters, dict(exp_avgs=exp_avgs), steps, lr, hyper, shared)

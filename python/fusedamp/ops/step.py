@@ -74,7 +74,8 @@ def documented(**parts: str) -> Callable[[Wrapper], Wrapper]:
 def need_momentum_buffers(op: str, params: Tensors, momentum_buffers: Tensors, momentum: float) -> None:
     """Raise unless there is a buffer for each parameter with momentum, and none without."""
     checks.need_lists(op, params=params, momentum_buffers=momentum_buffers)
-    if (len(momentum_buffers) > 0) != (checks.number(op, "momentum", momentum) != 0.0 and len(params) > 0):
+    has_momentum = checks.number(f"[{op}]", "momentum", momentum) != 0.0
+    if (len(momentum_buffers) > 0) != (has_momentum and len(params) > 0):
         raise ValueError(
             f"[{op}] momentum_buffers has {len(momentum_buffers)} tensors with momentum={momentum}; expected "
             "one per param with momentum, none without"
@@ -246,13 +247,17 @@ def step_scalars(
             lr, lr_tensor = 0.0, lr
         else:
             lr = lr.item()  # reading a CPU tensor waits for nothing
+    where = f"[{op}]"
     return dict(
-        lr=checks.number(op, "lr", lr),
-        hyper=[checks.number(op, name, value) for name, value in hyper.items()],
-        maximize=checks.flag(op, "maximize", maximize),
+        lr=checks.number(where, "lr", lr),
+        hyper=[
+            value if type(value) is float else checks.number(where, name, value, flags=True)
+            for name, value in hyper.items()
+        ],
+        maximize=checks.flag(where, "maximize", maximize),
         lr_tensor=lr_tensor,
         inv_scale=inv_scale,
         clip_coef=clip_coef,
         found_inf=found_inf,
-        stochastic_rounding=checks.flag(op, "stochastic_rounding", stochastic_rounding),
+        stochastic_rounding=checks.flag(where, "stochastic_rounding", stochastic_rounding),
     )

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..ops.checks import need_length, refuse
 from .core.composed import ComposedOptimizer, Values
 from .core.optimizer import Group
-from .core.options import check_number
-from .state.formats import Storage
+from .core.options import FINITE, NOT_NEGATIVE, Bounds
+from .state.formats import Storage, options
+from .state.spec import StateSpec
+
+
+def _is_factored(param: Tensor, group: Group) -> bool:
+    return param.dim() > 1
+
+
+def _mean_over(dim: int, param: Tensor) -> Tensor:
+    shape = list(param.shape)
+    shape[dim] = 1
+    return param.new_empty(shape)
 
 
 class Adafactor(ComposedOptimizer):
@@ -32,8 +45,13 @@ class Adafactor(ComposedOptimizer):
     Source: Shazeer and Stern 2018, arXiv:1804.04235, Alg. 4 and 5, with torch's ``lr`` and ``eps``.
     """
 
-    state_names = ("row_var", "col_var", "variance")
-    required_state = ("step", "row_var", "col_var", "variance")
+    op = "Adafactor"
+    bounds = {"d": Bounds(low=1.0), "beta2_decay": FINITE}
+    states = (
+        StateSpec("row_var", like=partial(_mean_over, -1), required=True, of=_is_factored),
+        StateSpec("col_var", like=partial(_mean_over, -2), required=True, of=_is_factored),
+        StateSpec("variance", required=True, of=lambda param, group: not _is_factored(param, group)),
+    )
 
     def __init__(
         self,
@@ -48,39 +66,17 @@ class Adafactor(ComposedOptimizer):
         maximize: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "beta2_decay": beta2_decay,
-            "eps": eps,
-            "d": d,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
-        if len(group["eps"]) != 2:
-            raise ValueError(f"{where} eps is {group['eps']}; expected two numbers. Pass (eps1, eps2).")
+        need_length(where, "eps", group["eps"], 2)
         eps1, eps2 = group["eps"]
         if eps1 is not None:
-            check_number(where, "eps[0]", eps1)
-        check_number(where, "eps[1]", eps2)
-        check_number(where, "d", group["d"], low=1.0)
-        check_number(where, "beta2_decay", group["beta2_decay"], low=-math.inf, below=math.inf)
+            NOT_NEGATIVE.check(where, "eps[0]", eps1)
+        NOT_NEGATIVE.check(where, "eps[1]", eps2)
         if group["beta2_decay"] > 0:
-            raise ValueError(
-                f"{where} beta2_decay is {group['beta2_decay']}; expected a number <= 0. Pass such as -0.8."
-            )
-
-    def _state_like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
-        if (name == "variance") == (param.dim() > 1):
-            return None
-        shape = list(param.shape)
-        if name != "variance":
-            shape[-1 if name == "row_var" else -2] = 1
-        return param.new_empty(shape)
+            refuse(where, "beta2_decay", group["beta2_decay"], "a number <= 0, such as -0.8")
 
     def _rule(
         self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor

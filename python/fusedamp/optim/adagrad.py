@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..tensors.layout import STATE_DTYPES, in_turns
 from ..tensors.shards import local
-from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_number
-from .state.formats import Storage
+from .core.optimizer import FusedOptimizer
+from .core.options import NOT_NEGATIVE
+from .state.formats import Storage, options
+from .state.spec import StateSpec
 
 
 class Adagrad(FusedOptimizer):
@@ -29,9 +30,10 @@ class Adagrad(FusedOptimizer):
     Source: Duchi, Hazan and Singer 2011, JMLR 12.
     """
 
-    state_names = ("sum",)
-    nonnegative_states = ("sum",)
-    required_state = ("step", "sum")
+    op, hyper = "adagrad_", ("lr_decay", "eps", "weight_decay")
+    bounds = dict.fromkeys(("lr_decay", "eps", "initial_accumulator_value"), NOT_NEGATIVE)
+    # Of the constructor, for every group, as in torch.
+    states = (StateSpec("sum", first="initial_accumulator_value", nonnegative=True, required=True),)
 
     def __init__(
         self,
@@ -48,10 +50,7 @@ class Adagrad(FusedOptimizer):
         fused: bool | None = None,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay)
-        defaults |= dict(initial_accumulator_value=initial_accumulator_value, foreach=foreach)
-        defaults |= dict(maximize=maximize, differentiable=differentiable, fused=fused)
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
         in_turns(list(self._missing_states(_can_have_state)))
 
     def share_memory(self) -> None:
@@ -61,19 +60,8 @@ class Adagrad(FusedOptimizer):
                 if isinstance(value, Tensor):  # not what is said of one in 8 bits
                     value.share_memory_()
 
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        for name in ("lr_decay", "eps", "initial_accumulator_value"):
-            check_number(where, name, group[name])
-
-    def _first_value(self, name: str) -> float:
-        return self.defaults["initial_accumulator_value"]  # of the constructor, for every group, as in torch
-
     def _densified(self, grad: Tensor) -> Tensor:
         return grad.to_dense()
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        return "adagrad_", {name: group[name] for name in ("lr_decay", "eps", "weight_decay")}
 
 
 def _can_have_state(param: Tensor) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_betas, check_number
-from .state.formats import Storage
+from .core.options import BETAS, NOT_NEGATIVE
+from .state.formats import Storage, options
+from .state.spec import StateSpec
 
 
 class Adam(FusedOptimizer):
@@ -46,9 +48,13 @@ class Adam(FusedOptimizer):
     Source: Kingma and Ba 2015, arXiv:1412.6980, Alg. 1; amsgrad: Reddi et al. 2018, arXiv:1904.09237.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    nonnegative_states = ("exp_avg_sq", "max_exp_avg_sq")
-    required_state = ("step", "exp_avg", "exp_avg_sq")
+    hyper = ("betas", "eps", "weight_decay")
+    bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
+    states = (
+        StateSpec("exp_avg", required=True),
+        StateSpec("exp_avg_sq", nonnegative=True, required=True),
+        StateSpec("max_exp_avg_sq", nonnegative=True, when=itemgetter("amsgrad")),
+    )
 
     def __init__(
         self,
@@ -67,33 +73,10 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        check_number(where, "eps", group["eps"])
-        check_betas(where, group["betas"])
-
-    def _active_states(self, group: Group) -> tuple[str, ...]:
-        return self.state_names if group["amsgrad"] else self.state_names[:2]
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        hyper = dict(beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
-        return "adamw_" if group["decoupled_weight_decay"] else "adam_", hyper
+    def _op_name(self, group: Group) -> str:
+        return "adamw_" if group["decoupled_weight_decay"] else "adam_"
 
 
 class AdamW(Adam):
@@ -118,21 +101,7 @@ class AdamW(Adam):
         fused: bool | None = None,
         **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            **storage,
-        )
+        super().__init__(params, **options(locals()), decoupled_weight_decay=True, **storage)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

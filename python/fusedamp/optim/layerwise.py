@@ -7,7 +7,7 @@ second moment. CPU and CUDA add up in different orders: results may differ betwe
 from __future__ import annotations
 
 import math
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -15,14 +15,16 @@ from torch.optim.optimizer import ParamsT
 from ..tensors.layout import scalar_like
 from ..tensors.shards import need_whole, sharded_dims
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_betas, check_number
-from .state.formats import Storage
+from .core.options import BETAS, NOT_NEGATIVE
+from .state.formats import Storage, options
+from .state.spec import StateSpec
 
 
 class Layerwise(FusedOptimizer):
     """What they share: a parameter must be whole on its rank."""
 
-    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+    def _check_param(self, param: Tensor, group: Group) -> None:
+        super()._check_param(param, group)
         need_whole(param, type(self).__name__)
         if any(mesh.size(dim) > 1 for mesh, dim in sharded_dims(param)):
             placements = param.placements  # type: ignore[attr-defined]
@@ -30,7 +32,6 @@ class Layerwise(FusedOptimizer):
                 f"is a DTensor with placements {placements}; expected the whole tensor on each rank: "
                 f"{type(self).__name__} needs its norm. Replicate it, or use an optimizer like AdamW."
             )
-        return super()._like(name, param, group)
 
 
 class LAMB(Layerwise):
@@ -51,9 +52,13 @@ class LAMB(Layerwise):
     Source: You et al. 2020, arXiv:1904.00962, Alg. 2.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative_states = ("exp_avg_sq",)
-    required_state = ("step", "exp_avg", "exp_avg_sq")
+    op = "lamb_"
+    hyper = ("betas", "eps", "weight_decay", "bias_correction", "trust_clip", "adapt")
+    bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
+    states = (
+        StateSpec("exp_avg", required=True),
+        StateSpec("exp_avg_sq", nonnegative=True, required=True),
+    )
 
     def __init__(
         self,
@@ -69,21 +74,12 @@ class LAMB(Layerwise):
         maximize: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        defaults |= dict(bias_correction=bias_correction, trust_clip=trust_clip, adapt=adapt)
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
-        check_number(where, "eps", group["eps"])
         if group["trust_clip"] != math.inf:
-            check_number(where, "trust_clip", group["trust_clip"])
-        check_betas(where, group["betas"])
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        names = ("eps", "weight_decay", "bias_correction", "trust_clip", "adapt")
-        return "lamb_", dict(beta1=beta1, beta2=beta2) | {name: group[name] for name in names}
+            NOT_NEGATIVE.check(where, "trust_clip", group["trust_clip"])
 
 
 class LARS(Layerwise):
@@ -104,8 +100,10 @@ class LARS(Layerwise):
     Source: You, Gitman and Ginsburg 2017, arXiv:1708.03888, Alg. 1.
     """
 
-    state_names = ("momentum_buffer",)
-    required_state = ("momentum_buffer",)
+    op = "lars_"
+    hyper = ("momentum", "weight_decay", "trust_coefficient", "eps", "nesterov", "adapt")
+    bounds = dict.fromkeys(("momentum", "trust_coefficient", "eps"), NOT_NEGATIVE)
+    states = (StateSpec("momentum_buffer", required=True, count=0.0),)
 
     def __init__(
         self,
@@ -121,18 +119,7 @@ class LARS(Layerwise):
         maximize: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
-        defaults |= dict(trust_coefficient=trust_coefficient, nesterov=nesterov, adapt=adapt)
-        super().__init__(params, {**defaults, "maximize": maximize}, storage)
-
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        for name in ("momentum", "trust_coefficient", "eps"):
-            check_number(where, name, group[name])
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        names = ("momentum", "weight_decay", "trust_coefficient", "eps", "nesterov", "adapt")
-        return "lars_", {name: group[name] for name in names}
+        super().__init__(params, options(locals()), storage)
 
 
 class NovoGrad(Layerwise):
@@ -149,8 +136,12 @@ class NovoGrad(Layerwise):
     Source: Ginsburg et al. 2019, arXiv:1905.11286, Alg. 1.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq")
-    required_state = ("step", "exp_avg", "exp_avg_sq")
+    op, hyper = "novograd_", ("betas", "eps", "weight_decay", "grad_averaging")
+    bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
+    states = (
+        StateSpec("exp_avg", required=True),
+        StateSpec("exp_avg_sq", like=scalar_like, required=True),
+    )
 
     def __init__(
         self,
@@ -164,20 +155,4 @@ class NovoGrad(Layerwise):
         maximize: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        defaults |= dict(grad_averaging=grad_averaging, maximize=maximize)
-        super().__init__(params, defaults, storage)
-
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        check_number(where, "eps", group["eps"])
-        check_betas(where, group["betas"])
-
-    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
-        like = super()._like(name, param, group)
-        return scalar_like(param) if name == "exp_avg_sq" else like
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        names = ("eps", "weight_decay", "grad_averaging")
-        return "novograd_", dict(beta1=beta1, beta2=beta2) | {name: group[name] for name in names}
+        super().__init__(params, options(locals()), storage)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_betas
-from .state.formats import Storage
+from .core.optimizer import FusedOptimizer
+from .core.options import BETAS
+from .state.formats import Storage, options
+from .state.spec import StateSpec
 
 
 class Lion(FusedOptimizer):
@@ -27,8 +28,9 @@ class Lion(FusedOptimizer):
     Source: Chen et al. 2023, arXiv:2302.06675, Alg. 2.
     """
 
-    state_names = ("exp_avg",)
-    required_state = ("exp_avg",)
+    op, hyper = "lion_", ("betas", "weight_decay")
+    bounds = {"betas": BETAS}
+    states = (StateSpec("exp_avg", required=True, count=0.0),)
 
     def __init__(
         self,
@@ -40,13 +42,4 @@ class Lion(FusedOptimizer):
         maximize: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize)
-        super().__init__(params, defaults, storage)
-
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        check_betas(where, group["betas"])
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        return "lion_", dict(beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"])
+        super().__init__(params, options(locals()), storage)

@@ -13,15 +13,33 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .. import ops
+from ..ops.checks import refuse
 from ..tensors.shards import need_whole
 from .core.composed import ComposedOptimizer, Values
-from .core.optimizer import Batch, Group
-from .core.options import check_number
-from .state.formats import Entry, Storage, name_dtypes
+from .core.optimizer import Batch, FusedOptimizer, Group
+from .core.options import BETAS, FRACTION, NOT_NEGATIVE, Bounds
+from .state.formats import Storage, options
+from .state.spec import StateSpec
 
 ADJUST_LR_FNS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 NS_DTYPES = ("bfloat16", "float16", "float32", "float64")
 MAX_NS_STEPS = 99
+
+
+def _has_matrices(group: Group) -> bool:
+    return group["use_muon"] is not False
+
+
+def _has_others(group: Group) -> bool:
+    return group["use_muon"] is not True
+
+
+def _is_matrix(param: Tensor, group: Group) -> bool:
+    return param.dim() == 2 if group["use_muon"] is None else group["use_muon"]
+
+
+def _is_other(param: Tensor, group: Group) -> bool:
+    return not _is_matrix(param, group)
 
 
 class Muon(ComposedOptimizer):
@@ -49,8 +67,19 @@ class Muon(ComposedOptimizer):
         arXiv:2502.16982; AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
 
-    state_names = ("momentum_buffer", "exp_avg", "exp_avg_sq")
-    required_state = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    op, hyper = "adamw_", ("adamw_betas", "adamw_eps", "weight_decay")
+    bounds = {
+        "momentum": FRACTION,
+        "eps": NOT_NEGATIVE,
+        "adamw_eps": NOT_NEGATIVE,
+        "ns_coefficients": Bounds(low=-math.inf, length=3),
+        "adamw_betas": BETAS,
+    }
+    states = (
+        StateSpec("momentum_buffer", required=True, when=_has_matrices, of=_is_matrix, count=1.0),
+        StateSpec("exp_avg", required=True, when=_has_others, of=_is_other, count=0.0),
+        StateSpec("exp_avg_sq", required=True, when=_has_others, of=_is_other, count=0.0),
+    )
 
     def __init__(
         self,
@@ -71,72 +100,32 @@ class Muon(ComposedOptimizer):
         ns_dtype: torch.dtype | str = torch.bfloat16,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "maximize": maximize,
-            "use_muon": use_muon,
-            "adamw_betas": adamw_betas,
-            "adamw_eps": adamw_eps,
-            "ns_dtype": ns_dtype,
-        }
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
-        name_dtypes(group)
         super()._check_group(where, group)
-        check_number(where, "momentum", group["momentum"], below=1.0)
-        check_number(where, "eps", group["eps"])
-        check_number(where, "adamw_eps", group["adamw_eps"])
-        for name, length in (("ns_coefficients", 3), ("adamw_betas", 2)):
-            if len(group[name]) != length:
-                raise ValueError(f"{where} {name} is {group[name]}; expected {length} numbers.")
-            low, below = (0.0, 1.0) if name == "adamw_betas" else (-math.inf, math.inf)
-            for i, value in enumerate(group[name]):
-                check_number(where, f"{name}[{i}]", value, low=low, below=below)
         if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] <= MAX_NS_STEPS:
-            raise ValueError(
-                f"{where} ns_steps is {group['ns_steps']}; expected a whole number from 0 to {MAX_NS_STEPS}."
-            )
+            refuse(where, "ns_steps", group["ns_steps"], f"a whole number from 0 to {MAX_NS_STEPS}")
         for name, known in (
             ("adjust_lr_fn", ADJUST_LR_FNS),
             ("ns_dtype", NS_DTYPES),
             ("use_muon", (None, True, False)),
         ):
             if group[name] not in known:
-                raise ValueError(f"{where} {name} is {group[name]!r}; expected one of {known}.")
+                refuse(where, name, group[name], f"one of {known}")
 
-    def _active_states(self, group: Group) -> tuple[str, ...]:
-        known = {None: self.state_names, True: self.state_names[:1], False: self.state_names[1:]}
-        return known[group["use_muon"]]
-
-    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
-        matrix = _is_matrix(param, group)
-        if group["use_muon"] is not False:
+    def _check_param(self, param: Tensor, group: Group) -> None:
+        if _has_matrices(group):
             need_whole(param, type(self).__name__)
-        if (name == "momentum_buffer") != matrix:
-            return None
-        if param.dim() != 2 and matrix:
+        if not _is_matrix(param, group):
+            FusedOptimizer._check_param(self, param, group)
+            return
+        if param.dim() != 2:
             raise ValueError(
                 f"has shape {list(param.shape)} in a group with use_muon=True; expected two dimensions. "
                 "Leave use_muon out, or put the parameter into a group with use_muon=False."
             )
-        return super()._like(name, param, group) if matrix else param
-
-    def _upgrade_state(self, entry: Entry) -> None:
-        if "momentum_buffer" in entry:  # torch keeps no step count; a buffer exists from the first step on
-            entry.setdefault("step", 1.0)
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["adamw_betas"]
-        hyper = dict(beta1=beta1, beta2=beta2, eps=group["adamw_eps"], weight_decay=group["weight_decay"])
-        return "adamw_", hyper
+        super()._check_param(param, group)
 
     def _check_calls(self, batches: list[Batch]) -> None:
         parts = [part for batch in batches for part in _parts(batch)]
@@ -165,10 +154,6 @@ class Muon(ComposedOptimizer):
             (lr * factor).to(weight.dtype) if isinstance(lr, Tensor) else lr * factor for factor in factors
         )
         return weight - decay * weight - rate * direction, {"momentum_buffer": buffer}
-
-
-def _is_matrix(param: Tensor, group: Group) -> bool:
-    return param.dim() == 2 if group["use_muon"] is None else group["use_muon"]
 
 
 def _parts(batch: Batch) -> Iterator[tuple[Batch, bool]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..tensors.layout import scalar_like
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_betas, check_number
-from .state.formats import Entry, Storage
+from .core.options import BETAS, NOT_NEGATIVE
+from .state.formats import Storage, options
+from .state.spec import StateSpec
 
 
 class NAdam(FusedOptimizer):
@@ -29,9 +29,13 @@ class NAdam(FusedOptimizer):
     Source: Dozat 2016, "Incorporating Nesterov Momentum into Adam", Alg. 2.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq", "mu_product")
-    nonnegative_states = ("exp_avg_sq",)
-    required_state = ("step", "exp_avg", "exp_avg_sq", "mu_product")
+    op, hyper = "nadam_", ("betas", "eps", "weight_decay", "decoupled_weight_decay")
+    bounds = {"eps": NOT_NEGATIVE, "momentum_decay": NOT_NEGATIVE, "betas": BETAS}
+    states = (
+        StateSpec("exp_avg", required=True),
+        StateSpec("exp_avg_sq", nonnegative=True, required=True),
+        StateSpec("mu_product", like=scalar_like, first=1.0, required=True),
+    )
 
     def __init__(
         self,
@@ -49,29 +53,8 @@ class NAdam(FusedOptimizer):
         differentiable: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        defaults |= dict(momentum_decay=momentum_decay, decoupled_weight_decay=decoupled_weight_decay)
-        defaults |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
-        super().__init__(params, defaults | dict(differentiable=differentiable), storage)
-
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        check_number(where, "eps", group["eps"])
-        check_number(where, "momentum_decay", group["momentum_decay"])
-        check_betas(where, group["betas"])
-
-    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
-        return scalar_like(param) if name == "mu_product" else super()._like(name, param, group)
-
-    def _first_value(self, name: str) -> float:
-        return 1.0 if name == "mu_product" else 0.0
-
-    def _upgrade_state(self, entry: Entry) -> None:
-        if isinstance(entry.get("mu_product"), float):  # of torch before 2.0
-            entry["mu_product"] = torch.tensor(entry["mu_product"], dtype=torch.float64)
+        super().__init__(params, options(locals()), storage)
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        hyper = dict(beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
-        decoupled, decay_base = group["decoupled_weight_decay"], 0.96 ** group["momentum_decay"]
-        return "nadam_", hyper | dict(decoupled=decoupled, decay_base=decay_base)
+        op, hyper = super()._op(group)
+        return op, hyper | {"decay_base": 0.96 ** group["momentum_decay"]}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_betas, check_number
-from .state.formats import Storage
+from .core.optimizer import FusedOptimizer
+from .core.options import BETAS, NOT_NEGATIVE
+from .state.formats import Storage, options
+from .state.spec import StateSpec
 
 
 class RAdam(FusedOptimizer):
@@ -27,9 +28,12 @@ class RAdam(FusedOptimizer):
     Source: Liu et al. 2020, arXiv:1908.03265, Alg. 2.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq")
-    nonnegative_states = ("exp_avg_sq",)
-    required_state = ("step", "exp_avg", "exp_avg_sq")
+    op, hyper = "radam_", ("betas", "eps", "weight_decay", "decoupled_weight_decay")
+    bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
+    states = (
+        StateSpec("exp_avg", required=True),
+        StateSpec("exp_avg_sq", nonnegative=True, required=True),
+    )
 
     def __init__(
         self,
@@ -46,17 +50,4 @@ class RAdam(FusedOptimizer):
         differentiable: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        defaults |= dict(foreach=foreach, capturable=capturable)
-        defaults |= dict(decoupled_weight_decay=decoupled_weight_decay, differentiable=differentiable)
-        super().__init__(params, defaults, storage)
-
-    def _check_group(self, where: str, group: Group) -> None:
-        super()._check_group(where, group)
-        check_number(where, "eps", group["eps"])
-        check_betas(where, group["betas"])
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        beta1, beta2 = group["betas"]
-        hyper = dict(beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
-        return "radam_", hyper | dict(decoupled=group["decoupled_weight_decay"])
+        super().__init__(params, options(locals()), storage)

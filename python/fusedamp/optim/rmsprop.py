@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from operator import itemgetter
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_number
-from .state.formats import Storage
+from .core.options import NOT_NEGATIVE
+from .state.formats import Storage, options
+from .state.spec import StateSpec
 
 
 class RMSprop(FusedOptimizer):
@@ -28,9 +30,13 @@ class RMSprop(FusedOptimizer):
     Source: Tieleman and Hinton 2012, Lecture 6.5; centered: Graves 2013, arXiv:1308.0850.
     """
 
-    state_names = ("square_avg", "grad_avg", "momentum_buffer")
-    nonnegative_states = ("square_avg",)
-    required_state = ("step", "square_avg")
+    hyper = ("alpha", "eps", "weight_decay", "momentum")
+    bounds = dict.fromkeys(("alpha", "eps", "momentum"), NOT_NEGATIVE)
+    states = (
+        StateSpec("square_avg", nonnegative=True, required=True),
+        StateSpec("grad_avg", when=itemgetter("centered")),
+        StateSpec("momentum_buffer", when=itemgetter("momentum")),
+    )
 
     def __init__(
         self,
@@ -47,15 +53,10 @@ class RMSprop(FusedOptimizer):
         differentiable: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults: Group = dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered)
-        defaults |= dict(weight_decay=weight_decay, capturable=capturable, foreach=foreach)
-        defaults |= dict(maximize=maximize, differentiable=differentiable)
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
-        for name in ("alpha", "eps", "momentum"):
-            check_number(where, name, group[name])
         if group["centered"] and group["state_dtype"] != "float32":
             raise ValueError(
                 f"{where} state_dtype is {group['state_dtype']!r} with centered=True; expected "
@@ -63,10 +64,5 @@ class RMSprop(FusedOptimizer):
                 "centered=False."
             )
 
-    def _active_states(self, group: Group) -> tuple[str, ...]:
-        centered = ("grad_avg",) if group["centered"] else ()
-        return ("square_avg", *centered, *(("momentum_buffer",) if group["momentum"] != 0 else ()))
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        hyper = {name: group[name] for name in ("alpha", "eps", "weight_decay", "momentum")}
-        return "rmsprop_centered_" if group["centered"] else "rmsprop_", hyper
+    def _op_name(self, group: Group) -> str:
+        return "rmsprop_centered_" if group["centered"] else "rmsprop_"

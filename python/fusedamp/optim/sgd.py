@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Unpack
+from operator import itemgetter
+from typing import Unpack
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
-from .core.options import check_number
-from .core.slot import Entry
-from .state.formats import Storage
+from .core.options import FINITE, NOT_NEGATIVE
+from .state.formats import Storage, options
+from .state.spec import StateSpec
 
 
 class SGD(FusedOptimizer):
@@ -31,7 +30,10 @@ class SGD(FusedOptimizer):
     Source: Polyak 1964; Nesterov's form as in Sutskever et al. 2013.
     """
 
-    state_names = ("momentum_buffer",)
+    op, hyper = "sgd_", ("momentum", "dampening", "weight_decay", "nesterov")
+    bounds = {"momentum": NOT_NEGATIVE, "dampening": FINITE}
+    # A buffer starts from the first gradient it sees. torch keeps no count: there, it has seen one.
+    states = (StateSpec("momentum_buffer", when=itemgetter("momentum"), count=1.0, restarts=True),)
 
     def __init__(
         self,
@@ -48,43 +50,15 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         **storage: Unpack[Storage],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, storage)
+        super().__init__(params, options(locals()), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
-        check_number(where, "momentum", group["momentum"])
-        check_number(where, "dampening", group["dampening"], low=-math.inf)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"{where} nesterov is True with momentum {group['momentum']} and dampening "
                 f"{group['dampening']}; expected momentum > 0 and dampening 0. Pass these, or nesterov=False."
             )
 
-    def _active_states(self, group: Group) -> tuple[str, ...]:
-        return self.state_names if group["momentum"] != 0 else ()
-
-    def _new_state(self, name: str, like: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
-        # The op starts the buffer from the first gradient it sees. In place: processes may share the count.
-        entry["step"].zero_()
-        return super()._new_state(name, like, dtype, entry)
-
-    def _upgrade_state(self, entry: Entry) -> None:
-        if "momentum_buffer" in entry:  # torch keeps no step count; a buffer exists from the first step on
-            entry.setdefault("step", 1.0)
-
     def _densified(self, grad: Tensor) -> Tensor:
         return grad.to_dense()
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        return "sgd_", {name: group[name] for name in ("momentum", "dampening", "weight_decay", "nesterov")}

@@ -40,10 +40,8 @@ class ComposedOptimizer(FusedOptimizer):
         """
         raise NotImplementedError
 
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        return type(self).__name__, {}
-
-    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
+    def _check_param(self, param: Tensor, group: Group) -> None:
+        super()._check_param(param, group)
         need_whole(param, type(self).__name__)
         if param.is_complex() or is_dtensor(param):
             kind = "a DTensor" if is_dtensor(param) else "complex"
@@ -51,11 +49,6 @@ class ComposedOptimizer(FusedOptimizer):
                 f"of shape {list(param.shape)} is {kind}; {type(self).__name__} expected real, unsharded "
                 "parameters. Give it to another optimizer, such as AdamW."
             )
-        return self._state_like(name, param, group)
-
-    def _state_like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
-        """As :meth:`_like`, for parameters that this optimizer can take."""
-        return param
 
     def _remember(self, batches: list[Batch]) -> None:
         """Nothing: only calls of one op can be made again from addresses."""

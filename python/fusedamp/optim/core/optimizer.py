@@ -6,7 +6,6 @@ import itertools
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +13,18 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ... import ops
+from ...ops.checks import at
 from ...ops.inputs import AmpInputs, GradientTable, begin_step, inputs_on
 from ...tensors.layout import gradient_of, in_turns
 from ...tensors.shards import local
 from ..state import checkpoint, formats
-from ..state.formats import Entry, Storage, filled, name_dtypes
+from ..state.formats import Entry, Storage, name_dtypes
+from ..state.spec import State, StateSpec, complete, completing, resolved
 from .batch import Batch, Group
-from .options import SeenOptions, check_common, draws, is_compressed
+from .options import Bounds, SeenOptions, check_common, draws, is_compressed
+from .params import check_aliasing, check_distinct, check_dtype, check_place
 from .plan import Plan
-from .slot import Mode, Slot, check, check_aliasing, check_distinct, check_dtype, complete, making_complete
+from .slot import Mode, Slot
 
 # One for each optimizer that rounds stochastically, so that no two of a program draw alike. Not from torch's
 # generators: replicas on several ranks must draw alike, and their generators often are seeded apart.
@@ -45,10 +47,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _fusedamp_fused = True  # fusedamp.GradScaler takes its fused route for us
     _amp: AmpInputs | None = None  # set by the scaler around one step
-    state_names: tuple[str, ...] = ()  # all states that the algorithm may have, besides step and master
-    nonnegative_states: tuple[str, ...] = ()  # those of them that are sums of squares
+    op: str  # the step op, where it does not depend on options
+    hyper: tuple[str, ...] = ()  # the options that are its hyper-parameters, in its order; pairs are two
+    bounds: dict[str, Bounds] = {}  # of options, besides those that all have
+    states: tuple[StateSpec, ...] = ()  # all that the algorithm may have, in the op's order
     can_compress: bool = True  # whether masters and states may be kept in less than FP32
-    required_state: tuple[str, ...] = ()  # what a checkpoint must have for every parameter that it knows
     _slots: dict[int, Slot]  # by id of the parameter; given up when the state is asked for
     _unchecked: bool  # whether slots were made since memory was last checked for sharing
     _stepped: list[Slot]  # of the last step
@@ -93,6 +96,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _check_group(self, where: str, group: Group) -> None:
         """Raise where an option of ``group`` is unusable. ``where`` starts the message."""
         check_common(where, group)
+        for name, bounds in self.bounds.items():
+            bounds.check(where, name, group[name])
         if is_compressed(group) and not self.can_compress:
             raise ValueError(
                 f"{where} master_weights is {group['master_weights']!r}, state_dtype "
@@ -101,26 +106,23 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "use fusedamp.optim.AdamW."
             )
 
-    def _active_states(self, group: Group) -> tuple[str, ...]:
-        """The states that ``group`` uses with its present options, in the op's order."""
-        return self.state_names
-
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        """The name of the step op, and its hyper-parameters by name, in the op's order."""
-        raise NotImplementedError
+        """The step op, and its hyper-parameters in its order, by names for messages."""
+        hyper = {}
+        for name in self.hyper:
+            value = group[name]
+            if isinstance(value, (tuple, list)):
+                hyper[name + "[0]"], hyper[name + "[1]"] = value
+            else:
+                hyper[name] = value
+        return self._op_name(group), hyper
 
-    def _like(self, name: str, param: Tensor, group: Group) -> Tensor | None:
-        """A tensor with the shape of the state ``name``, else like ``param``; None where there is no such
-        state.
-        """
-        return param
+    def _op_name(self, group: Group) -> str:
+        return self.op
 
-    def _first_value(self, name: str) -> float:
-        """What the state ``name`` is before the first step."""
-        return 0.0
-
-    def _new_state(self, name: str, like: Tensor, dtype: torch.dtype, entry: Entry) -> Tensor:
-        return filled(like, dtype, self._first_value(name))
+    def _check_param(self, param: Tensor, group: Group) -> None:
+        """Raise where ``param`` cannot be optimized with the options of ``group``, wherever it lies."""
+        check_dtype(param)
 
     def _check_calls(self, batches: list[Batch]) -> None:
         """Raise what the last of ``batches`` could be refused for after the first has stepped."""
@@ -135,9 +137,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise RuntimeError(
             f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead"
         )
-
-    def _upgrade_state(self, entry: Entry) -> None:
-        """Complete the state that another version or ``torch.optim`` saved for one parameter, in place."""
 
     # The step -----------------------------------------------------------------------------
 
@@ -211,11 +210,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             return None
         return plan.gradients
 
+    def _specs(self, group: Group) -> tuple[StateSpec, ...]:
+        """The states that ``group`` uses with its present options."""
+        return tuple([spec for spec in self.states if spec.when is None or spec.when(group)])
+
+    def _states_of(self, param: Tensor, group: Group) -> list[State]:
+        """The states of ``param`` as a step wants them; raises where it cannot be stepped."""
+        self._check_param(param, group)
+        check_place(local(param))
+        return resolved(self._specs(group), param, group, self.defaults)
+
     def _mode(self, group: Group) -> Mode:
         return Mode(
-            self._active_states(group),
-            self._op(group)[0],
-            self.nonnegative_states,
+            self._specs(group),
+            self._op_name(group),
             group["master_weights"],
             group["state_dtype"],
             group["stochastic_rounding"],
@@ -251,8 +259,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                         raise ValueError("is in the optimizer twice; expected it once. Remove the second.")
                     if slot is None or not slot.holds(state.get(param), mode):
                         self._unchecked |= slot is None or slot.reusable
-                        like = partial(self._like, param=param, group=group)
-                        slot = known[id(param)] = Slot(param, state[param], mode, like, self._new_state)
+                        slot = Slot(param, state[param], mode, self._states_of(param, group))
+                        known[id(param)] = slot
                     grad = slot.paired(grad)
                 except (ValueError, TypeError) as error:
                     raise type(error)(f"{self._where(g)} params[{i}] {error}") from error
@@ -267,7 +275,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._unchecked:
             present = {id(param) for group in self.param_groups for param in group["params"]}
             self._slots = {key: slot for key, slot in known.items() if key in present}
-            check_aliasing(f"[{type(self).__name__}]", self._slots.values())
+            check_aliasing(f"[{type(self).__name__}]", [slot.source for slot in self._slots.values()])
             self._unchecked = False
         return calls
 
@@ -275,23 +283,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What makes the states of the ``wanted`` parameters that have none, one tensor at a time."""
         state = vars(self)["state"]
         for g, group in enumerate(self.param_groups):
-            mode = self._mode(group)
             for i, param in enumerate(group["params"]):
                 if not state.get(param) and wanted(param):
-                    yield self._making_state(
-                        f"{self._where(g)} params[{i}]", group, mode, param, state[param]
-                    )
+                    yield self._making_state(f"{self._where(g)} params[{i}]", group, param, state[param])
 
-    def _making_state(
-        self, where: str, group: Group, mode: Mode, param: Tensor, entry: Entry
-    ) -> Iterator[None]:
-        try:
-            check(local(param))
-            yield from making_complete(
-                param, entry, mode, partial(self._like, param=param, group=group), self._new_state
-            )
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{where} {error}") from error
+    def _making_state(self, where: str, group: Group, param: Tensor, entry: Entry) -> Iterator[None]:
+        with at(where):
+            yield from completing(param, entry, self._states_of(param, group))
 
     def _seed(self, group: Group) -> None:
         """Give ``group`` this optimizer's seed if it has none and needs one."""
@@ -339,13 +337,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         where = f"[{type(self).__name__}]"
         name_dtypes(group)
         self._check_group(where, group)
-        try:
-            check_dtype(meta)
-        except ValueError as error:
-            raise ValueError(f"{where} a parameter {error}") from None
-        complete(
-            meta, entry, self._mode(group), partial(self._like, param=meta, group=group), self._new_state
-        )
+        with at(f"{where} a parameter"):
+            self._check_param(meta, group)
+            complete(meta, entry, resolved(self._specs(group), meta, group, self.defaults))
         return entry
 
     # Groups and checkpoints ---------------------------------------------------------------
@@ -398,6 +392,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         for entry in vars(self)["state"].values():
-            for name in self.state_names if isinstance(entry, dict) else ():
+            for spec in self.states if isinstance(entry, dict) else ():
                 # Of a pickle from before states in 8 bits were one tensor.
-                formats.taken_from_checkpoint(entry, name, name in self.nonnegative_states)
+                formats.taken_from_checkpoint(entry, spec.name, spec.nonnegative)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import _C
+from ...ops import checks
 from ...tensors.layout import is_fake
 
 # How masters and states may be kept: option -> its values, the one that keeps most first.
@@ -53,45 +53,42 @@ def _is_fixed(value: Any) -> bool:
     )
 
 
-def check_number(where: str, name: str, value: Any, *, low: float = 0.0, below: float = math.inf) -> None:
-    """Raise unless ``value`` is a number, or a tensor of one element, in [low, below).
+class Bounds(NamedTuple):
+    """Numbers that an option may be, from ``low`` and below ``below``; with ``length`` a tuple of them."""
 
-    A tensor on an accelerator is not read: that would synchronise.
-    """
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"{where} {name} is a tensor of shape {list(value.shape)}; expected one element. "
-                "Pass a 0-d tensor."
-            )
-        if value.device.type != "cpu" or is_fake(value):
+    low: float = 0.0
+    below: float = math.inf
+    length: int | None = None
+
+    def check(self, where: str, name: str, value: Any) -> None:
+        """Raise unless ``value`` is such a number, or such numbers; reads no tensor on an accelerator."""
+        if self.length is not None:
+            checks.need_length(where, name, value, self.length)
+            for i, item in enumerate(value):
+                self._replace(length=None).check(where, f"{name}[{i}]", item)
             return
-        value = value.item()
-    if not isinstance(value, Real):
-        raise TypeError(
-            f"{where} {name} is {value!r} ({type(value).__name__}); expected a number. Pass a float."
-        )
-    number: Any = value  # of any size: a whole number may be too large for a float
-    if not (low <= number < below and abs(number) <= LARGEST):
-        bound = "a finite number" if below == math.inf else f"a number < {below:g}"
-        raise ValueError(
-            f"{where} {name} is {value}; expected {bound} >= {low:g}, at most 3.4e38 as in FP32. Pass such a "
-            "value."
-        )
+        if isinstance(value, Tensor) and (value.device.type != "cpu" or is_fake(value)):
+            checks.need_number(where, name, value)
+            return
+        number = checks.number(where, name, value, flags=True)
+        if not (self.low <= number < self.below and abs(number) <= LARGEST):
+            checks.refuse(where, name, value, self._wanted())
+
+    def _wanted(self) -> str:
+        if self.below < math.inf:
+            return f"a number >= {self.low:g} and < {self.below:g}"
+        least = "" if self.low == -math.inf else f" >= {self.low:g}"
+        return f"a finite number{least}, at most 3.4e38 as in FP32"
 
 
-def check_betas(where: str, betas: Any) -> None:
-    """Raise unless ``betas`` is a pair of numbers in [0, 1)."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"{where} betas is {betas}; expected two numbers. Pass (beta1, beta2).")
-    for i, beta in enumerate(betas):
-        check_number(where, f"betas[{i}]", beta, below=1.0)
+NOT_NEGATIVE, FINITE = Bounds(), Bounds(low=-math.inf)
+FRACTION, BETAS = Bounds(below=1.0), Bounds(below=1.0, length=2)
 
 
 def check_common(where: str, group: dict[str, Any]) -> None:
     """Raise unless the options that every optimizer has are usable."""
-    check_number(where, "lr", group["lr"])
-    check_number(where, "weight_decay", group["weight_decay"])
+    NOT_NEGATIVE.check(where, "lr", group["lr"])
+    NOT_NEGATIVE.check(where, "weight_decay", group["weight_decay"])
     if group["master_weights"] not in MASTER_WEIGHTS:
         raise ValueError(
             f"{where} master_weights is {group['master_weights']!r}; expected one of {MASTER_WEIGHTS}. "

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...tensors.layout import STATE_DTYPES, fitted, in_turns
+from ...ops.checks import at
+from ...tensors.layout import fitted, in_turns, scalar_like
 from .encoded import Quantized, Remainder, Scales, plain
 from .formats import (
     DEFAULTS,
+    Entry,
     adapted,
     check_master,
     for_checkpoint,
-    has_master,
     label,
     name_dtypes,
-    need_storable,
     numel_name,
     scale_name,
-    stored_dtype,
     taken_from_checkpoint,
 )
+from .spec import resolved
 from .steps import as_step
 
 # Keys that schedulers, trainers and torch's optimizers put into groups; they say nothing about the update
@@ -148,51 +148,46 @@ def _warn_of_rules(where: str, optimizer: str, saved: dict[str, Any], group: dic
 
 
 def _converting(
-    where: str,
-    optimizer: Any,
-    entry: dict[str, Any],
-    param: Tensor,
-    group: dict[str, Any],
+    where: str, optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any]
 ) -> Iterator[None]:
     """Makes the saved ``entry`` that of ``param``, in place and one tensor at a time."""
-    try:
+    with at(where):
         yield from _convert_tensors(optimizer, entry, param, group)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{where} {error}") from error
 
 
-def _convert_tensors(
-    optimizer: Any,
-    entry: dict[str, Any],
-    param: Tensor,
-    group: dict[str, Any],
-) -> Iterator[None]:
-    optimizer._upgrade_state(entry)
-    likes = {name: optimizer._like(name, param, group) for name in optimizer.state_names}
-    required = [name for name in optimizer.required_state if likes.get(name, param) is not None]
+def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any]) -> Iterator[None]:
+    optimizer._check_param(param, group)
+    specs = [spec for spec in optimizer.states if spec.of is None or spec.of(param, group)]
+    for spec in specs:
+        value = entry.get(spec.name)
+        if value is not None and spec.count is not None:
+            entry.setdefault("step", spec.count)
+        if isinstance(value, float) and spec.like is scalar_like:  # of torch's NAdam before 2.0
+            entry[spec.name] = torch.tensor(value, dtype=torch.float64)
+    required = [spec.name for spec in specs if spec.required]
+    if any(spec.required and spec.count is None for spec in specs):
+        required.insert(0, "step")
     missing = [name for name in required if entry and name not in entry]
     if missing:
         raise ValueError(
             f"has {sorted(entry)}, without {missing}; expected all of {required}. "
             "Load the checkpoint of an optimizer of this kind."
         )
-    if not has_master(param, group["master_weights"]):
+    for spec in optimizer.states:
+        taken_from_checkpoint(entry, spec.name, spec.nonnegative)
+        scales = scale_name(spec.name)
+        if scales in entry and not isinstance(entry.get(spec.name), Quantized):
+            dtype = getattr(entry.get(spec.name), "dtype", "missing")
+            raise ValueError(
+                f"has {scales!r}, the block scales of an 8-bit state, beside {spec.name!r} of dtype {dtype}; "
+                "expected its int8 or uint8 values. Quantized values are no numbers, so they can't be cast "
+                'or computed with: load the intact checkpoint into an optimizer with state_dtype="float32", '
+                "whose states are."
+            )
+    present = [spec for spec in specs if spec.name in entry]
+    states = {state.name: state for state in resolved(present, param, group, optimizer.defaults)}
+    if "master" not in states:
         entry.pop("master", None)
-    for name in likes:
-        taken_from_checkpoint(entry, name, name in optimizer.nonnegative_states)
-    if scales := [
-        scale_name(name)
-        for name in likes
-        if scale_name(name) in entry and not isinstance(entry.get(name), Quantized)
-    ]:
-        name = scales[0].removesuffix(scale_name(""))
-        dtype = getattr(entry.get(name), "dtype", "missing")
-        raise ValueError(
-            f"has {scales[0]!r}, the block scales of an 8-bit state, beside {name!r} of dtype {dtype}; "
-            "expected its int8 or uint8 values. Quantized values are no numbers, so they can't be cast or "
-            'computed with: load the intact checkpoint into an optimizer with state_dtype="float32", whose '
-            "states are."
-        )
     numel = entry.pop(numel_name("master"), None)
     for name, value in list(entry.items()):
         if name not in entry:  # what was said of a state in 8 bits, which has another format now
@@ -212,12 +207,8 @@ def _convert_tensors(
             master = fitted(plain(value), param, torch.int16 if was_split else None)
             entry[name] = Remainder(master) if was_split and type(master) is Tensor else master
             label(entry, name)
-        elif (like := likes.get(name)) is not None:
-            dtype = STATE_DTYPES[like.dtype]
-            if like is param:
-                need_storable(param, group["state_dtype"])
-                dtype = stored_dtype(param.dtype, group["state_dtype"], name in optimizer.nonnegative_states)
-            new = adapted(entry, name, like, dtype)
+        elif name in states:
+            new = adapted(entry, name, states[name].like, states[name].dtype)
             entry[name] = _copied(new) if new is value else new
             label(entry, name)
         elif isinstance(value, Scales):  # of a state that was copied with them

@@ -32,6 +32,11 @@ DEFAULTS = Storage(
 )
 
 
+def options(given: dict[str, Any]) -> dict[str, Any]:
+    """``given``, the ``locals()`` of a constructor, without its parameters and its options of storage."""
+    return {name: given[name] for name in given if name not in ("self", "params", "storage", "__class__")}
+
+
 def with_storage(optimizer: str, defaults: Entry, storage: Storage) -> Entry:
     """``defaults`` with the options of storage, those given and the others."""
     unknown = sorted(storage.keys() - DEFAULTS.keys())
@@ -93,7 +98,7 @@ def need_storable(param: Tensor, state_dtype: str) -> None:
     """Raise unless the states of ``param`` can be kept as the option ``state_dtype`` says."""
     if state_dtype == "float32":
         return
-    kind = f"is {str(param.dtype).removeprefix('torch.')} of shape {list(param.shape)}"
+    kind = _described(param)
     if STATE_DTYPES[param.dtype] != torch.float32:
         raise ValueError(
             f"{kind} in a group with state_dtype {state_dtype!r}; expected float16, bfloat16 or float32. Put "
@@ -104,6 +109,19 @@ def need_storable(param: Tensor, state_dtype: str) -> None:
             f"{kind}, a DTensor, in a group with state_dtype 'int8'; expected a plain tensor, as block "
             'scales belong to a shard\'s memory and could not be resharded. Use state_dtype="bfloat16".'
         )
+
+
+def need_real(param: Tensor, group: Entry) -> None:
+    """Raise unless ``param`` is real, or has no format that only real numbers have."""
+    if param.is_complex() and (group["master_weights"] == "split" or group["stochastic_rounding"]):
+        raise ValueError(
+            f"{_described(param)}; expected a real parameter for split masters and stochastic rounding. Put "
+            'it into a group of its own with master_weights="fp32" or "none", and stochastic_rounding=False.'
+        )
+
+
+def _described(param: Tensor) -> str:
+    return f"is {str(param.dtype).removeprefix('torch.')} of shape {list(param.shape)}"
 
 
 def filled(like: Tensor, dtype: torch.dtype, value: float) -> Tensor:
@@ -259,22 +277,19 @@ def label(entry: Entry, name: str) -> None:
     entry[order_name(name)] = _order_number(value.bits)
 
 
-def keep_master(entry: Entry, param: Tensor, master_weights: str) -> None:
-    """Make the master of ``param``, or bring it into the form that ``master_weights`` names.
+def keep_master(entry: Entry, param: Tensor, dtype: torch.dtype) -> None:
+    """Make the master of ``param``, or bring it into ``dtype`` (int16: a split one's remainder).
 
     A master whose rounding is not its weight follows the weight, which was modified (csrc/math/follow.h).
     """
-    is_split = master_weights == "split"
-    dtype = torch.int16 if is_split else STATE_DTYPES[param.dtype]
+    is_split = dtype == torch.int16
     value = entry.get("master")
     if value is None:
         entry["master"] = _wrapped(memory_like(param, dtype).zero_()) if is_split else fitted(param, param)
-        label(entry, "master")
         return
     check_master(value, param)
     if fits(plain(value), param, dtype):
         entry["master"] = _wrapped(value)
-        label(entry, "master")
         return
     value = plain(value)
     was_split = value.dtype == torch.int16
@@ -294,7 +309,6 @@ def keep_master(entry: Entry, param: Tensor, master_weights: str) -> None:
         value = fitted(param, param)
         local(value).copy_(joined(source, remainder))
     entry["master"] = _wrapped(value)
-    label(entry, "master")
 
 
 def _wrapped(master: Tensor) -> Tensor:
