@@ -9,6 +9,8 @@ from torch import Tensor
 from . import checks
 from .call import bump, call
 
+_PLAIN = frozenset((bool, int, float))
+
 
 def update_scale_(
     scale: Tensor,
@@ -53,7 +55,7 @@ def update_scale_(
         hysteresis,
         refill_on_good_step,
     )
-    plain = all(type(value) in (bool, int, float) for value in rule)  # else a value may change in place
+    plain = _PLAIN.issuperset(map(type, rule))  # else a value may change in place
     checked = (_checked if plain else _checked.__wrapped__)(*rule)
     if hysteresis > 1 and hysteresis_tracker is None:
         raise ValueError(
