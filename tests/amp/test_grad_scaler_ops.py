@@ -1,4 +1,4 @@
-"""What a step of scaler and optimizer runs: three ops of ours, none of torch's. The same numbers as in parts."""
+"""What a step of scaler and optimizer runs: three ops of ours, none of torch's; the same bits as in parts."""
 
 import math
 
@@ -191,8 +191,8 @@ def nothing(params, optimizer, scaler):
 
 CHANGES = [
     nothing, change_in_place, change_object, change_twice, change_scale, replace_scale, lose_one,
-    become_a_main_grad, overflow, clip_again, clip_by_another_norm, unscale, raise_the_flag, replace_the_flag, skip_by_hand,
-    divide_by_hand, new_rate, touch_the_state,
+    become_a_main_grad, overflow, clip_again, clip_by_another_norm, unscale, raise_the_flag, replace_the_flag,
+    skip_by_hand, divide_by_hand, new_rate, touch_the_state,
 ]  # fmt: skip
 
 
