@@ -17,7 +17,19 @@ for extra in ("matplotlib", "numpy", "rich"):
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the package
 
-from benchmarks import chart, cliffs, contenders, duel, report, results, run, scaling, stream, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    chart,
+    cliffs,
+    contenders,
+    duel,
+    report,
+    results,
+    run,
+    scaling,
+    small,
+    stream,
+    timing,
+)
 from benchmarks.machine import this_machine  # noqa: E402
 from benchmarks.rows import RIVALS, ROWS, Row  # noqa: E402
 from benchmarks.timing import Limits, Sample, Timing, Triple  # noqa: E402
@@ -242,3 +254,11 @@ def test_cliffs_have_two_sides_that_run():
         assert elements > 0
         tried()
         plain()
+
+
+@pytest.mark.parametrize("phase", small.PHASES)
+def test_small_steps_are_counted(phase):
+    """Guards the numbers of operations in the report: a plain step is one of ours, with a scaler three."""
+    ours, theirs = (small.operations(small.phase_of(mine, 4, phase)) for mine in (True, False))
+    assert ours == (1 if phase == "plain step" else 3)
+    assert theirs >= (1 if phase == "plain step" else 3)

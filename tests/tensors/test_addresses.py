@@ -1,8 +1,11 @@
 """Fields read in bulk: each is the tensor's own, now; whatever is not plain is left to the ops that check."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from fusedamp import _C
+from fusedamp import _C, optim
 from fusedamp.tensors import addresses
 
 PLAIN = {
@@ -135,3 +138,35 @@ def test_gradient_rows_that_are_none_are_refused(row, value, text):
     with pytest.raises(RuntimeError, match=r"\[grad_stats\] rows\[1\] has ") as caught:
         torch.ops.fusedamp._packed_grad_stats(fields, torch.ones(1))
     assert text in str(caught.value)
+
+
+def test_without_a_global_lock_tensors_are_handed_over_one_by_one():
+    """Guards free-threaded Python: nothing is borrowed or counted, numbers are the same, `info` says so."""
+    code = """
+import sys
+sys._is_gil_enabled = lambda: False
+import torch
+from fusedamp import GradScaler, optim
+from fusedamp.commands.info import system_info
+from fusedamp.optim.core import ownership
+param = torch.nn.Parameter(torch.ones(3))
+optimizer, scaler = optim.AdamW([param], lr=0.1), GradScaler("cpu", init_scale=4.0)
+scaler.scale(torch.zeros(()))
+for _ in range(5):
+    param.grad = torch.full((3,), 4.0)
+    scaler.clip_grad_norm_(optimizer, 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+assert optimizer._plan is None
+assert not ownership.nothing_else_holds(vars(optimizer))
+assert "one by one" in system_info()["addresses"] and "global lock" in system_info()["addresses"]
+print(param.sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.AdamW([param], lr=0.1)
+    for _ in range(5):
+        param.grad = torch.full((3,), 3**-0.5)
+        optimizer.step()
+    assert float(done.stdout) == pytest.approx(param.sum().item(), rel=1e-6)

@@ -11,6 +11,7 @@ import torch
 from .. import _C
 from ..capabilities import capabilities
 from ..ops.library import cpu_target
+from ..tensors.addresses import how_read
 
 
 def system_info() -> dict[str, object]:
@@ -26,6 +27,7 @@ def system_info() -> dict[str, object]:
         "cuda": {"torch_built_for": torch.version.cuda, "driver_supports": _driver_cuda_version()},
         "build": _C.build_info(),
         "cpu_target": cpu_target(),
+        "addresses": how_read(),
         "devices": devices,
     }
 
@@ -39,6 +41,7 @@ def describe(info: dict) -> str:
         f" {cuda['driver_supports'] or 'none (no NVIDIA driver found)'}",
         "build    " + ", ".join(f"{key} {_listed(value)}" for key, value in build.items()),
         f"CPU code {info['cpu_target']} (FUSEDAMP_CPU_TARGET overrides)",
+        f"tensors  read by {info['addresses']}",
     ]
     for device in info["devices"]:
         units = "AMX tiles" if device["device"] == "cpu" else "tensor cores"

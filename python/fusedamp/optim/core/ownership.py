@@ -15,6 +15,7 @@ from weakref import getweakrefcount
 import torch
 from torch import Tensor
 
+from ...tensors.addresses import HAS_GIL
 from ..state.encoded import Encoded, Quantized, Scales
 
 
@@ -25,7 +26,7 @@ def _counts(held: list[Any]) -> set[int]:
 _ONLY_THE_LIST = _counts([object()]).pop()  # what the list and the counting itself add up to
 _uses_of_storage = getattr(torch._C, "_storage_Use_Count", None)
 # Without these two nobody can be ruled out, and the state is compared in each step.
-_CAN_TELL = _uses_of_storage is not None and hasattr(Tensor, "_use_count")
+_CAN_TELL = HAS_GIL and _uses_of_storage is not None and hasattr(Tensor, "_use_count")
 
 
 def _beyond_python(tensor: Tensor) -> tuple[int, ...]:
