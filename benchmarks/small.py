@@ -114,7 +114,7 @@ def report(records: list[dict[str, Any]], machine: Machine) -> str:
         f"# Steps of small tensors, on {machine.title}, 1 thread",
         "",
         f"AdamW, FP32, tensors of {NUMEL} elements. Speedup: time of torch's fused AdamW (with its scaler "
-        "and its clipping) over ours, measured alternately in one process; median, and 20th to 80th percentile. "
+        "and its clipping) over ours, measured alternately in one process; median, 20th to 80th percentile. "
         "Operations: calls of torch's dispatcher in one iteration, without allocations; ours, and torch's.",
         "",
         "| tensors | iteration | speedup | operations: ours, torch's | ours, microseconds per tensor |",

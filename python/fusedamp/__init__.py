@@ -9,6 +9,7 @@ from .amp.overflow import Overflow, OverflowReport
 from .amp.patch import patch_torch
 from .capabilities import Capability, capabilities
 from .memory.estimate import Estimate, Memory, estimate
+from .memory.pack import PackedParameters, pack_parameters
 
 __version__: str = _build_info()["version"]  # metadata is only where pip installed
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Memory",
     "Overflow",
     "OverflowReport",
+    "PackedParameters",
     "__version__",
     "capabilities",
     "clip_grad_norm_",
@@ -26,5 +28,6 @@ __all__ = [
     "estimate",
     "ops",
     "optim",
+    "pack_parameters",
     "patch_torch",
 ]

@@ -1,0 +1,131 @@
+"""Weights and gradients side by side in a few large buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from .._C import advise_huge_pages
+from ..tensors.layout import is_dense
+from ..tensors.shards import PLAIN
+
+_ALIGNMENT = 64  # bytes: a cache line, and more than any kernel's vectors need
+
+
+class PackedParameters:
+    """Buffers that hold the weights of some parameters, and their gradients; see :func:`pack_parameters`.
+
+    Attributes:
+        weights, gradients: one flat tensor for each device and dtype; no gradients if they were left out.
+    """
+
+    def __init__(self, params: list[nn.Parameter], gradients: bool) -> None:
+        places: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+        for param in params:
+            places.setdefault((param.device, param.dtype), []).append(param)
+        self.weights: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self._grads: list[tuple[nn.Parameter, Tensor]] = []
+        for some in places.values():
+            buffer, views = _buffer(some)
+            self.weights.append(buffer)
+            for param, view in zip(some, views, strict=True):
+                param.data = view.copy_(param.detach())
+            if gradients:
+                buffer, views = _buffer(some)
+                self.gradients.append(buffer.zero_())
+                self._grads += zip(some, views, strict=True)
+        for param, view in self._grads:
+            if param.grad is not None:
+                view.copy_(param.grad)
+            param.grad = view
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, in their buffers, also such as ``optimizer.zero_grad()`` has removed.
+
+        Cost: writes each buffer once.
+        """
+        for buffer in self.gradients:
+            buffer.zero_()
+        for param, view in self._grads:
+            if param.grad is not view:
+                param.grad = view
+
+
+def pack_parameters(
+    params: nn.Module | Iterable[nn.Parameter], *, gradients: bool = True
+) -> PackedParameters:
+    """Move the weights of ``params``, and their gradients, into one buffer per device and dtype.
+
+    A step of thousands of small tensors waits for memory at the beginning of each. Side by side, the end of
+    one leads a processor to the next, and on Linux the buffers lie in huge pages. Call it once, after the
+    model is on its device and in its dtype; parameters stay the same objects, with the same values::
+
+        packed = fusedamp.pack_parameters(model)
+        for batch in data:
+            packed.zero_grad()  # instead of optimizer.zero_grad()
+            loss(model, batch).backward()
+            optimizer.step()
+
+    Args:
+        params: a module or its parameters, dense in memory, on any devices. Those that require no gradient
+            are left alone.
+        gradients: also give each parameter a gradient in a buffer, of zeros or of what it has. A parameter
+            that takes no part in a backward then counts as one with a gradient of zeros, as after
+            ``optimizer.zero_grad(set_to_none=False)``. Pass False under DistributedDataParallel, whose own
+            buckets hold the gradients with ``gradient_as_bucket_view=True``.
+    Returns: the buffers.
+    Raises: TypeError or ValueError naming the parameter; nothing was moved then. Not for DTensors and other
+        subclasses, nor for parameters that share memory.
+    Cost: while it works, memory for a second copy of the weights. A weight that is saved alone with
+        ``torch.save`` takes its whole buffer along: save ``state_dict()`` as a whole, or clones.
+    """
+    chosen = [
+        param
+        for param in (params.parameters() if isinstance(params, nn.Module) else params)
+        if _is_trained(param)
+    ]
+    for i, param in enumerate(chosen):
+        got = (
+            f"[pack_parameters] parameter {i} of those that require gradients, of shape {list(param.shape)},"
+        )
+        if type(param) not in PLAIN or param.layout is not torch.strided or param.is_meta:
+            kind = f"{type(param).__name__} on {param.device} with layout {param.layout}"
+            raise TypeError(f"{got} is a {kind}; expected a plain tensor with memory. Leave it out.")
+        if not is_dense(param):
+            raise ValueError(
+                f"{got} has gaps or overlaps in memory (strides {list(param.stride())}); expected a dense "
+                "tensor. Make it contiguous first, or leave it out."
+            )
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, i) for i, p in enumerate(chosen) if p.numel())
+    for (_, end, i), (begin, _, j) in pairwise(spans):
+        if begin < end:
+            raise ValueError(
+                f"[pack_parameters] parameters {i} and {j} share memory; expected memory of their own. Tie "
+                "weights by using one Parameter object."
+            )
+    return PackedParameters(chosen, gradients)
+
+
+def _is_trained(param: object) -> bool:
+    if not isinstance(param, Tensor):
+        raise TypeError(
+            f"[pack_parameters] got a {type(param).__name__}; expected parameters, or a module that has them."
+        )
+    return param.requires_grad
+
+
+def _buffer(params: list[nn.Parameter]) -> tuple[Tensor, Iterator[Tensor]]:
+    """A flat tensor with room for tensors like ``params``, and the views for them."""
+    first, step = params[0], max(_ALIGNMENT // params[0].element_size(), 1)
+    places, total = [], 0
+    for param in params:
+        places.append(total)
+        total += -(-param.numel() // step) * step
+    buffer = torch.empty(total, dtype=first.dtype, device=first.device)
+    if first.device.type == "cpu":
+        advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+    return buffer, (buffer.as_strided(p.shape, p.stride(), at) for p, at in zip(params, places, strict=True))
