@@ -73,7 +73,7 @@ void need_row(const std::string& op, int64_t i, const StepRow& row, RuleId rule)
 void need_grads(const std::string& op, const StepTable& table) {
   for (int64_t i = 0; i < table.count; ++i)
     if (!table.grads[i] && table.rows[i].numel > 0)
-      fail(op, Name{"rows", i}, " has ", table.rows[i].numel, " elements or lacks an address; expected one of a ",
+      fail(op, Name{"rows", i}, " has ", table.rows[i].numel, " elements or lacks an address; expected that of its ",
            "gradient");
 }
 
@@ -107,6 +107,9 @@ const StepRow* rows_of(const std::string& op, const Tensor& rows, int64_t* count
   *count = row_count(op, "rows", rows, sizeof(StepRow) / sizeof(int64_t));
   return static_cast<const StepRow*>(rows.data_ptr());
 }
+
+// What is in memory where a bool should be.
+uint8_t byte_of(const bool& flag) { return *reinterpret_cast<const uint8_t*>(&flag); }
 
 }  // namespace
 
@@ -152,11 +155,9 @@ void check_plan(Tensor rows, Tensor groups, Tensor /*like*/) {
     for (int64_t i = group.first; i < group.first + group.count; ++i) {
       const Name name = {"rows", i};
       if (row[i].group != g) fail(op, name, " is of group ", row[i].group, "; expected ", g);
-      uint8_t flags[2];  // a bool of any byte is no bool
-      std::copy_n(reinterpret_cast<const uint8_t*>(&row[i].maximize), 1, flags);
-      std::copy_n(reinterpret_cast<const uint8_t*>(&row[i].stochastic), 1, flags + 1);
-      if (flags[0] > 1 || flags[1] > 1)
-        fail(op, name, " has flags ", int(flags[0]), " and ", int(flags[1]), "; expected 0 or 1");
+      const int maximize = byte_of(row[i].maximize), stochastic = byte_of(row[i].stochastic);
+      if (maximize > 1 || stochastic > 1)
+        fail(op, name, " has flags ", maximize, " and ", stochastic, "; expected 0 or 1");
       need_row(op, i, row[i], static_cast<RuleId>(group.rule));
     }
   }
