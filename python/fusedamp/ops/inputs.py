@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ class GradientTable:
     """Whether a versioned look saw the same tensors, not written since; who asks has kept them alive."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepLog:
+class StepLog(NamedTuple):
     """Where a step notes itself on the device, all int64: it adds 1 to ``steps``, and one that is skipped
     copies ``counts`` to ``last_counts`` and ``steps`` to ``last_step``."""
 
@@ -45,8 +44,7 @@ class StepLog:
     steps: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceInputs:
+class DeviceInputs(NamedTuple):
     """What the scaler hands to the ops on one device: FP32 tensors of one element, or None."""
 
     inv_scale: Tensor | None = None
