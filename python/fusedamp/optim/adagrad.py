@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -11,7 +11,7 @@ from ..tensors.layout import STATE_DTYPES, in_turns
 from ..tensors.shards import local
 from .core.optimizer import FusedOptimizer
 from .core.options import NOT_NEGATIVE
-from .state.formats import Storage, options
+from .state.formats import Storage
 from .state.spec import StateSpec
 
 
@@ -50,7 +50,11 @@ class Adagrad(FusedOptimizer):
         fused: bool | None = None,
         **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, options(locals()), storage)
+        # In the order of torch's groups.
+        given: dict[str, Any] = dict(lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay)
+        given |= dict(initial_accumulator_value=initial_accumulator_value, foreach=foreach)
+        given |= dict(maximize=maximize, differentiable=differentiable, fused=fused)
+        super().__init__(params, given, storage)
         in_turns(list(self._missing_states(_can_have_state)))
 
     def share_memory(self) -> None:

@@ -73,7 +73,11 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, options(locals()), storage)
+        # In the order of torch's groups.
+        given: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+        given |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
+        given |= dict(differentiable=differentiable, fused=fused)
+        super().__init__(params, {**given, "decoupled_weight_decay": decoupled_weight_decay}, storage)
 
     def _op_name(self, group: Group) -> str:
         return "adamw_" if group["decoupled_weight_decay"] else "adam_"

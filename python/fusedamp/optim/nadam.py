@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from ..tensors.layout import scalar_like
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import BETAS, NOT_NEGATIVE
-from .state.formats import Storage, options
+from .state.formats import Storage
 from .state.spec import StateSpec
 
 
@@ -53,7 +53,11 @@ class NAdam(FusedOptimizer):
         differentiable: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, options(locals()), storage)
+        # In the order of torch's groups.
+        given: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        given |= dict(momentum_decay=momentum_decay, decoupled_weight_decay=decoupled_weight_decay)
+        given |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
+        super().__init__(params, given | dict(differentiable=differentiable), storage)
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
         op, hyper = super()._op(group)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, NOT_NEGATIVE
-from .state.formats import Storage, options
+from .state.formats import Storage
 from .state.spec import StateSpec
 
 
@@ -50,4 +50,8 @@ class RAdam(FusedOptimizer):
         differentiable: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, options(locals()), storage)
+        # In the order of torch's groups.
+        given: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        given |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
+        given |= dict(decoupled_weight_decay=decoupled_weight_decay, differentiable=differentiable)
+        super().__init__(params, given, storage)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.optimizer import FusedOptimizer, Group
 from .core.options import NOT_NEGATIVE
-from .state.formats import Storage, options
+from .state.formats import Storage
 from .state.spec import StateSpec
 
 
@@ -53,7 +53,10 @@ class RMSprop(FusedOptimizer):
         differentiable: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        super().__init__(params, options(locals()), storage)
+        # In the order of torch's groups.
+        given: dict[str, Any] = dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered)
+        given |= dict(weight_decay=weight_decay, capturable=capturable, foreach=foreach)
+        super().__init__(params, given | dict(maximize=maximize, differentiable=differentiable), storage)
 
     def _check_group(self, where: str, group: Group) -> None:
         super()._check_group(where, group)
