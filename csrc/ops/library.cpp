@@ -9,7 +9,6 @@ STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kUnscaleSchema);
   m.def(fusedamp::kGradStatsSchema);
   m.def(fusedamp::kUpdateScaleSchema);
-  m.def(fusedamp::kPackedStepSchema);
   m.def(fusedamp::kPackedGradStatsSchema);
   m.def(fusedamp::kCheckPlanSchema);
   m.def(fusedamp::kPlannedStepSchema);

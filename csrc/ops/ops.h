@@ -36,19 +36,6 @@ struct Ops {
     Backend(params[0]).step(table, {&checked.group, 1}, checked.scalars, {});
   }
 
-  static void packed_step_(Tensor rows, Tensor grads, Tensor like, std::string op, int64_t states, double lr,
-                           std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor, OptionalTensor inv_scale,
-                           OptionalTensor clip_coef, OptionalTensor found_inf, bool stochastic_rounding) {
-    StepGroup group = step_group(op, like, lr, hyper, lr_tensor);
-    const StepScalars scalars = step_scalars(op, like, inv_scale, clip_coef, found_inf);
-    const RuleId rule = rule_for(op, 1, states);
-    const std::vector<StepRow> unpacked = packed_step_rows(op, rule, rows, grads, {maximize, stochastic_rounding});
-    group.rule = rule;
-    group.count = static_cast<int64_t>(unpacked.size());
-    if (like.is_cpu()) need_counts(op, unpacked.data(), group.count);
-    Backend(like).step({unpacked.data(), data<void*>(grads), group.count}, {&group, 1}, scalars, {});
-  }
-
   static void planned_step_(Tensor rows, Tensor grads, Tensor groups, Tensor like, OptionalTensor inv_scale,
                             OptionalTensor clip_coef, OptionalTensor found_inf, OptionalTensor counts,
                             OptionalTensor log_counts, OptionalTensor log_step, OptionalTensor log_steps) {
@@ -134,7 +121,6 @@ struct Ops {
     m.impl("_check_step", TORCH_BOX(&check_step));
     m.impl("_find_shared_memory", TORCH_BOX(&find_shared_memory));
     m.impl("_packed_grad_stats", TORCH_BOX(&Ops::packed_grad_stats));
-    m.impl("_packed_step_", TORCH_BOX(&Ops::packed_step_));
     m.impl("_planned_step_", TORCH_BOX(&Ops::planned_step_));
 #define FUSEDAMP_OP(op, Hyper, names) m.impl(#op "_", TORCH_BOX(&Ops::template step<kName_##op>));
 #include "../math/optimizers.def"

@@ -163,37 +163,6 @@ void check_plan(Tensor rows, Tensor groups, Tensor /*like*/) {
   }
 }
 
-std::vector<StepRow> packed_step_rows(const std::string& op, RuleId rule, const Tensor& rows, const Tensor& grads,
-                                      GroupFlags flags) {
-  constexpr int64_t kColumns = 12;
-  const int64_t n = row_count(op, "rows", rows, kColumns);
-  const auto* from = static_cast<const int64_t*>(rows.data_ptr());
-  std::vector<StepRow> unpacked;
-  unpacked.reserve(n);  // not filled with zeros first
-  for (int64_t i = 0; i < n; ++i, from += kColumns) {
-    void* const* address = reinterpret_cast<void* const*>(from);
-    const auto scales = [&](int j) { return static_cast<float*>(address[j]); };
-    const auto dtype = [&](int byte) { return static_cast<DType>(from[11] >> 8 * byte & 255); };
-    unpacked.push_back({address[0],
-                        address[1],
-                        {address[2], address[3], address[4]},
-                        {scales(5), scales(6), scales(7)},
-                        static_cast<float*>(address[8]),
-                        from[9],
-                        from[10],
-                        0,
-                        dtype(1),
-                        from[11] >> 32 ? static_cast<DType>(255) : dtype(0),
-                        dtype(2),
-                        is_8bit(dtype(3)) ? DType::i8 : dtype(3),
-                        flags.maximize,
-                        flags.stochastic});
-    need_row(op, i, unpacked.back(), rule);
-  }
-  need_grads(op, {unpacked.data(), grads_of(op, grads, n), n});
-  return unpacked;
-}
-
 std::vector<GradRow> packed_grad_rows(const std::string& op, const Tensor& rows) {
   const int64_t n = row_count(op, "rows", rows, 3);
   std::vector<GradRow> unpacked(n);

@@ -8,11 +8,6 @@ namespace fusedamp {
 // [3, n]: addresses, numels and dtype codes of gradients.
 std::vector<GradRow> packed_grad_rows(const std::string& op, const Tensor& rows);
 
-// Step rows in a format of their own, [n, 12]: param, master (or 0), three states (or 0), their scales (or 0), step,
-// numel, seed, and the dtypes of param, gradient, master and states, 8 bits each from the lowest; grads, [n].
-std::vector<StepRow> packed_step_rows(const std::string& op, RuleId rule, const Tensor& rows, const Tensor& grads,
-                                      GroupFlags flags);
-
 // Step rows and groups as the engines have them (engine/table.h), in the tensors' own memory.
 struct PlannedStep {
   std::string op;  // the first group's

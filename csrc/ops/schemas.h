@@ -29,11 +29,8 @@ constexpr const char* kUnscaleSchema = "unscale_(Tensor(a!)[] grads, Tensor inv_
 constexpr const char* kGradStatsSchema =
     "grad_stats(Tensor[] grads, Tensor? inv_scale=None, float norm_type=2.0) -> (Tensor, Tensor, Tensor, Tensor)";
 
-// The same two passes over addresses that the caller has packed (packed.h says how): handing over a tensor costs about
-// 0.5 us of host time, an address a tenth of that. For fusedamp's own Python only. `like` is any tensor on the device.
-constexpr const char* kPackedStepSchema =
-    "_packed_step_(Tensor rows, Tensor grads, Tensor like, str op, int states, *, " FUSEDAMP_STEP_SCALARS
-    "bool stochastic_rounding=False) -> ()";
+// The same over addresses that the caller has packed (packed.h says how): handing over a tensor costs about 0.5 us of
+// host time, an address a tenth of that. For fusedamp's own Python only. `like` is any tensor on the device.
 constexpr const char* kPackedGradStatsSchema =
     "_packed_grad_stats(Tensor rows, Tensor like, Tensor? inv_scale=None, float norm_type=2.0) -> "
     "(Tensor, Tensor, Tensor, Tensor)";
