@@ -223,6 +223,18 @@ def one_group_less(params, optimizer):
     optimizer.param_groups.pop()
 
 
+def test_groups_that_are_no_list_are_stepped_the_long_way():
+    params, optimizer = warm()
+    other, plain = warm()
+    optimizer.param_groups = tuple(optimizer.param_groups)
+    for step in range(3, 6):
+        for some, one in ((params, optimizer), (other, plain)):
+            give_grads(some, step)
+            one.step()
+    assert optimizer._plan is None
+    assert all(map(torch.equal, params, other))
+
+
 @pytest.mark.parametrize(
     "change",
     [lost, resized, cast, gapped, expanded, negated, sparse, wrapped, no_list, longer, shorter, swapped,

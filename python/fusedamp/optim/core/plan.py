@@ -36,6 +36,8 @@ class Plan:
 
     def __init__(self, optimizer: Any, batches: list[Batch]) -> None:
         groups, state = optimizer.param_groups, vars(optimizer)["state"]
+        if not isinstance(groups, list):
+            raise ValueError(f"param_groups is a {type(groups).__name__}; expected a list")
         self._modes = [_mode_of(optimizer, group) for group in groups]
         places = {id(param): i for i, param in enumerate(p for group in groups for p in group["params"])}
         self._state_ids = list(map(id, state))
@@ -81,7 +83,9 @@ class Plan:
         Raises: ValueError where a new option is unusable.
         """
         groups = optimizer.param_groups
-        changed = self._walk.look(groups, versioned) if can_read() else None
+        if not can_read() or not isinstance(groups, list):
+            return False
+        changed = self._walk.look(groups, versioned)
         return changed is not None and all(self._takes_options(optimizer, g, groups[g]) for g in changed)
 
     def _takes_options(self, optimizer: Any, g: int, group: Group) -> bool:
