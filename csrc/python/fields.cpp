@@ -60,21 +60,6 @@ bool same_fields(py::list tensors, py::bytearray fields) {
   return true;
 }
 
-py::object read_grads(py::list params, py::bytearray fields) {
-  const Columns known(fields), grads(known.n);
-  if (PyList_GET_SIZE(params.ptr()) != known.n) return py::none();
-  Reader reader;
-  Plain found;
-  for (Py_ssize_t i = 0; i < known.n; ++i) {
-    PyObject* param = PyList_GET_ITEM(params.ptr(), i);
-    if (!reader.read(param, false, found) || !known.has(i, found)) return py::none();
-    const py::object its = gradient(param);
-    if (!reader.read(its.ptr(), false, found) || is_negated(its.ptr())) return py::none();
-    grads.put(i, found);
-  }
-  return grads.bytes;
-}
-
 py::object grads_of(py::list params) {
   const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
   Py_ssize_t missing = 0;

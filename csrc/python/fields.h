@@ -15,10 +15,6 @@ pybind11::object read_fields(pybind11::list tensors, bool stored);
 // Whether read_fields(tensors) would give these fields again.
 bool same_fields(pybind11::list tensors, pybind11::bytearray fields);
 
-// What read_fields gives for the gradients of `params`; None where it gives none, one has none, or read_fields(params)
-// would not give `fields` again. One walk, so that each parameter is looked at while it is in the cache.
-pybind11::object read_grads(pybind11::list params, pybind11::bytearray fields);
-
 // The .grad of each, and how many are None; or None where one is no plain tensor or parameter.
 pybind11::object grads_of(pybind11::list params);
 

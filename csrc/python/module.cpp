@@ -39,9 +39,6 @@ PYBIND11_MODULE(_C, m) {
         "on one device, with `stored` also of small integers; None where there are none, or one is anything else.");
   m.def("same_fields", &fusedamp::same_fields, "tensors"_a, "fields"_a,
         "Whether read_fields would give these fields again.");
-  m.def("read_grads", &fusedamp::read_grads, "params"_a, "fields"_a,
-        "What read_fields gives for the gradients of params; None where it gives none, one has none, or read_fields\n"
-        "would not give these fields for the params again.");
   m.def("grads_of", &fusedamp::grads_of, "params"_a,
         "The list of each one's grad, and how many of them are None; None where one is no plain tensor or parameter.");
   m.def("versions", &fusedamp::versions, "tensors"_a, "Their version counters as int64, in bytes.");
