@@ -299,6 +299,20 @@ def test_check_is_what_torch_makes_of_the_read_pass(kind, p, wide):
             assert number.shape == ()
 
 
+@pytest.mark.parametrize("p", [2.0, 1.0, 0.5, 1 / 3, 0.25, 3.0, 7.5])
+def test_norms_of_one_element(p):
+    """Powers are rounded as torch rounds them, whatever the number is."""
+    scale = torch.tensor(1.0)
+    for value in torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).tolist():
+        grads = [torch.tensor([value], dtype=torch.float64)]
+        rows = packed.rows(packed.read(grads))
+        norm = OPS._check_grads(rows, scale, p, 1.0, None, True)[3]
+        total = OPS._packed_grad_stats(rows, scale, None, p)[1]
+        if scale.is_cpu:
+            assert same_bits(norm, total.pow(1.0 / p))
+        torch.testing.assert_close(norm, total.pow(1.0 / p))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [2.0**-126, 0.3, 65536.0, 3e38])
 def test_check_with_max_norm_on_the_device(dtype, scale):
