@@ -1,6 +1,7 @@
 """The laws of the house: which room may know which, names, sizes of files, honest floats, and lists that
 agree."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -118,5 +119,5 @@ def test_docstrings_of_ops(name):
     assert "rewritten" in doc or "read only" in doc
     assert "fp32" in doc
     assert "Source: " in doc or name == "grad_stats"
-    for parameter in getattr(ops, name).__code__.co_varnames[: getattr(ops, name).__code__.co_argcount]:
-        assert parameter in doc, parameter
+    for parameter in inspect.signature(getattr(ops, name)).parameters.values():
+        assert parameter.name in doc or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD, parameter

@@ -38,7 +38,7 @@ class FloorWatch:
         look = torch.stack((scale.reshape(()), found_inf.reshape(())))
         if scale.is_cuda:
             host = torch.empty(2, device="cpu", pin_memory=True).copy_(look, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._pending = (event, host, backoff)
             return False
@@ -48,7 +48,7 @@ class FloorWatch:
         assert self._pending is not None
         event, host, since = self._pending
         since *= backoff
-        if not event.query():
+        if not event.query():  # type: ignore[no-untyped-call]
             self._pending = (event, host, since)
             return False
         self._pending = None
@@ -57,4 +57,4 @@ class FloorWatch:
     def _judge(self, look: Tensor, floor: float, since: float) -> bool:
         scale, found_inf = look.tolist()
         self._at_least = scale * since
-        return scale <= floor and found_inf != 0
+        return bool(scale <= floor and found_inf != 0)

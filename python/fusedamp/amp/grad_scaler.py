@@ -132,7 +132,8 @@ class GradScaler(GradientChecks):
         Raises: RuntimeError if a fused step did not run on ``optimizer``, or ran on another object.
         """
         if not self._enabled:
-            return optimizer.step(*args, **kwargs)
+            unscaled: float | None = optimizer.step(*args, **kwargs)
+            return unscaled
         if "closure" in kwargs:
             raise RuntimeError(_NO_CLOSURE)
         self._check_scale_growth_tracker("step")
@@ -202,7 +203,7 @@ class GradScaler(GradientChecks):
             )
             for device in devices
         }
-        result = step_with(AmpInputs(per_device, optimizer), args, kwargs)
+        result: float | None = step_with(AmpInputs(per_device, optimizer), args, kwargs)
         for name in _BY_HAND:  # set by hand, for one step, as with torch's scaler
             vars(optimizer).pop(name, None)
         return result
@@ -221,7 +222,7 @@ class GradScaler(GradientChecks):
         log, positions = self._overflow_log(optimizer, device), check.table.positions
         here = DeviceInputs(found.inv_scale, check.clip_coef, flag, log.of_step(positions, found.counts))
         inputs = AmpInputs({device: here}, optimizer, check.table)
-        result = step_with(inputs, args, kwargs)
+        result: float | None = step_with(inputs, args, kwargs)
         if not inputs.logged:  # the step was another one than the last, and took the longer way
             log.next_step()
             log.record_counts(positions, found.counts, flag)
@@ -243,7 +244,7 @@ class GradScaler(GradientChecks):
         given = {name: vars(optimizer)[name] for name in _BY_HAND if name in vars(optimizer)}
         vars(optimizer).update(grad_scale=grad_scale, found_inf=flag.clamp(max=1))
         try:
-            result = optimizer.step(*args, **kwargs)
+            result: float | None = optimizer.step(*args, **kwargs)
             given = {}
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
@@ -284,4 +285,5 @@ class GradScaler(GradientChecks):
             assert self._last_found_inf is not None
             self._record_now(optimizer, self._last_found_inf)
             return None
-        return optimizer.step(*args, **kwargs)
+        result: float | None = optimizer.step(*args, **kwargs)
+        return result

@@ -122,7 +122,8 @@ class GradientChecks(LossScale):
             read = state["read"]
             if earlier is not None:
                 read.clips, read.clip_coef = earlier.clips, earlier.clip_coef
-        return read.clip(max_norm, norm_type)
+        norm: Tensor = read.clip(max_norm, norm_type)
+        return norm
 
     def _divide(
         self, optimizer: Optimizer, state: dict[str, Any], grad_scale: Number | None

@@ -14,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from ..ops import inputs
 
 # torch puts this function around each class's step; it runs the hooks.
-_HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # type: ignore[arg-type, attr-defined]
+_HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 def _inside_hooks(function: Any) -> Any:

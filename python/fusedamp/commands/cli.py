@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     # It needs the extras, which the options have looked for.
     run = importlib.import_module(f"fusedamp.commands.{name}.run").run
     try:
-        return run(options)
+        return int(run(options))
     except DemoError as error:
         print(f"fusedamp {name}: {error}", file=sys.stderr)
         return 1

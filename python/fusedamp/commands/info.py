@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def system_info() -> dict[str, object]:
     }
 
 
-def describe(info: dict) -> str:
+def describe(info: dict[str, Any]) -> str:
     """``info`` as text."""
     cuda, build = info["cuda"], info["build"]
     lines = [

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..optim.core.optimizer import FusedOptimizer, Group
+from ..optim.core.batch import Group
+from ..optim.core.optimizer import FusedOptimizer
 from ..optim.core.options import STORAGE
 from ..optim.state.encoded import plain
 from ..optim.state.formats import has_master, name_dtypes

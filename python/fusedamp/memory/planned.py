@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim.core.optimizer import FusedOptimizer, Group
+from ..optim.core.batch import Group
+from ..optim.core.optimizer import FusedOptimizer
 from ..tensors.shards import local
 
 _PROBE = 64  # rows and columns of a matrix that shows whether shapes matter

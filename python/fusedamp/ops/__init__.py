@@ -10,18 +10,29 @@ Every step op also takes ``maximize`` (ascend instead of descend), ``inv_scale``
 ``found_inf``.
 """
 
-from .adagrad import adagrad_, rmsprop_, rmsprop_centered_
-from .adam import adam_, adamw_, nadam_, radam_
+from .families import (
+    adagrad_,
+    adam_,
+    adamw_,
+    lamb_,
+    lars_,
+    lion_,
+    nadam_,
+    novograd_,
+    radam_,
+    rmsprop_,
+    rmsprop_centered_,
+    sgd_,
+)
 from .gradients import GradCheck as GradCheck  # for fusedamp.amp
 from .gradients import GradStats, grad_stats, unscale_
 from .gradients import _grad_stats as _grad_stats
 from .gradients import check_grads as check_grads
-from .layerwise import lamb_, lars_, novograd_
 from .loss_scale import update_scale_
-from .sgd import lion_, sgd_
 from .step import StepCall as StepCall  # for fusedamp.optim
 from .step import check_memory as check_memory
 from .step import check_steps as check_steps
+from .step import options_of as options_of
 from .step import step_lists as step_lists
 from .step import step_scalars as step_scalars
 

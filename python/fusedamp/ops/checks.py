@@ -133,7 +133,7 @@ def complaint(op: str, error: RuntimeError) -> ValueError | None:
 
 
 def explain(
-    say: str, op: str, error: RuntimeError, args: tuple, kwargs: dict[str, Any], built: str
+    say: str, op: str, error: RuntimeError, args: tuple[Any, ...], kwargs: dict[str, Any], built: str
 ) -> NoReturn:
     """Raises what a refused call of ``op`` is about, in the name of ``say``; ``error`` itself where its
     arguments are of the right kinds."""
@@ -160,7 +160,7 @@ def explain(
     raise error
 
 
-def _tensors(op: str, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _tensors(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Name and value of everything that the op's schema calls a tensor."""
     value: Any
     for i, argument in enumerate(getattr(torch.ops.fusedamp, op).default._schema.arguments):

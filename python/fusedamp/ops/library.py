@@ -12,7 +12,7 @@ _HERE = Path(__file__).parent.parent
 def _load(name: str) -> bool:
     path = _HERE / f"lib{name}.so"
     if path.exists():
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     return path.exists()
 
 
@@ -40,14 +40,14 @@ for _name in ("unscale_", "update_scale_", "_check_step", *STEP_OPS):
     torch.library.register_fake(f"fusedamp::{_name}", _need_one_kind)
 
 
-@torch.library.register_fake("fusedamp::_find_shared_memory")
-def _nothing_shared(tensors, written):
+def _nothing_shared(tensors: list[torch.Tensor], written: int) -> tuple[int, int]:
     _need_one_kind(tensors)
     return -1, -1  # there are no addresses to look at
 
 
-@torch.library.register_fake("fusedamp::grad_stats")
-def _grad_stats_shapes(grads, inv_scale=None, norm_type=2.0):
+def _grad_stats_shapes(
+    grads: list[torch.Tensor], inv_scale: torch.Tensor | None = None, norm_type: float = 2.0
+) -> tuple[torch.Tensor, ...]:
     _need_one_kind(grads, inv_scale)
     like = grads[0]
     return (
@@ -58,6 +58,10 @@ def _grad_stats_shapes(grads, inv_scale=None, norm_type=2.0):
     )
 
 
+torch.library.register_fake("fusedamp::_find_shared_memory", _nothing_shared)
+torch.library.register_fake("fusedamp::grad_stats", _grad_stats_shapes)
+
+
 def cpu_target() -> str:
     """The instruction set that the CPU ops run on: "avx512", "avx2" or "baseline"."""
-    return torch.ops.fusedamp.cpu_target()
+    return str(torch.ops.fusedamp.cpu_target())

@@ -1,107 +1,35 @@
-"""What all step ops share: their docstring, their checks, and the call itself."""
+"""The call of a step op: its hyper-parameters by name, its checks, and the call itself."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, library
 from .call import bump, call
 
 Tensors = Sequence[Tensor]
-Wrapper = TypeVar("Wrapper", bound=Callable[..., None])
-FOLLOW = "and the 2 B that see whether the weight was modified"  # of the cost of a step with masters
 OPTIONAL = ("masters", "max_exp_avg_sqs", "momentum_buffers")  # lists that may be empty, if the op agrees
 
-
-class Shared(TypedDict, total=False):
-    """What every step op takes besides its own arguments."""
-
-    maximize: bool
-    inv_scale: Tensor | None
-    clip_coef: Tensor | None
-    found_inf: Tensor | None
-    scales: Tensors
-    seeds: Sequence[int]
-    stochastic_rounding: bool
-
-
-_STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing where ``found_inf`` is not 0.
-
-    Arithmetic in fp32 (fp64 for fp64 parameters). {formula}
-
-    Args:
-        params (list of tensors, any shape, fp16|bf16|fp32|fp64): rewritten; with masters, = round(master) to
-            nearest even.
-        grads (as ``params``, any of the dtypes; fp64 for fp64 params only): read only, still multiplied by
-            the loss scale.
-        {states} (as ``params``, fp32; fp64 for fp64 params): rewritten. Or, to save memory, all states of a
-            parameter bf16, rounded stochastically; or 8-bit codes: uint8 of states that are never negative,
-            int8 of others.
-        masters (as ``params``, fp32; one per parameter, all of them fp16 or bf16; or empty): rewritten.
-            Where a weight is not its master rounded, the weight was modified, and the master follows it
-            before the step: it keeps what it has below half a unit, where that fits the new weight. Or
-            int16: what a split master has beyond its weight, which is then the master rounded with ties away
-            from zero (bf16), or to nearest even (fp16).
-        steps (list of 1-element fp32 tensors): how many steps each parameter has taken; incremented, from
-            2^24 on to the next number that fp32 has. Whole numbers from 0 to 2^62; the CPU refuses others.
-        lr (float, or 1 element fp32|fp64, on the CPU or on the same device): learning rate.
-        inv_scale, clip_coef (1 element, fp32): the gradient enters as ``g * (inv_scale * clip_coef)``; None
-            stands for 1.
-        found_inf (1 element, fp32): not 0 means skip; None means no check.
-        scales (list of contiguous fp32 tensors, in the order of the states): of 8-bit states, one for each
-            128 neighbours in memory; rewritten.
-        seeds (list of int, one per parameter; default: its index): random numbers are a function of seed,
-            step count and place, on every device.
-        stochastic_rounding: round 16-bit weights without masters stochastically.
-    Raises: ValueError naming the op, the index, what it got, what it wanted.
-    Cost: {cost}; no host sync.  Source: {source}.
-    """
+# Hyper-parameters that callers give by another name; the others have one name.
+_GIVEN_AS = {
+    "beta1": "betas[0]",
+    "beta2": "betas[1]",
+    "decoupled": "decoupled_weight_decay",
+    "decay_base": "momentum_decay",  # 0.96 to the power of it
+}
+# What the caller names, in the order of the op's ``hyper`` (csrc/math/optimizers.def).
+HYPER: dict[str, tuple[str, ...]] = {
+    op: tuple([_GIVEN_AS.get(name, name) for name in torch.ops.fusedamp._hyper_names(op).split()])
+    for op in library.STEP_OPS
+}
 
 
-def documented(**parts: str) -> Callable[[Wrapper], Wrapper]:
-    """Gives a step op's wrapper its docstring."""
-
-    def decorate(function: Wrapper) -> Wrapper:
-        function.__doc__ = _STEP_DOC.format(**parts)
-        return function
-
-    return decorate
-
-
-def need_momentum_buffers(op: str, params: Tensors, momentum_buffers: Tensors, momentum: float) -> None:
-    """Raise unless there is a buffer for each parameter with momentum, and none without."""
-    checks.need_lists(op, params=params, momentum_buffers=momentum_buffers)
-    has_momentum = checks.number(f"[{op}]", "momentum", momentum) != 0.0
-    if (len(momentum_buffers) > 0) != (has_momentum and len(params) > 0):
-        raise ValueError(
-            f"[{op}] momentum_buffers has {len(momentum_buffers)} tensors with momentum={momentum}; expected "
-            "one per param with momentum, none without"
-        )
-
-
-def run_step(
-    op: str,
-    params: Tensors,
-    grads: Tensors,
-    masters: Tensors,
-    states: Mapping[str, Tensors],
-    steps: Tensors,
-    lr: float | Tensor,
-    hyper: dict[str, Any],
-    shared: Shared,
-) -> None:
-    """A step op as a wrapper calls it. ``hyper``: by name, in the order of csrc/math's Hyper."""
-    unknown = shared.keys() - Shared.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"{op}() got unexpected keyword arguments {sorted(unknown)}")
-    scales, seeds = shared.pop("scales", ()), shared.pop("seeds", ())
-    checks.need_lists(op, params=params)
-    device = params[0].device if params and isinstance(params[0], Tensor) else None
-    scalars = step_scalars(op, device, lr, hyper, **shared)  # type: ignore[misc]  # these two are not in it
-    step_lists(op, params, grads, masters, states, steps, scalars, scales, seeds)
+def options_of(op: str) -> tuple[str, ...]:
+    """Returns the options that are the hyper-parameters of a step op, in its order; ``betas`` is two."""
+    return tuple(dict.fromkeys(name.partition("[")[0] for name in HYPER[op]))
 
 
 class StepCall(NamedTuple):
@@ -230,30 +158,34 @@ def step_scalars(
     op: str,
     device: torch.device | None,
     lr: float | Tensor,
-    hyper: dict[str, Any],
+    hyper: Mapping[str, Any],
     maximize: bool = False,
     inv_scale: Tensor | None = None,
     clip_coef: Tensor | None = None,
     found_inf: Tensor | None = None,
     stochastic_rounding: bool = False,
 ) -> dict[str, Any]:
-    """The keyword arguments that every step op has.
+    """Returns the keyword arguments that every step op has.
 
-    ``hyper``: by name, in the order of csrc/math's Hyper. ``device``: the parameters'.
+    ``hyper``: by the names and in the order of ``HYPER[op]``. ``device``: the parameters'.
+    Raises: TypeError naming the op, where a hyper-parameter is missing, misplaced or no number.
     """
+    where, wanted = f"[{op}]", HYPER.get(op, ())
+    if tuple(hyper) != wanted:
+        raise TypeError(f"{where} hyper-parameters are {list(hyper)}; expected {list(wanted)}, in this order")
+    numbers = []
+    for name, value in hyper.items():
+        number = value if type(value) is float else checks.number(where, name, value, flags=True)
+        numbers.append(0.96**number if name == "momentum_decay" else number)
     lr_tensor = None
     if isinstance(lr, Tensor) and device is not None:
         if lr.device == device or lr.device.type != "cpu" or lr.numel() != 1:
             lr, lr_tensor = 0.0, lr
         else:
             lr = lr.item()  # reading a CPU tensor waits for nothing
-    where = f"[{op}]"
     return dict(
         lr=checks.number(where, "lr", lr),
-        hyper=[
-            value if type(value) is float else checks.number(where, name, value, flags=True)
-            for name, value in hyper.items()
-        ],
+        hyper=numbers,
         maximize=checks.flag(where, "maximize", maximize),
         lr_tensor=lr_tensor,
         inv_scale=inv_scale,

@@ -99,7 +99,7 @@ class StepTable:
         (as far as the host can see).
         """
         known = self.parts[part]
-        return _C.same_fields(tensors, known.states) and _C.are_counts(known.states, known.counts)
+        return bool(_C.same_fields(tensors, known.states) and _C.are_counts(known.states, known.counts))
 
     def written(self) -> Iterator[Fields]:
         """Where all lies that a step writes."""
@@ -185,4 +185,4 @@ class StepTable:
 
 def rule_of(call: StepCall) -> int:
     """The number of the update rule of a call; calls of the same rule belong together."""
-    return torch.ops.fusedamp._rule_of(call.op, len(call.states_in_order()) // len(call.params))
+    return int(torch.ops.fusedamp._rule_of(call.op, len(call.states_in_order()) // len(call.params)))

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..ops.checks import need_length, refuse
+from .core.batch import Group
 from .core.composed import ComposedOptimizer, Values
-from .core.optimizer import Group
 from .core.options import FINITE, NOT_NEGATIVE, Bounds
 from .state.formats import Storage, options
 from .state.spec import StateSpec

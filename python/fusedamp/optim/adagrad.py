@@ -7,6 +7,7 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..ops import options_of
 from ..tensors.layout import STATE_DTYPES, in_turns
 from ..tensors.shards import local
 from .core.optimizer import FusedOptimizer
@@ -30,7 +31,7 @@ class Adagrad(FusedOptimizer):
     Source: Duchi, Hazan and Singer 2011, JMLR 12.
     """
 
-    op, hyper = "adagrad_", ("lr_decay", "eps", "weight_decay")
+    op, hyper = "adagrad_", options_of("adagrad_")
     bounds = dict.fromkeys(("lr_decay", "eps", "initial_accumulator_value"), NOT_NEGATIVE)
     # Of the constructor, for every group, as in torch.
     states = (StateSpec("sum", first="initial_accumulator_value", nonnegative=True, required=True),)
@@ -62,7 +63,7 @@ class Adagrad(FusedOptimizer):
         for entry in self.state.values():
             for value in entry.values():
                 if isinstance(value, Tensor):  # not what is said of one in 8 bits
-                    value.share_memory_()
+                    value.share_memory_()  # type: ignore[no-untyped-call]
 
     def _densified(self, grad: Tensor) -> Tensor:
         return grad.to_dense()

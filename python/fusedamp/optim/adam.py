@@ -8,7 +8,9 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .core.optimizer import FusedOptimizer, Group
+from ..ops import options_of
+from .core.batch import Group
+from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, NOT_NEGATIVE
 from .state.formats import Storage, options
 from .state.spec import StateSpec
@@ -48,7 +50,7 @@ class Adam(FusedOptimizer):
     Source: Kingma and Ba 2015, arXiv:1412.6980, Alg. 1; amsgrad: Reddi et al. 2018, arXiv:1904.09237.
     """
 
-    hyper = ("betas", "eps", "weight_decay")
+    hyper = options_of("adamw_")  # and of adam_
     bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
     states = (
         StateSpec("exp_avg", required=True),

@@ -12,9 +12,11 @@ from typing import Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..ops import options_of
 from ..tensors.layout import scalar_like
 from ..tensors.shards import need_whole, sharded_dims
-from .core.optimizer import FusedOptimizer, Group
+from .core.batch import Group
+from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, NOT_NEGATIVE
 from .state.formats import Storage, options
 from .state.spec import StateSpec
@@ -52,8 +54,7 @@ class LAMB(Layerwise):
     Source: You et al. 2020, arXiv:1904.00962, Alg. 2.
     """
 
-    op = "lamb_"
-    hyper = ("betas", "eps", "weight_decay", "bias_correction", "trust_clip", "adapt")
+    op, hyper = "lamb_", options_of("lamb_")
     bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
     states = (
         StateSpec("exp_avg", required=True),
@@ -100,8 +101,7 @@ class LARS(Layerwise):
     Source: You, Gitman and Ginsburg 2017, arXiv:1708.03888, Alg. 1.
     """
 
-    op = "lars_"
-    hyper = ("momentum", "weight_decay", "trust_coefficient", "eps", "nesterov", "adapt")
+    op, hyper = "lars_", options_of("lars_")
     bounds = dict.fromkeys(("momentum", "trust_coefficient", "eps"), NOT_NEGATIVE)
     states = (StateSpec("momentum_buffer", required=True, count=0.0),)
 
@@ -136,7 +136,7 @@ class NovoGrad(Layerwise):
     Source: Ginsburg et al. 2019, arXiv:1905.11286, Alg. 1.
     """
 
-    op, hyper = "novograd_", ("betas", "eps", "weight_decay", "grad_averaging")
+    op, hyper = "novograd_", options_of("novograd_")
     bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
     states = (
         StateSpec("exp_avg", required=True),

@@ -7,6 +7,7 @@ from typing import Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..ops import options_of
 from .core.optimizer import FusedOptimizer
 from .core.options import BETAS
 from .state.formats import Storage, options
@@ -28,7 +29,7 @@ class Lion(FusedOptimizer):
     Source: Chen et al. 2023, arXiv:2302.06675, Alg. 2.
     """
 
-    op, hyper = "lion_", ("betas", "weight_decay")
+    op, hyper = "lion_", options_of("lion_")
     bounds = {"betas": BETAS}
     states = (StateSpec("exp_avg", required=True, count=0.0),)
 

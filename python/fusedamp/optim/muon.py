@@ -15,8 +15,9 @@ from torch.optim.optimizer import ParamsT
 from .. import ops
 from ..ops.checks import refuse
 from ..tensors.shards import need_whole
+from .core.batch import Batch, Group
 from .core.composed import ComposedOptimizer, Values
-from .core.optimizer import Batch, FusedOptimizer, Group
+from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, FRACTION, NOT_NEGATIVE, Bounds
 from .state.formats import Storage, options
 from .state.spec import StateSpec
@@ -67,7 +68,7 @@ class Muon(ComposedOptimizer):
         arXiv:2502.16982; AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
 
-    op, hyper = "adamw_", ("adamw_betas", "adamw_eps", "weight_decay")
+    op, hyper = "adamw_", ops.options_of("adamw_")
     bounds = {
         "momentum": FRACTION,
         "eps": NOT_NEGATIVE,
@@ -126,6 +127,9 @@ class Muon(ComposedOptimizer):
                 "Leave use_muon out, or put the parameter into a group with use_muon=False."
             )
         super()._check_param(param, group)
+
+    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
+        return super()._op(group | {"betas": group["adamw_betas"], "eps": group["adamw_eps"]})
 
     def _check_calls(self, batches: list[Batch]) -> None:
         parts = [part for batch in batches for part in _parts(batch)]
@@ -195,7 +199,8 @@ def orthogonalized(
         for _ in range(steps):
             square = x @ x.mT
             x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.mT).to(matrix.dtype)
+    result: Tensor = x if wide else x.mT
+    return result.to(matrix.dtype)
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..ops import options_of
 from ..tensors.layout import scalar_like
-from .core.optimizer import FusedOptimizer, Group
+from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, NOT_NEGATIVE
 from .state.formats import Storage
 from .state.spec import StateSpec
@@ -29,7 +30,7 @@ class NAdam(FusedOptimizer):
     Source: Dozat 2016, "Incorporating Nesterov Momentum into Adam", Alg. 2.
     """
 
-    op, hyper = "nadam_", ("betas", "eps", "weight_decay", "decoupled_weight_decay")
+    op, hyper = "nadam_", options_of("nadam_")
     bounds = {"eps": NOT_NEGATIVE, "momentum_decay": NOT_NEGATIVE, "betas": BETAS}
     states = (
         StateSpec("exp_avg", required=True),
@@ -58,7 +59,3 @@ class NAdam(FusedOptimizer):
         given |= dict(momentum_decay=momentum_decay, decoupled_weight_decay=decoupled_weight_decay)
         given |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
         super().__init__(params, given | dict(differentiable=differentiable), storage)
-
-    def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        op, hyper = super()._op(group)
-        return op, hyper | {"decay_base": 0.96 ** group["momentum_decay"]}

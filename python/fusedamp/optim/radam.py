@@ -7,6 +7,7 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..ops import options_of
 from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, NOT_NEGATIVE
 from .state.formats import Storage
@@ -28,7 +29,7 @@ class RAdam(FusedOptimizer):
     Source: Liu et al. 2020, arXiv:1908.03265, Alg. 2.
     """
 
-    op, hyper = "radam_", ("betas", "eps", "weight_decay", "decoupled_weight_decay")
+    op, hyper = "radam_", options_of("radam_")
     bounds = {"eps": NOT_NEGATIVE, "betas": BETAS}
     states = (
         StateSpec("exp_avg", required=True),

@@ -8,7 +8,9 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .core.optimizer import FusedOptimizer, Group
+from ..ops import options_of
+from .core.batch import Group
+from .core.optimizer import FusedOptimizer
 from .core.options import NOT_NEGATIVE
 from .state.formats import Storage
 from .state.spec import StateSpec
@@ -30,7 +32,7 @@ class RMSprop(FusedOptimizer):
     Source: Tieleman and Hinton 2012, Lecture 6.5; centered: Graves 2013, arXiv:1308.0850.
     """
 
-    hyper = ("alpha", "eps", "weight_decay", "momentum")
+    hyper = options_of("rmsprop_")  # and of rmsprop_centered_
     bounds = dict.fromkeys(("alpha", "eps", "momentum"), NOT_NEGATIVE)
     states = (
         StateSpec("square_avg", nonnegative=True, required=True),

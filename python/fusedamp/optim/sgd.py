@@ -8,7 +8,9 @@ from typing import Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .core.optimizer import FusedOptimizer, Group
+from ..ops import options_of
+from .core.batch import Group
+from .core.optimizer import FusedOptimizer
 from .core.options import FINITE, NOT_NEGATIVE
 from .state.formats import Storage, options
 from .state.spec import StateSpec
@@ -30,7 +32,7 @@ class SGD(FusedOptimizer):
     Source: Polyak 1964; Nesterov's form as in Sutskever et al. 2013.
     """
 
-    op, hyper = "sgd_", ("momentum", "dampening", "weight_decay", "nesterov")
+    op, hyper = "sgd_", options_of("sgd_")
     bounds = {"momentum": NOT_NEGATIVE, "dampening": FINITE}
     # A buffer starts from the first gradient it sees. torch keeps no count: there, it has seen one.
     states = (StateSpec("momentum_buffer", when=itemgetter("momentum"), count=1.0, restarts=True),)

@@ -78,7 +78,8 @@ def read(tensors: Sequence[Any], stored: bool = False) -> Fields | None:
     with memory (or with ``stored`` one of 8- or 16-bit integers), or there are none."""
     if not can_read():
         return None
-    return _C.read_fields(tensors if type(tensors) is list else list(tensors), stored)
+    fields: Fields | None = _C.read_fields(tensors if type(tensors) is list else list(tensors), stored)
+    return fields
 
 
 def rows(fields: Fields) -> Tensor:

@@ -62,9 +62,10 @@ def local(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that this rank holds, sharing its memory; a plain tensor itself."""
     if not is_dtensor(tensor):
         return tensor
-    shard = tensor._local_tensor  # type: ignore[attr-defined]
+    shard: Any = tensor._local_tensor  # type: ignore[attr-defined]
     # A collective may still be in flight (AsyncCollectiveTensor): raw memory must not be read before its end.
-    return shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard
+    whole: Tensor = shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard
+    return whole
 
 
 def sharded_dims(tensor: Tensor) -> tuple[MeshDim, ...]:

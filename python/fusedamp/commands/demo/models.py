@@ -57,7 +57,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = multiply(F.scaled_dot_product_attention, q, k, v, is_causal=True)
         x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.narrow(F.gelu(self.widen(self.norm_mlp(x))))
+        result: Tensor = x + self.narrow(F.gelu(self.widen(self.norm_mlp(x))))
+        return result
 
 
 class GPT(nn.Module):
@@ -73,7 +74,8 @@ class GPT(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         x = self.token(text) + self.place(torch.arange(text.shape[1], device=text.device))
-        return self.head(self.norm(self.blocks(x)))
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
 
 
 class ConvNet(nn.Module):
@@ -87,4 +89,5 @@ class ConvNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.second(F.relu(self.first(image)))), 2)
-        return self.head(F.relu(self.hidden(x.flatten(1))))
+        logits: Tensor = self.head(F.relu(self.hidden(x.flatten(1))))
+        return logits

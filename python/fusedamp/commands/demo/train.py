@@ -127,7 +127,7 @@ class Run:
         self.optimizer.zero_grad()
         loss, _ = self._loss(batch)
         before = self.scaler.get_scale()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         started = self._now()
         if isinstance(self.scaler, GradScaler):
             self.scaler.clip_grad_norm_(self.optimizer, MAX_NORM)

@@ -41,7 +41,8 @@ class CharModel(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         x = self.letters(text).flatten(1)
-        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        logits: Tensor = self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        return logits
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def train(setup: Setup, text: Text, options: Options, on_step: Callable[[], obje
     for step in range(options.steps):
         optimizer.zero_grad()
         loss = _loss(model, text.batch(options.seed + setup.order, step, options.batch))
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scaler.step(optimizer)
         scaler.update()
         if step % EVERY == 0 or step == options.steps - 1:

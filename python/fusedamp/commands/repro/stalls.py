@@ -63,7 +63,8 @@ def as_fp32(optimizer: torch.optim.Optimizer, param: Tensor, name: str) -> Tenso
     """The state ``name`` of AdamW's only parameter, from whatever format it is kept in."""
     wide = optim.AdamW([param])
     wide.load_state_dict(optimizer.state_dict())
-    return wide.state[param][name]
+    state: Tensor = wide.state[param][name]
+    return state
 
 
 def _weights() -> Iterator[Stall]:

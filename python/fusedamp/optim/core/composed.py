@@ -11,7 +11,8 @@ from ... import ops
 from ...tensors.layout import STATE_DTYPES
 from ...tensors.shards import is_dtensor, need_whole
 from ..state import recoding
-from .optimizer import Batch, FusedOptimizer, Group
+from .batch import Batch, Group
+from .optimizer import FusedOptimizer
 from .slot import Slot
 
 Values = dict[str, Tensor]

@@ -140,7 +140,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The step -----------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient; returns what ``closure`` returned.
 
         Args:
@@ -171,7 +171,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan.step(self)
         return True
 
-    @torch._disable_dynamo  # compiled callers run it eagerly: a trace would freeze what is remembered
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled callers run it eagerly: a trace would freeze what is remembered
     @torch.no_grad()
     def _step(self) -> None:
         begin_step(self)

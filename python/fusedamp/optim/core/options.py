@@ -104,7 +104,7 @@ def check_common(where: str, group: dict[str, Any]) -> None:
 
 def draws(group: dict[str, Any]) -> bool:
     """Whether steps of ``group`` draw random numbers."""
-    return group["state_dtype"] != "float32" or group["stochastic_rounding"]
+    return group["state_dtype"] != "float32" or bool(group["stochastic_rounding"])
 
 
 def is_compressed(group: dict[str, Any]) -> bool:

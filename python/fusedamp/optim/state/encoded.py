@@ -27,7 +27,7 @@ class Encoded(Tensor):
     bits: Tensor
     _what = "an encoded state"
     _way_out = ""
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @property
     def data(self) -> Any:  # type: ignore[override]
@@ -47,7 +47,8 @@ class Encoded(Tensor):
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoded:
-        return memo.setdefault(id(self), self._map(lambda tensor: copy.deepcopy(tensor, memo)))
+        made: Encoded = memo.setdefault(id(self), self._map(lambda tensor: copy.deepcopy(tensor, memo)))
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return type(self), tuple(vars(self).values())
@@ -57,7 +58,7 @@ class Encoded(Tensor):
         return self
 
     def is_shared(self) -> bool:
-        return self.bits.is_shared()
+        return bool(self.bits.is_shared())  # type: ignore[no-untyped-call]
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self._refuse("untyped_storage()")
@@ -148,13 +149,13 @@ class Quantized(Encoded):
     def __init__(self, bits: Tensor, scales: Tensor) -> None:
         self.bits, self.scales = bits, scales
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The values: a new FP32 tensor with the parameter's shape and strides."""
         return recoding.dequantized(self.bits, self.scales)
 
     _values = dequantize
 
-    def float(self, memory_format: Any = torch.preserve_format) -> Tensor:  # type: ignore[override]
+    def float(self, memory_format: Any = torch.preserve_format) -> Tensor:
         return self.dequantize()
 
     def _zero_(self) -> Quantized:
