@@ -1,4 +1,4 @@
-"""Notices an overflow at the lowest allowed scale without making the host wait for the device."""
+"""Detects an overflow at the lowest allowed scale without a host sync."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from .gradients import has_value
 
 
 class FloorWatch:
-    """Looks at the scale only when it can have reached the floor.
+    """Reads the scale only when it may have reached the floor.
 
-    One update lowers the scale by one backoff factor at most, so one look tells how many updates need none:
-    with the default floor and 2**16, the next look is due after 142 updates. On CUDA a look is a copy to
-    pinned memory that a later update finds done; while a graph is captured there is none.
+    One update lowers the scale by at most one backoff factor, so each reading tells how many updates need no
+    further one: with the default floor and a scale of 2**16, the next is due after 142 updates. On CUDA a
+    reading is an asynchronous copy to pinned memory, used by a later update. There is none during graph
+    capture.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Look again at the next update: the scale or its bounds were set by hand."""
+        """Read the scale at the next update, because it or its bounds were set by hand."""
         self._at_least = 0.0
         self._pending: tuple[torch.cuda.Event, Tensor, float] | None = None
 
     def stuck(self, scale: Tensor, found_inf: Tensor, floor: float, backoff: float) -> bool:
-        """Whether an overflow at the floor has been seen; call it before each update of the scale."""
+        """True if an overflow at the floor was detected; call before each update of the scale."""
         if scale.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         if self._pending is not None:
