@@ -44,7 +44,7 @@ class Check:
         return (
             scale is self.scale
             and scale._version == self.version
-            and optimizer._look(True) is self.table
+            and optimizer._gradient_table(True) is self.table
             and self.table.is_as_marked(self.mark)
         )
 
@@ -58,7 +58,7 @@ def check(optimizer: Any, scale: Tensor, clip: Clip | None, keep: bool) -> Check
     """
     if scale.is_inference():  # it has no version counter
         return None
-    table = optimizer._look(keep)
+    table = optimizer._gradient_table(keep)
     if table is None or table.device != scale.device:
         return None
     max_norm, norm_type = (torch.inf, 2.0) if clip is None else clip

@@ -36,14 +36,14 @@ class FloorWatch:
             return False
         if not has_value(scale):
             return False
-        look = torch.stack((scale.reshape(()), found_inf.reshape(())))
+        reading = torch.stack((scale.reshape(()), found_inf.reshape(())))
         if scale.is_cuda:
-            host = torch.empty(2, device="cpu", pin_memory=True).copy_(look, non_blocking=True)
+            host = torch.empty(2, device="cpu", pin_memory=True).copy_(reading, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._pending = (event, host, backoff)
             return False
-        return self._judge(look, floor, backoff)
+        return self._judge(reading, floor, backoff)
 
     def _poll(self, floor: float, backoff: float) -> bool:
         assert self._pending is not None
@@ -55,7 +55,7 @@ class FloorWatch:
         self._pending = None
         return self._judge(host, floor, since)
 
-    def _judge(self, look: Tensor, floor: float, since: float) -> bool:
-        scale, found_inf = look.tolist()
+    def _judge(self, reading: Tensor, floor: float, since: float) -> bool:
+        scale, found_inf = reading.tolist()
         self._at_least = scale * since
         return scale <= floor and found_inf != 0
