@@ -11,7 +11,7 @@ from .capabilities import Capability, capabilities
 from .memory.estimate import Estimate, Memory, estimate
 from .memory.pack import PackedParameters, pack_parameters
 
-__version__: str = _build_info()["version"]  # metadata is only where pip installed
+__version__: str = _build_info()["version"]  # package metadata exists only after installation with pip
 __all__ = [
     "Capability",
     "Estimate",

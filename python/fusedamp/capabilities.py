@@ -1,4 +1,4 @@
-"""Which number formats this machine multiplies fast, what to choose, and why."""
+"""Reports which number formats this machine multiplies fast, and recommends one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _CPU_FLAGS = (
 class Capability:
     """One device.
 
-    ``fp16``, ``bf16``, ``tf32``, ``fp8``: whether it has matrix units for the format, that is tensor cores on
-    a GPU and AMX tiles on a CPU. ``features``: compute capability, or the CPU's vector and matrix extensions.
+    ``fp16``, ``bf16``, ``tf32``, ``fp8``: whether it has matrix units for the format (tensor cores on a GPU,
+    AMX tiles on a CPU). ``features``: compute capability, or the CPU's vector and matrix extensions.
     """
 
     device: str
@@ -38,10 +38,11 @@ class Capability:
 
 
 def capabilities() -> list[Capability]:
-    """The CPU and every GPU that torch sees here, GPUs last.
+    """List the CPU and every GPU that torch sees, GPUs last.
 
-    GPUs are judged by compute capability, as in NVIDIA's CUDA C++ Programming Guide and PTX ISA: FP16 tensor
-    cores from 7.0 (Volta), BF16 and TF32 from 8.0 (Ampere), FP8 from 8.9 (Ada); CPUs by Linux's flags.
+    GPU formats follow from the compute capability, as in NVIDIA's CUDA C++ Programming Guide and PTX ISA:
+    FP16 tensor cores from 7.0 (Volta), BF16 and TF32 from 8.0 (Ampere), FP8 from 8.9 (Ada). CPU formats
+    follow from Linux's CPU flags.
     """
     found = [cpu_capability(_cpu_flags(), _cpu_name())]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -51,7 +52,7 @@ def capabilities() -> list[Capability]:
 
 
 def gpu_capability(index: int, name: str, compute_capability: tuple[int, int]) -> Capability:
-    """The rules for one GPU; see `capabilities`."""
+    """Describe one GPU; see `capabilities`."""
     if torch.version.hip is not None:
         why = "a ROCm device; fusedamp has kernels for CUDA and CPUs only"
         return Capability(f"cuda:{index}", name, ("ROCm",), False, False, False, False, torch.float32, why)
@@ -68,7 +69,7 @@ def gpu_capability(index: int, name: str, compute_capability: tuple[int, int]) -
     elif tensor_cores:
         choice, why = (
             torch.float16,
-            "FP16 has tensor cores, BF16 has none; use GradScaler, for FP16's range is short",
+            "FP16 has tensor cores, BF16 has none; use GradScaler, because FP16's range is short",
         )
     else:
         choice, why = torch.float32, "no tensor cores: 16-bit formats save memory here, but little time"
@@ -86,7 +87,7 @@ def gpu_capability(index: int, name: str, compute_capability: tuple[int, int]) -
 
 
 def cpu_capability(flags: Iterable[str], name: str) -> Capability:
-    """The rules for a CPU with these Linux flags (x86: avx512_bf16, amx_bf16; Arm: bf16, asimdhp)."""
+    """Describe a CPU with these Linux flags (x86: avx512_bf16, amx_bf16; Arm: bf16, asimdhp)."""
     have = tuple(flag for flag in _CPU_FLAGS if flag in set(flags))
     bf16_by = next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in have), None)
     if bf16_by:

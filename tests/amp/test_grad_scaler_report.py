@@ -138,7 +138,7 @@ def test_gradients_unscaled_on_a_device_are_counted_when_asked(cleared):
         log.record_uncounted(Gradients(params_of(optimizer)), torch.tensor(flag))
     if cleared:
         optimizer.zero_grad()
-        assert str(log.report()) == "step 2 was skipped:\n  by no gradient that this rank can still see"
+        assert str(log.report()) == "step 2 was skipped:\n  by no gradient that still exists on this rank"
     else:
         assert log.report() == OverflowReport(2, (Overflow("head.bias", (4,), 1, 1, 0),))
 

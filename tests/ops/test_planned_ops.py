@@ -305,7 +305,7 @@ def test_norms_of_one_element(p):
     scale = torch.tensor(1.0)
     for value in torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).tolist():
         grads = [torch.tensor([value], dtype=torch.float64)]
-        rows = packed.rows(packed.read(grads))
+        rows = addresses.rows(addresses.read(grads))
         norm = OPS._check_grads(rows, scale, p, 1.0, None, True)[3]
         total = OPS._packed_grad_stats(rows, scale, None, p)[1]
         if scale.is_cpu:

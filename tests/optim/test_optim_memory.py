@@ -9,7 +9,7 @@ import pytest
 import torch
 from fusedamp import optim
 from fusedamp.optim.state.encoded import plain
-from fusedamp.tensors.layout import in_turns
+from fusedamp.tensors.layout import round_robin
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -23,7 +23,7 @@ def test_makers_take_turns():
             made.append(name + kind)
             yield
 
-    in_turns([maker("a", "xyz"), maker("b", "x"), maker("c", "xy")])
+    round_robin([maker("a", "xyz"), maker("b", "x"), maker("c", "xy")])
     assert made == ["ax", "bx", "cx", "ay", "cy", "az"]
 
 

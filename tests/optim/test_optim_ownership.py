@@ -36,7 +36,7 @@ def one_step(params, optimizer, step):
 
 
 def is_private(optimizer):
-    return optimizer._plan is not None and optimizer._plan._watch.is_private(optimizer._looks)
+    return optimizer._plan is not None and optimizer._plan._watch.is_private(optimizer._accesses)
 
 
 @pytest.mark.parametrize("options", STORAGE, ids=["fp32", "split", "int8"])
@@ -146,9 +146,9 @@ def test_every_look_is_noticed():
         lambda: setattr(optimizer, "state", vars(optimizer)["state"]),
     ]
     for look in looks:
-        before = optimizer._looks
+        before = optimizer._accesses
         look()
-        assert optimizer._looks > before
+        assert optimizer._accesses > before
 
 
 def test_without_torchs_counts_nothing_is_private(monkeypatch):

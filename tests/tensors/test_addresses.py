@@ -158,8 +158,8 @@ for _ in range(5):
     scaler.step(optimizer)
     scaler.update()
 assert optimizer._plan is None
-assert not ownership.nothing_else_holds(vars(optimizer))
-assert "one by one" in system_info()["addresses"] and "global lock" in system_info()["addresses"]
+assert not ownership.no_other_references(vars(optimizer))
+assert "one by one" in system_info()["addresses"] and "GIL" in system_info()["addresses"]
 print(param.sum().item())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

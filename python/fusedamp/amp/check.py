@@ -1,5 +1,5 @@
-"""What the check of an optimizer's gradients found: by one op where these are plain and on one device, else
-in parts, with operations of torch and reductions over ranks between them.
+"""Results of the gradient check (finite check and norm): one op for plain gradients on one device, otherwise
+several torch operations and reductions over ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Clip = tuple[float | Tensor, float]  # max_norm and norm_type
 
 @dataclass(slots=True)
 class Check:
-    """What one look at plain gradients on the scale's device found. It holds while they are unwritten."""
+    """Result of checking plain gradients on the scale's device with one op; valid until one is modified."""
 
     table: GradientTable
     found: ops.GradCheck
@@ -40,24 +40,25 @@ class Check:
         return None if self.clip is None else self.found.clip_coef
 
     def still_holds(self, optimizer: Any, scale: Tensor) -> bool:
-        """Whether scale and gradients are those that were checked; looks at the latter."""
+        """True if scale and gradients are unmodified since the check; reads the gradients' versions."""
         return (
             scale is self.scale
             and scale._version == self.version
-            and optimizer._look(True) is self.table
+            and optimizer._gradient_table(True) is self.table
             and self.table.is_as_marked(self.mark)
         )
 
 
 def check(optimizer: Any, scale: Tensor, clip: Clip | None, keep: bool) -> Check | None:
-    """Check the gradients of ``optimizer``, with the coefficient for one clipping; None where they are not
-    plain, where the optimizer has not yet made the same step twice, or without a kernel for ``clip``.
+    """Check the gradients of ``optimizer`` and compute the coefficient of one clipping. Returns None if a
+    gradient is not plain, if the optimizer has not made the same step twice in a row, or if no kernel
+    supports ``clip``.
 
-    ``keep``: so that :meth:`Check.still_holds` can be asked later.
+    ``keep``: record what :meth:`Check.still_holds` needs later.
     """
     if scale.is_inference():  # it has no version counter
         return None
-    table = optimizer._look(keep)
+    table = optimizer._gradient_table(keep)
     if table is None or table.device != scale.device:
         return None
     max_norm, norm_type = (torch.inf, 2.0) if clip is None else clip
@@ -79,7 +80,8 @@ def check(optimizer: Any, scale: Tensor, clip: Clip | None, keep: bool) -> Check
 
 @dataclass(slots=True)
 class CheckByParts:
-    """What one read of an optimizer's still scaled gradients found, and how its step shall clip them."""
+    """Result of checking scaled gradients with several operations, and the clipping that the step will
+    apply."""
 
     gradients: Gradients
     stats: dict[torch.device, ops.GradStats]
@@ -90,7 +92,7 @@ class CheckByParts:
     clip_coef: Tensor | None = None  # FP64
 
     def clip(self, max_norm: float | Tensor, norm_type: float) -> Tensor:
-        """Put off one more clipping, and return the norm that it finds after the earlier ones."""
+        """Add one deferred clipping; returns the norm after the earlier ones."""
         norm = self.gradients.norm(self.stats, norm_type, self.inv_scale.device)
         if self.clip_coef is not None and norm_type != 0:
             norm = norm * self.clip_coef

@@ -1,4 +1,4 @@
-"""Clipping by the total norm: at once for any gradients, or as a coefficient for a fused step."""
+"""Clip by the total norm: immediately for any gradients, or as a coefficient for a fused step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .gradients import Gradients, on
 
 
 def check_norm(op: str, max_norm: float | Tensor, norm_type: float) -> float:
-    """The norm type as a float, or an error; the value of a ``max_norm`` tensor is not read (no sync)."""
+    """Check both arguments; returns the norm type as a float. Does not read a ``max_norm`` tensor (no
+    sync)."""
     where = f"[{op}]"
     checks.need_number(where, "max_norm", max_norm)
     if not isinstance(max_norm, Tensor) and not checks.number(where, "max_norm", max_norm) >= 0:
@@ -46,24 +47,24 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Drop-in for ``torch.nn.utils.clip_grad_norm_`` for gradients of any dtypes, devices and shardings
-    together.
+    """Clip gradients by their total norm: a drop-in for ``torch.nn.utils.clip_grad_norm_``. Gradients may
+    have different dtypes, devices and shardings.
 
     Args:
-        parameters: one parameter or an iterable; those without a gradient are passed over. Gradients are
+        parameters: one parameter or an iterable; those without a gradient are skipped. Gradients are
             multiplied in place by ``min(1, max_norm / (total_norm + 1e-6))``.
-        max_norm: a number, or a tensor of 1 element, which is read on the device (torch's makes the host
-            wait).
+        max_norm: a number, or a tensor of 1 element, which is read on the device (torch's function syncs the
+            host).
         norm_type: p of the p-norm, >= 0; ``inf`` is the largest magnitude, 0 counts the nonzero elements.
         error_if_nonfinite: raise a RuntimeError, before any gradient changes, if the norm is inf or NaN. Only
-            this makes the host wait for the device.
+            this option syncs the host.
         foreach: accepted for compatibility; all tensors of a device always go in one call.
 
-    Returns: the norm before clipping over all ranks that hold shards, 0-d on the device of the first
-        gradient, FP32, or FP64 if any gradient is FP64. It is accumulated in FP64, so FP16 gradients do not
+    Returns: the norm before clipping, over all ranks that hold shards: 0-d, on the device of the first
+        gradient, FP32 (FP64 if any gradient is FP64). Accumulation is in FP64, so FP16 gradients cannot
         overflow it.
-    Raises: ValueError for a negative or NaN ``max_norm`` or ``norm_type``; TypeError for no numbers, and
-        tensors of several. RuntimeError for FSDP1's shards on several ranks.
+    Raises: ValueError for a negative or NaN ``max_norm`` or ``norm_type``; TypeError if either is not a
+        number, or is a tensor of several elements. RuntimeError for FSDP1 shards on several ranks.
     Cost: one read of the gradients and one read and write.
     """
     if isinstance(parameters, Tensor):

@@ -1,4 +1,4 @@
-"""The GradScaler with the signature of torch.cuda.amp's."""
+"""GradScaler with the signature of torch.cuda.amp.GradScaler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notices an overflow at the lowest allowed scale without making the host wait for the device."""
+"""Detects an overflow at the lowest allowed scale without a host sync."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from .gradients import has_value
 
 
 class FloorWatch:
-    """Looks at the scale only when it can have reached the floor.
+    """Reads the scale only when it may have reached the floor.
 
-    One update lowers the scale by one backoff factor at most, so one look tells how many updates need none:
-    with the default floor and 2**16, the next look is due after 142 updates. On CUDA a look is a copy to
-    pinned memory that a later update finds done; while a graph is captured there is none.
+    One update lowers the scale by at most one backoff factor, so each reading tells how many updates need no
+    further one: with the default floor and a scale of 2**16, the next is due after 142 updates. On CUDA a
+    reading is an asynchronous copy to pinned memory, used by a later update. There is none during graph
+    capture.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Look again at the next update: the scale or its bounds were set by hand."""
+        """Read the scale at the next update, because it or its bounds were set by hand."""
         self._at_least = 0.0
         self._pending: tuple[torch.cuda.Event, Tensor, float] | None = None
 
     def stuck(self, scale: Tensor, found_inf: Tensor, floor: float, backoff: float) -> bool:
-        """Whether an overflow at the floor has been seen; call it before each update of the scale."""
+        """True if an overflow at the floor was detected; call before each update of the scale."""
         if scale.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         if self._pending is not None:
@@ -35,14 +36,14 @@ class FloorWatch:
             return False
         if not has_value(scale):
             return False
-        look = torch.stack((scale.reshape(()), found_inf.reshape(())))
+        reading = torch.stack((scale.reshape(()), found_inf.reshape(())))
         if scale.is_cuda:
-            host = torch.empty(2, device="cpu", pin_memory=True).copy_(look, non_blocking=True)
+            host = torch.empty(2, device="cpu", pin_memory=True).copy_(reading, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._pending = (event, host, backoff)
             return False
-        return self._judge(look, floor, backoff)
+        return self._judge(reading, floor, backoff)
 
     def _poll(self, floor: float, backoff: float) -> bool:
         assert self._pending is not None
@@ -54,7 +55,7 @@ class FloorWatch:
         self._pending = None
         return self._judge(host, floor, since)
 
-    def _judge(self, look: Tensor, floor: float, since: float) -> bool:
-        scale, found_inf = look.tolist()
+    def _judge(self, reading: Tensor, floor: float, since: float) -> bool:
+        scale, found_inf = reading.tolist()
         self._at_least = scale * since
         return bool(scale <= floor and found_inf != 0)

@@ -1,4 +1,4 @@
-"""The loss scaler: the contract of torch.amp.GradScaler, with every decision taken on the device."""
+"""The loss scaler: torch.amp.GradScaler's interface, with every decision made on the device."""
 
 from __future__ import annotations
 
@@ -23,44 +23,45 @@ _NO_CLOSURE = "Closure use is not currently supported if GradScaler is enabled."
 
 
 class GradScaler(GradientChecks):
-    """Drop-in for :class:`torch.amp.GradScaler` that takes gradients of any dtype and never waits for the
-    device.
+    """Drop-in for :class:`torch.amp.GradScaler` that accepts gradients of any dtype and never syncs the host.
 
-    Arguments, methods, errors and the course of the scale are torch's. With a :mod:`fusedamp.optim` optimizer
-    :meth:`step` reads the gradients once and then hands 1/scale, the clip coefficient and the overflow flag
-    to one fused step: the host never waits, it may all be captured in a CUDA graph, and **the gradients are
-    left scaled** (call :meth:`unscale_` first if you want to read them). Any other optimizer is driven as
-    torch's scaler does.
+    Arguments, methods, errors and scale updates are the same as torch's. With a :mod:`fusedamp.optim`
+    optimizer, :meth:`step` checks the gradients and passes 1/scale, the clip coefficient and the overflow
+    flag to one fused step. This needs no host sync, can be captured in a CUDA graph, and **leaves the
+    gradients scaled** (call :meth:`unscale_` first to read them). Other optimizers are called as torch's
+    scaler calls them.
 
-    If any gradient of an optimizer is not finite before or after unscaling, its step changes nothing at all.
+    If any gradient of an optimizer is not finite before or after unscaling, its step changes nothing.
 
-    The fused step is taken only where ``optimizer.step`` is fusedamp's own on that object. Step pre-hooks
-    (own and global), subclasses with a ``step`` of their own, wrappers and a replaced ``step`` get unscaled,
+    The fused step is used only if ``optimizer.step`` is fusedamp's own method on that object. Step pre-hooks
+    (own and global), subclasses that override ``step``, wrappers and a replaced ``step`` get unscaled,
     clipped gradients, and are not called in a skipped step. Post-hooks keep the fused step and see scaled
-    gradients. ``optimizer.found_inf`` and ``optimizer.grad_scale`` set by hand are obeyed for one step, as by
-    torch's fused optimizers: it is skipped too where ``found_inf`` is not 0, which leaves the scale alone;
-    gradients are divided by ``grad_scale`` too, and where this makes one infinite, it is an overflow.
+    gradients. ``optimizer.found_inf`` and ``optimizer.grad_scale`` set by hand apply to one step, as with
+    torch's fused optimizers. A nonzero ``found_inf`` also skips the step, without changing the scale.
+    ``grad_scale`` also divides the gradients; a result that is not finite counts as an overflow.
 
     Args:
         device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as torch's.
-        min_scale: the scale never falls below; the default only keeps 1/scale finite.
-        max_scale: the scale never rises above.
-        hysteresis: how many overflows it takes to lower the scale; further ones lower it each, until the
+        min_scale: lower bound of the scale; the default only keeps 1/scale finite.
+        max_scale: upper bound of the scale.
+        hysteresis: number of overflows until the scale is lowered; each further one lowers it again until the
             budget is refilled. With more than 1, a skipped step need not lower ``get_scale()``.
-        hysteresis_refill: what refills the budget: ``"growth"`` of the scale, or any ``"good_step"``.
-        on_floor: what :meth:`update` does about an overflow while the scale is at ``min_scale``: ``"warn"``
-            once, or ``"raise"`` a RuntimeError. Both name the parameters. On CUDA a later update does it; in
-            a captured graph nothing does.
+        hysteresis_refill: event that refills the budget: ``"growth"`` of the scale, or any ``"good_step"``.
+        on_floor: reaction of :meth:`update` to an overflow while the scale is at ``min_scale``: ``"warn"``
+            once, or ``"raise"`` a RuntimeError. Both name the parameters. On CUDA a later update reacts; a
+            captured graph does not.
 
-    Raises: AssertionError where torch does, ValueError or TypeError for other bad arguments, RuntimeError for
-        parameters that FSDP1 shards over several ranks (use fully_shard, or torch's ShardedGradScaler).
+    Raises: AssertionError where torch raises it, ValueError or TypeError for other bad arguments,
+        RuntimeError for parameters that FSDP1 shards over several ranks (use fully_shard, or torch's
+        ShardedGradScaler).
     """
 
     def unscale_(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the scale in place, at once; a clipping that was put off is done here too.
+        """Divide the gradients by the scale in place, and apply a deferred clipping.
 
-        Like torch's, but for gradients of every dtype. Sparse gradients that are not coalesced, expanded ones
-        and DTensors placed otherwise than their parameter are replaced, any others are written in place.
+        Like torch's, but for gradients of every dtype. Uncoalesced sparse gradients, expanded gradients and
+        DTensors whose placements differ from their parameter's are replaced; all others are modified in
+        place.
         """
         if not self._enabled:
             return
@@ -85,15 +86,15 @@ class GradScaler(GradientChecks):
     def clip_grad_norm_(
         self, optimizer: Optimizer, max_norm: float | Tensor, norm_type: float = 2.0
     ) -> Tensor:
-        """Clip the unscaled gradients of ``optimizer`` by their total norm, and return this norm; no sync.
+        """Clip the unscaled gradients of ``optimizer`` by their total norm; returns this norm. No sync.
 
-        With a fusedamp optimizer whose gradients are still scaled, they are only read: the clip coefficient
-        goes into the step, which uses the same read pass (or into :meth:`unscale_`, if that comes first). If
-        gradients or scale change in between, which the identity and version counter of each gradient tell,
-        the step reads and clips the new ones; writes through ``.data`` and raw collectives move no version
-        counter and must come before this call. Gradients made in inference mode have none and are read
-        again. Otherwise the gradients are unscaled, unless they are, and
-        clipped in place.
+        With a fusedamp optimizer and scaled gradients, this only reads the gradients. The clipping is
+        deferred to the step, which reuses the gradient check (or to :meth:`unscale_`, if called first). If
+        gradients or scale change in between, according to each gradient's identity and version counter, the
+        step checks and clips again. Writes through ``.data`` and raw collectives change no version counter
+        and must precede this call. Gradients created in inference mode have no version counter and are
+        checked again. With any other optimizer, or after :meth:`unscale_`, the gradients are unscaled if
+        necessary and clipped in place.
 
         Args:
             max_norm: a number, or a tensor of 1 element that is read on the device.
@@ -119,16 +120,17 @@ class GradScaler(GradientChecks):
         return clip_grad_norm_(params_of(optimizer), max_norm, norm_type)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """Step ``optimizer`` unless a gradient is not finite; ``*args`` and ``**kwargs`` go to its ``step``.
+        """Step ``optimizer`` if all gradients are finite; ``*args`` and ``**kwargs`` are passed to its
+        ``step``.
 
-        A fusedamp optimizer's own ``step`` is called in any case, once, and skips on the device: post-hooks
-        and LR schedulers count it, :attr:`last_step_skipped` tells. It is no error if it has no gradients.
-        One with anything before its step, and any other optimizer without AMP support of its own, is called
-        only if the host read no overflow. torch's fused optimizers get ``grad_scale`` and
-        ``found_inf`` (never above 1: at 2 they step); torch's fused SGD is called the host's way until it has
-        its momentum buffers, since it would make them uninitialised in a skipped step.
+        A fusedamp optimizer's own ``step`` is always called once and skips on the device: post-hooks and LR
+        schedulers count it, and :attr:`last_step_skipped` tells if it was skipped. An optimizer without
+        gradients is not an error. An optimizer whose step is wrapped or has pre-hooks, and any other
+        optimizer without AMP support, is called only if the host read no overflow. torch's fused optimizers
+        get ``grad_scale`` and ``found_inf`` (at most 1: they step at 2). torch's fused SGD takes the host
+        path until its momentum buffers exist, because a skipped step would leave them uninitialised.
 
-        Returns: what ``optimizer.step`` returns; None where it was not called.
+        Returns: the result of ``optimizer.step``; None if it was not called.
         Raises: RuntimeError if a fused step did not run on ``optimizer``, or ran on another object.
         """
         if not self._enabled:
@@ -162,7 +164,7 @@ class GradScaler(GradientChecks):
         return result
 
     def _refuse_flattened(self, method: str, optimizer: Optimizer) -> None:
-        # What replaces these methods may know FSDP1's ranks.
+        # Methods that override these may know FSDP1's ranks.
         if is_distributed() and not self._overrides("unscale_", "_unscale_grads_"):
             refuse_flattened(f"GradScaler.{method}", params_of(optimizer))
 
@@ -170,7 +172,7 @@ class GradScaler(GradientChecks):
         return routes.is_ours(optimizer) and not self._overrides("_maybe_opt_step")
 
     def _overrides(self, *names: str) -> bool:
-        """Whether a subclass or an assignment put something in the place of our methods."""
+        """True if a subclass or an assignment replaced one of our methods."""
         return any(
             getattr(getattr(self, name), "__func__", None) is not getattr(GradScaler, name) for name in names
         )
@@ -204,7 +206,7 @@ class GradScaler(GradientChecks):
             for device in devices
         }
         result: float | None = step_with(AmpInputs(per_device, optimizer), args, kwargs)
-        for name in _BY_HAND:  # set by hand, for one step, as with torch's scaler
+        for name in _BY_HAND:  # set by hand for one step, as with torch's scaler
             vars(optimizer).pop(name, None)
         return result
 
@@ -223,7 +225,7 @@ class GradScaler(GradientChecks):
         here = DeviceInputs(found.inv_scale, check.clip_coef, flag, log.of_step(positions, found.counts))
         inputs = AmpInputs({device: here}, optimizer, check.table)
         result: float | None = step_with(inputs, args, kwargs)
-        if not inputs.logged:  # the step was another one than the last, and took the longer way
+        if not inputs.logged:  # the step differed from the last one, so it was not logged
             log.next_step()
             log.record_counts(positions, found.counts, flag)
         return result
@@ -239,7 +241,7 @@ class GradScaler(GradientChecks):
         flag, read = self._found_inf(optimizer, state, by_hand)
         assert self._scale is not None
         grad_scale = None if read is None else self._scale
-        if by_hand[1] is not None:  # a user's factor, on top of ours
+        if by_hand[1] is not None:  # the user's factor, combined with ours
             grad_scale = times(grad_scale, by_hand[1], self._scale.device)
         given = {name: vars(optimizer)[name] for name in _BY_HAND if name in vars(optimizer)}
         vars(optimizer).update(grad_scale=grad_scale, found_inf=flag.clamp(max=1))
@@ -254,12 +256,12 @@ class GradScaler(GradientChecks):
     def _found_inf(
         self, optimizer: Optimizer, state: dict[str, Any], by_hand: ByHand
     ) -> tuple[Tensor, CheckByParts | None]:
-        """The flag to skip over all devices, and the gradient check behind it unless gradients were unscaled
-        before.
+        """Return the skip flag over all devices, and the gradient check, which is None for gradients that
+        were unscaled before.
         """
         read = None
         if state["stage"] is OptState.READY and self._overrides("unscale_", "_unscale_grads_"):
-            self.unscale_(optimizer)  # what replaces them may reduce the flags over ranks
+            self.unscale_(optimizer)  # overriding methods may reduce the flags over ranks
         if state["stage"] is OptState.READY:
             read = self._current_read(optimizer, state)
             if read is None:

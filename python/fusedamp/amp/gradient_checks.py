@@ -1,4 +1,4 @@
-"""What a loss scaler finds of the gradients of each optimizer, and keeps until the step."""
+"""Gradient checks of a loss scaler: one result per optimizer, stored until the step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Stats = dict[torch.device, ops.GradStats]
 
 
 class GradientChecks(LossScale):
-    """A loss scale that checks gradients; :class:`fusedamp.GradScaler` drives optimizers by it."""
+    """A loss scale with gradient checks; base class of :class:`fusedamp.GradScaler`."""
 
     def _start_watching(self) -> None:
         super()._start_watching()
@@ -35,11 +35,12 @@ class GradientChecks(LossScale):
         return state
 
     def _overrides(self, *names: str) -> bool:
-        """Whether a subclass or an assignment put something in the place of fusedamp's methods."""
+        """True if a subclass or an assignment replaced one of fusedamp's methods."""
         raise NotImplementedError
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> PerDevice:  # type: ignore[override]
-        """Read the gradients once, changing none; flags what is not finite, now or once unscaled."""
+        """Check the gradients without modifying them; the flags are set if an element is not finite before or
+        after unscaling."""
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         state = self._per_optimizer_states[id(optimizer)]
         norm_type = state.get("norm_type", 2.0)
@@ -67,8 +68,8 @@ class GradientChecks(LossScale):
         return gradients.agree_(flags)
 
     def _current_read(self, optimizer: Optimizer, state: dict[str, Any]) -> CheckByParts | None:
-        """The read pass of an earlier clip_grad_norm_; made anew, with its clipping, if anything changed
-        since.
+        """Return the gradient check of an earlier clip_grad_norm_; repeat it with its clipping if gradients
+        or scale changed.
         """
         read = state.get("read")
         if isinstance(read, Check) or (
@@ -82,7 +83,7 @@ class GradientChecks(LossScale):
     def _check(
         self, optimizer: Optimizer, state: dict[str, Any], clip: Clip | None, keep: bool
     ) -> Check | None:
-        """The gradient check of a plain step as one op; None where it takes more."""
+        """Check plain gradients with one op; None if several operations are needed."""
         assert self._scale is not None
         if self._overrides("_check_inf_per_device"):
             return None
@@ -93,7 +94,7 @@ class GradientChecks(LossScale):
         return found
 
     def _current_check(self, optimizer: Optimizer, state: dict[str, Any], by_hand: ByHand) -> Check | None:
-        """The check of the step at hand, that of an earlier clip_grad_norm_ if it still holds."""
+        """Return the check for this step: that of an earlier clip_grad_norm_ if it is still valid."""
         assert self._scale is not None
         if state["stage"] is not OptState.READY or by_hand != (None, None):
             return None
@@ -109,7 +110,7 @@ class GradientChecks(LossScale):
         state["read"] = None
         found = self._check(optimizer, state, read.clip, keep=False)
         if found is None:
-            state["read"] = read  # what it had put off is done the other way
+            state["read"] = read  # its deferred clipping is applied by this check instead
         return found
 
     def _clip_later(
@@ -128,8 +129,8 @@ class GradientChecks(LossScale):
     def _divide(
         self, optimizer: Optimizer, state: dict[str, Any], grad_scale: Number | None
     ) -> tuple[Gradients, Stats] | None:
-        """Read the gradients as they will be once divided by a user's ``grad_scale`` too; what is not finite
-        then is an overflow.
+        """Check the gradients as divided by the scale and by the user's ``grad_scale``; a result that is not
+        finite is an overflow.
         """
         if grad_scale is None:
             return None
@@ -138,7 +139,7 @@ class GradientChecks(LossScale):
         gradients = Gradients(params_of(optimizer)) if read is None else read.gradients
         if read is not None:
             factor = read.inv_scale
-            if read.clip_coef is not None:  # NaN of a gradient that counts as it is
+            if read.clip_coef is not None:  # NaN if a gradient is not finite, which is flagged already
                 factor = factor * read.clip_coef.float().nan_to_num(nan=0.0)
         stats = gradients.stats(divided(factor, grad_scale, self._scale.device))
         flags = state["found_inf_per_device"]
@@ -147,7 +148,8 @@ class GradientChecks(LossScale):
         return gradients, stats
 
     def _skip_by_hand(self, found_inf: Number | None) -> Tensor:
-        """The flag of the step at hand, with what a user set. That is no overflow: the scale stays."""
+        """Combine the skip flag of this step with the user's ``found_inf``, which is not an overflow: the
+        scale stays."""
         assert self._last_found_inf is not None
         if found_inf is not None:
             device = self._last_found_inf.device
@@ -155,7 +157,7 @@ class GradientChecks(LossScale):
         return self._last_found_inf
 
     def _combined_flag(self, optimizer: Optimizer, state: dict[str, Any]) -> Tensor:
-        """The flag over all devices, on that of the scale; begins the step that it decides about."""
+        """Combine the flags of all devices on the scale's device, and start the step in the overflow log."""
         assert self._scale is not None
         flag = combine(state["found_inf_per_device"].values(), self._scale.device)
         self._last_found_inf = flag
@@ -173,9 +175,9 @@ class GradientChecks(LossScale):
 
     @property
     def last_step_skipped(self) -> Tensor:
-        """Whether the latest :meth:`step` was skipped: a 0-d bool tensor on the device of the scale; no sync.
+        """True if the latest :meth:`step` was skipped: a 0-d bool tensor on the scale's device; no sync.
 
-        What it reads is rewritten by each replay of a CUDA graph that captured the step.
+        Replays of a CUDA graph that captured the step update its source.
         """
         return torch.tensor(False) if self._last_found_inf is None else self._last_found_inf != 0
 
@@ -183,13 +185,11 @@ class GradientChecks(LossScale):
         return str(self.overflow_report())
 
     def overflow_report(self, optimizer: Optimizer | None = None) -> OverflowReport:
-        """The latest overflow of ``optimizer`` (left out: the latest that any optimizer had, if there are
-        several).
+        """Return the latest overflow of ``optimizer`` (default: the latest of any optimizer).
 
-        Tells the step and each parameter with its number of inf, NaN and too large elements. This makes the
-        host wait for the device; before, nothing was read. Gradients that were unscaled by an explicit
-        :meth:`unscale_` on CUDA are counted only now, so ask before ``zero_grad``; clipping in place has made
-        NaN of their inf.
+        The report has the step and, per parameter, the number of inf, NaN and too large elements. Syncs the
+        host. Gradients unscaled by an explicit :meth:`unscale_` on CUDA are counted only now, so call this
+        before ``zero_grad``; in-place clipping has turned their inf into NaN.
         """
         if optimizer is not None:
             log = self._overflows.get(optimizer)

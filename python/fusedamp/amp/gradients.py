@@ -1,4 +1,4 @@
-"""The gradients of some parameters as the ops want them: local shards, real numbers, dense, by device."""
+"""Gradients in the form that the ops take: local shards, real, dense, grouped by device."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ PerDevice = dict[torch.device, Tensor]
 
 
 def on(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, without waiting; a copy *to* the CPU waits, as the host reads it at once."""
+    """Return ``tensor`` on ``device`` without a sync; only a copy to the CPU syncs, because the host reads it
+    next."""
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def lasting() -> AbstractContextManager[None]:
-    """A context in which new tensors can be written later also outside of inference mode."""
+    """Return a context for creating tensors that can also be modified outside of inference mode."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return _outside_inference_mode()
@@ -46,17 +47,19 @@ def no_overflow(device: torch.device) -> Tensor:
 
 
 def writing(*grads: Tensor) -> AbstractContextManager[Any]:
-    """A context in which torch's operations may write ``grads``, which inference mode may have made."""
+    """Return a context in which torch's operations may modify ``grads``, even if inference mode created
+    them."""
     return torch.inference_mode() if any(grad.is_inference() for grad in grads) else torch.no_grad()
 
 
 def has_value(tensor: Tensor) -> bool:
-    """Whether there is a value to look at; a tensor of FakeTensorMode or on the meta device has none."""
+    """True if ``tensor`` has a value; a meta tensor, or one under FakeTensorMode, has none."""
     return not (is_fake(tensor) or tensor.is_meta)
 
 
 def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
-    """One 0-d FP32 flag on ``device``, positive if any of ``flags`` (1 element, any device) is; else 0."""
+    """Return a 0-d FP32 flag on ``device``: positive if any of ``flags`` (1 element, any device) is, else
+    0."""
     flags = list(flags)
     if (
         len(flags) == 1
@@ -76,7 +79,7 @@ def _is_plain(grad: Tensor) -> bool:
 
 
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
-    """Those that ``params`` have."""
+    """Return the gradients of ``params`` that have one."""
     params = list(params)
     found = grads_of(params)
     if found is not None and not found[1]:
@@ -86,12 +89,12 @@ def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
 
 @dataclass(slots=True)
 class _Bucket:
-    """Gradients on one device; of each the place of its parameter in ``params`` and how that is sharded."""
+    """Gradients on one device, with each parameter's position in ``params`` and its sharding."""
 
     tensors: list[Tensor] = field(default_factory=list)
     positions: Sequence[int] = field(default_factory=list)
     layouts: list[tuple[MeshDim, ...]] = field(default_factory=list)
-    fields: Fields | None = None  # of the tensors, where they were read in bulk
+    fields: Fields | None = None  # of the tensors, if they were read in bulk
 
     def has_float64(self) -> bool:
         if self.fields is not None:
@@ -100,18 +103,18 @@ class _Bucket:
 
 
 class Gradients:
-    """What ``params`` have as gradients now. Making one changes no value, but may replace a ``.grad`` that is
-    sparse and uncoalesced, expanded, or a DTensor placed otherwise than its parameter.
+    """The current gradients of ``params``. The constructor changes no value, but may replace a ``.grad`` that
+    is sparse and uncoalesced, expanded, or a DTensor whose placements differ from its parameter's.
 
     Args:
         params: parameters, with or without a gradient.
-        magnitudes: take the absolute values of complex gradients (to read only), as norms other than 2 want.
+        magnitudes: take the absolute values of complex gradients (read-only), which norms other than 2 need.
     """
 
     def __init__(self, params: Iterable[Tensor], magnitudes: bool = False) -> None:
         self.by_device: dict[torch.device, _Bucket] = {}
         self.originals: list[Tensor] = []
-        # Of all parameters, since a rank without gradients must still join the reductions of the others.
+        # Includes parameters without gradients: a rank without any must still join the reductions.
         self._all_layouts: dict[tuple[MeshDim, ...], torch.device] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
         params = list(params)
@@ -121,7 +124,7 @@ class Gradients:
                     self._add(position, param, magnitudes)
 
     def _read_in_bulk(self, params: list[Tensor]) -> bool:
-        """Does all that is to be done where every gradient is a plain contiguous tensor on one device."""
+        """Read all gradients in one call; False unless each is a plain contiguous tensor on one device."""
         if (found := grads_of(params)) is None:
             return False
         grads, missing = found
@@ -144,7 +147,7 @@ class Gradients:
             self._all_layouts[layout] = local(param).device
         grad = param.grad
         if type(grad) is Tensor and grad.layout is torch.strided and not layout and _is_plain(grad):
-            tensor = grad  # as nearly all are: this loop is most of what a step costs the host
+            tensor = grad  # the common case; this loop is most of a step's host time
             self.originals.append(grad)
         else:
             if layout:
@@ -162,7 +165,7 @@ class Gradients:
 
     def _real(self, param: Tensor, grad: Tensor, magnitudes: bool) -> Tensor:
         if grad.layout is torch.sparse_coo:
-            # Only the sum of duplicates is the gradient, and only it shows an overflow of that sum.
+            # The gradient is the sum of duplicates, and only that sum shows its own overflow.
             grad = grad.coalesce()
             if not is_dense(grad._values()):
                 values = grad._values().clone(memory_format=torch.contiguous_format)
@@ -193,18 +196,18 @@ class Gradients:
         return torch.view_as_real(dense) if dense.is_complex() else dense
 
     def write_back(self) -> None:
-        """Bring what an op wrote into dense copies of gradients with gaps back into these."""
+        """Copy results from dense copies back into the gradients with gaps."""
         for target, dense in self._copies:
             with writing(target):
                 target.copy_(dense)
 
     @property
     def sharded_over(self) -> tuple[MeshDim, ...]:
-        """Every mesh dimension that shards one of the parameters, in the order of the parameters."""
+        """Return all mesh dimensions that shard a parameter, in parameter order."""
         return tuple(dict.fromkeys(dim for layout in self._all_layouts for dim in layout))
 
     def stats(self, inv_scale: Tensor | None, norm_type: float = 2.0) -> dict[torch.device, ops.GradStats]:
-        """One read pass per device; devices on which this rank has no gradient are left out."""
+        """Check the gradients with one op per device; devices without gradients on this rank are omitted."""
         return {
             device: ops._grad_stats(
                 bucket.tensors, None if inv_scale is None else on(inv_scale, device), norm_type, bucket.fields
@@ -214,9 +217,10 @@ class Gradients:
         }
 
     def agree_(self, found_inf: PerDevice) -> PerDevice:
-        """Make the flags, in place, what any device of any rank that shares a shard with this one found.
+        """Combine the flags in place over all devices, and over all ranks that share a sharded tensor with
+        this one.
 
-        All or nothing needs it: where one shard overflows, no rank may step.
+        If one shard overflows, no rank may step.
         """
         dims = self.sharded_over
         for device in self.by_device:
@@ -233,7 +237,8 @@ class Gradients:
     def norm(
         self, stats: dict[torch.device, ops.GradStats], norm_type: float, device: torch.device
     ) -> Tensor:
-        """The norm over all gradients of all ranks as a 0-d FP64 tensor on ``device``, from a read pass."""
+        """Compute the norm over all gradients of all ranks from a gradient check: 0-d, FP64, on
+        ``device``."""
         reduce: Callable[[Tensor], Tensor] = torch.amax if norm_type == math.inf else torch.sum
         totals = []
         for layout, home in self._all_layouts.items():
@@ -248,11 +253,11 @@ class Gradients:
                 ]
             if not parts:
                 total = torch.zeros((), dtype=torch.float64, device=home)
-            elif len(parts) == 1 and not layout:  # nobody writes it, so it needs no copy
+            elif len(parts) == 1 and not layout:  # it is not modified, so no copy is needed
                 total = parts[0]
             else:
                 total = reduce(torch.stack(parts))
-            if norm_type == math.inf and layout:  # what MAX makes of NaN is up to the backend
+            if norm_type == math.inf and layout:  # NaN handling of MAX depends on the backend
                 total = total.nan_to_num(nan=math.inf, posinf=math.inf)
             all_reduce_(total, layout, "max" if norm_type == math.inf else "sum")
             totals.append(on(total, device))
@@ -262,7 +267,7 @@ class Gradients:
         return total.clone() if norm_type in (0.0, math.inf) else total.pow(1.0 / norm_type)
 
     def multiply_(self, factor: Tensor) -> None:
-        """Multiply all gradients in place by a 0-d FP64 tensor, FP64 ones in FP64 and the rest in FP32."""
+        """Multiply all gradients in place by a 0-d FP64 tensor: FP64 gradients in FP64, others in FP32."""
         for device, bucket in self.by_device.items():
             here = on(factor, device)
             wide = [g for g in bucket.tensors if g.dtype is torch.float64]
@@ -276,17 +281,17 @@ class Gradients:
 
     @property
     def widest(self) -> torch.dtype:
-        """FP64 if any gradient is, else FP32: the dtype in which norms are reported."""
+        """The dtype of reported norms: FP64 if any gradient is FP64, else FP32."""
         wide = any(bucket.has_float64() for bucket in self.by_device.values())
         return torch.float64 if wide else torch.float32
 
 
 class Stamp:
-    """Remembers which gradients were seen; with ``weak``, without keeping them alive.
+    """Records the identity and version of gradients; with ``weak``, without keeping them alive.
 
-    A gradient counts as the same while it is the same tensor with the same version counter. Writes that move
-    no version counter (through ``.data``, by a raw collective) go unnoticed; one without a version counter,
-    made in inference mode, never counts as the same.
+    A gradient is unchanged if it is the same tensor with the same version counter. Writes that change no
+    version counter (through ``.data``, by a raw collective) are not detected. A gradient without a version
+    counter (created in inference mode) never counts as unchanged.
     """
 
     def __init__(self, grads: list[Tensor], weak: bool = False) -> None:
@@ -300,5 +305,5 @@ class Stamp:
 
 
 def _versions(grads: list[Tensor]) -> bytes | list[int] | None:
-    """The version counters, and those of the shards that DTensors hold."""
+    """Return the version counters, including those of DTensors' local shards."""
     return versions(grads if PLAIN.issuperset(map(type, grads)) else [*grads, *map(local, grads)])

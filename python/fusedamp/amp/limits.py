@@ -1,4 +1,4 @@
-"""The checks of what a GradScaler is given."""
+"""Checks of GradScaler's arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 
 class ScaleLimits(TypedDict, total=False):
-    """What fusedamp.GradScaler takes beyond torch's arguments; explained there."""
+    """Arguments of fusedamp.GradScaler that torch's does not have; documented there."""
 
     min_scale: float
     max_scale: float
@@ -54,13 +54,13 @@ def check_backoff_factor(value: Any) -> float:
 
 
 def check_interval(value: Any) -> int:
-    return _count("growth_interval", value, "how many good steps in a row raise the scale")
+    return _count("growth_interval", value, "the number of consecutive good steps that raise the scale")
 
 
 def check_limits(
     min_scale: Any, max_scale: Any, hysteresis: Any, hysteresis_refill: Any, on_floor: Any
 ) -> tuple[float, float, int]:
-    """``min_scale``, ``max_scale`` and ``hysteresis`` as plain numbers."""
+    """Check the limits; returns ``min_scale``, ``max_scale`` and ``hysteresis`` as plain numbers."""
     low, high = number("min_scale", min_scale), number("max_scale", max_scale)
     if not MIN_SCALE <= low <= FP32_MAX:
         wanted = (
@@ -70,7 +70,7 @@ def check_limits(
     if not (low <= high <= FP32_MAX or high == math.inf):
         wanted = f"a number >= min_scale ({low!r}) and <= {FP32_MAX:.8g}, or inf for no ceiling"
         _refuse("max_scale", max_scale, wanted)
-    budget = _count("hysteresis", hysteresis, "how many overflows lower the scale once; 1 is torch's way")
+    budget = _count("hysteresis", hysteresis, "overflows until the scale is lowered; 1 as in torch")
     if hysteresis_refill not in ("growth", "good_step"):
         _refuse("hysteresis_refill", hysteresis_refill, '"growth" or "good_step"')
     if on_floor not in ("warn", "raise"):
@@ -88,8 +88,8 @@ def check_init_scale(init_scale: Any, min_scale: float, max_scale: float) -> flo
 
 
 def new_scale_value(new_scale: Any, device_type: str) -> float | Tensor:
-    """What ``update(new_scale)`` was given, checked as torch does. A tensor's value is looked at on the CPU
-    only (no sync).
+    """Check the argument of ``update`` as torch does; returns a float or the tensor. A tensor's value is
+    checked only on the CPU (no sync).
     """
     if not isinstance(new_scale, Tensor):
         return check_scale("new_scale", new_scale)
@@ -104,9 +104,10 @@ def new_scale_value(new_scale: Any, device_type: str) -> float | Tensor:
 
 
 def checked_state(state: dict[str, Any], min_scale: float, max_scale: float) -> dict[str, Any]:
-    """A scaler's ``state_dict()`` as plain numbers within their types and the scaler's bounds."""
+    """Check a scaler's ``state_dict()``; returns plain numbers within the limits of their dtypes and the
+    scaler's bounds."""
     scale = number("state_dict['scale']", state["scale"])
-    if scale != 0:  # where torch's scaler may have fallen to
+    if scale != 0:  # torch's scaler can reach 0
         scale = check_scale("state_dict['scale']", scale)
     checked = {
         **state,
@@ -115,7 +116,7 @@ def checked_state(state: dict[str, Any], min_scale: float, max_scale: float) -> 
         "backoff_factor": check_backoff_factor(state["backoff_factor"]),
         "growth_interval": check_interval(state["growth_interval"]),
     }
-    # One more good step must still fit.
+    # The count must not overflow at the next good step.
     trackers = {"_growth_tracker": "good steps in a row", "_hysteresis_tracker": "overflows left to forgive"}
     for name, wanted in trackers.items():
         if name == "_growth_tracker" or state.get(name) is not None:

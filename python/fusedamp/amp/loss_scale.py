@@ -1,5 +1,5 @@
-"""The loss scale itself: how it is set, applied, moved and saved. What optimizers see of it is in
-grad_scaler.py.
+"""The loss scale: initialization, scaling, updates and checkpoints. grad_scaler.py has the methods that
+involve optimizers.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from .limits import MIN_SCALE
 
 
 def _like(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
-    """``values`` in a mapping of the same type as ``mapping``, of the same keys; else ``values``."""
+    """Return ``values`` as a mapping of the type of ``mapping``, which has the same keys; ``values`` itself
+    if that fails."""
     if type(mapping) is dict:
         return values
     try:
         if not isinstance(mapping, dict):
             return type(mapping)(values)  # type: ignore[call-arg]
-        made = copy.copy(mapping)  # with what else it holds, like a default; its items are its own
+        made = copy.copy(mapping)  # keeps attributes such as a default factory; items are copied
         made.update(values)
         return made
-    except Exception:  # whatever a foreign class objects
+    except Exception:  # third-party classes may raise anything
         return values
 
 
@@ -42,7 +43,7 @@ class LossScale(torch.amp.GradScaler):
     arguments.
     """
 
-    # Class-level, so that what was pickled as a torch scaler has them too.
+    # Class attributes, so that scalers unpickled from torch's class have them too.
     _min_scale: float = MIN_SCALE
     _max_scale: float = math.inf
     _hysteresis: int = 1
@@ -69,10 +70,10 @@ class LossScale(torch.amp.GradScaler):
         floor, ceiling, budget = limits.check_limits(
             min_scale, max_scale, hysteresis, hysteresis_refill, on_floor
         )
-        if enabled:  # torch compares these before they are known to be numbers
+        if enabled:  # torch compares these without checking that they are numbers
             limits.number("growth_factor", growth_factor), limits.number("backoff_factor", backoff_factor)
         super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
-        if self._enabled:  # torch does not look at its own arguments otherwise
+        if self._enabled:  # otherwise torch does not check its arguments either
             self._growth_factor = limits.check_growth_factor(growth_factor)
             self._backoff_factor = limits.check_backoff_factor(backoff_factor)
             self._growth_interval = limits.check_interval(growth_interval)
@@ -83,11 +84,11 @@ class LossScale(torch.amp.GradScaler):
         self._start_watching()
 
     def _start_watching(self) -> None:
-        """Begin with nothing seen, when made and when unpickled."""
+        """Reset what is not saved: at construction and after unpickling."""
         self._floor = FloorWatch()
         self._warned = False
 
-    # torch's own methods are on Dynamo's skip list and would break the graph; these are traced.
+    # torch's methods are on Dynamo's skip list and would break the graph; these overrides are traced.
     def _lazy_init_scale_growth_tracker(self, dev: torch.device | str) -> None:
         if self._growth_tracker is not None:
             raise AssertionError("_growth_tracker initialized before _scale")
@@ -118,8 +119,8 @@ class LossScale(torch.amp.GradScaler):
     def scale(self, outputs: Tensor | Mapping[Any, Any] | Iterable[Tensor]) -> Any:
         """Multiply a tensor, or each in a nested list, tuple, mapping or other iterable, by the scale.
 
-        Mappings keep their type where it can be made again, as dicts and the outputs of models can, else a
-        dict is returned. Traceable by ``torch.compile``. A disabled scaler returns ``outputs`` itself.
+        Mappings keep their type if it can be constructed or copied (dict, model outputs); otherwise a dict is
+        returned. Traceable by ``torch.compile``. A disabled scaler returns ``outputs`` itself.
         """
         if not self._enabled:
             return outputs
@@ -147,12 +148,13 @@ class LossScale(torch.amp.GradScaler):
         return self._scale.double().reciprocal().float()  # an FP32 division may be imprecise on the device
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        """Set the scale for the next iteration, in place: from what the steps found, or to ``new_scale``.
+        """Update the scale in place for the next iteration: from the overflow flags of the steps, or to
+        ``new_scale``.
 
-        ``new_scale`` may be any finite number > 0 or a tensor of 1 element; it is brought into
-        min_scale..max_scale. Any other number is refused; a tensor on a device is not looked at by the host,
-        and where its value is not finite or not > 0, the scale stays as it was.
-        An iteration whose only steps were of fused optimizers without gradients leaves the scale as it is.
+        ``new_scale`` is a finite number > 0 or a tensor of 1 element; it is clamped to min_scale..max_scale.
+        Any other number raises. A tensor on an accelerator is checked there: if its value is not finite or
+        not > 0, the scale is unchanged. An iteration in which only fused optimizers without gradients stepped
+        leaves the scale unchanged.
         """
         if not self._enabled:
             return
@@ -194,7 +196,7 @@ class LossScale(torch.amp.GradScaler):
         flags = [flag for state in states for flag in state["found_inf_per_device"].values()]
         if not flags:
             if any(state["stage"] is OptState.STEPPED for state in states):
-                return None  # nobody had a gradient
+                return None  # no optimizer had a gradient
             raise AssertionError("No inf checks were recorded prior to update.")
         found_inf = combine(flags, device)
         sharded_over = {state.get("sharded_over", ()): None for state in states}
@@ -228,15 +230,15 @@ class LossScale(torch.amp.GradScaler):
         warnings.warn(message, stacklevel=3)
 
     def set_growth_factor(self, new_factor: float) -> None:
-        """As torch's; a ValueError for less than 1, which would not be growth."""
+        """Set the factor as torch's method does; ValueError for less than 1."""
         super().set_growth_factor(limits.check_growth_factor(new_factor))
 
     def set_backoff_factor(self, new_factor: float) -> None:
-        """As torch's; a ValueError outside 0..1."""
+        """Set the factor as torch's method does; ValueError outside 0..1."""
         super().set_backoff_factor(limits.check_backoff_factor(new_factor))
 
     def set_growth_interval(self, new_interval: int) -> None:
-        """As torch's; a ValueError for less than 1, at which the scale would never grow."""
+        """Set the interval as torch's method does; ValueError for less than 1."""
         super().set_growth_interval(limits.check_interval(new_interval))
 
     def _hysteresis_left(self) -> int | None:
@@ -244,8 +246,8 @@ class LossScale(torch.amp.GradScaler):
         return self._init_hysteresis_tracker if tracker is None else int(tracker.item())
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's five entries, and ``_hysteresis_tracker`` where the hysteresis is more than 1; waits for
-        the device.
+        """Return torch's five entries, and ``_hysteresis_tracker`` if the hysteresis is more than 1. Syncs
+        the host.
         """
         state = super().state_dict()
         if state and self._hysteresis > 1:
@@ -254,11 +256,11 @@ class LossScale(torch.amp.GradScaler):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of ours or of torch's scaler; ``min_scale`` and the like are not part of it, and bound
-        its scale.
+        """Load a state of this scaler or of torch's. Its scale is clamped to ``min_scale``..``max_scale``,
+        which are not part of a state.
 
         Raises: RuntimeError for an empty state, KeyError for an incomplete one, TypeError or ValueError for
-            values that are no scale, factor or count; nothing is changed then.
+            an invalid scale, factor or count; then nothing is changed.
         """
         if not self._enabled:
             return

@@ -1,4 +1,4 @@
-"""Who overflowed, and when: kept on the device, read only when asked for."""
+"""Records which parameters overflowed in which step, on the device; read on request only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..ops.inputs import StepLog
 from .gradients import Gradients, Stamp, lasting, on
 
 _MAX_RECORDS = (
-    16  # sets of parameters that have gradients together; more than a few means a new one each step
+    16  # distinct sets of parameters with gradients; bounds memory if the set changes at every step
 )
 
 
@@ -27,12 +27,12 @@ class Overflow:
     shape: tuple[int, ...]
     inf: int
     nan: int
-    unscaled: int  # finite while scaled, not after division by the scale
+    unscaled: int  # finite before, but not after division by the scale
 
 
 @dataclass(frozen=True, slots=True)
 class OverflowReport:
-    """The latest skipped step of one optimizer; false where none is known.
+    """The latest skipped step of one optimizer; falsy if none is known.
 
     ``step`` counts the calls of ``scaler.step(optimizer)`` from 1; it is 0 if no overflow was recorded.
     """
@@ -53,39 +53,39 @@ class OverflowReport:
                 what.append(f"{o.unscaled} too large once unscaled")
             lines.append(f"  {o.parameter} {list(o.shape)}: {', '.join(what)}")
         if not self.overflows:
-            lines.append("  by no gradient that this rank can still see")
+            lines.append("  by no gradient that still exists on this rank")
         return "\n".join(lines)
 
 
 @dataclass(slots=True)
 class _Record:
-    """Element counts of the latest overflow in one set of gradients, rewritten in place (CUDA graphs)."""
+    """Element counts of the latest overflow in one set of gradients, updated in place (for CUDA graphs)."""
 
     counts: Tensor
     step: Tensor
 
 
 class OverflowLog:
-    """The overflows of one optimizer. Nothing here makes the host wait, apart from :meth:`report`."""
+    """The overflows of one optimizer. Only :meth:`report` syncs the host."""
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self._optimizer = weakref.ref(optimizer)
         with lasting():
             self._steps = torch.zeros((), dtype=torch.int64, device=device)
         self._records: dict[tuple[torch.device, Sequence[int]], _Record] = {}
-        self._last: tuple[Sequence[int], _Record] | None = None  # what the last step noted itself in
+        self._last: tuple[Sequence[int], _Record] | None = None  # the record of the last step
         self._uncounted: tuple[Stamp, Tensor, Tensor] | None = None
 
     def next_step(self) -> None:
         self._steps.add_(1)
 
     def record(self, gradients: Gradients, stats: dict[torch.device, GradStats], found_inf: Tensor) -> None:
-        """Keep the counts of a read pass if this step is an overflow, which only the device knows."""
+        """Store the counts of a gradient check if this step is an overflow (decided on the device)."""
         for device, stat in stats.items():
             self._record(gradients.by_device[device].positions, stat.counts, found_inf, self._steps)
 
     def record_uncounted(self, gradients: Gradients, found_inf: Tensor) -> None:
-        """The same for gradients that were unscaled before: counted only if a report is asked for."""
+        """Record a step whose gradients were unscaled before; :meth:`report` counts their elements."""
         self._uncounted = (Stamp(gradients.originals, weak=True), found_inf.clone(), self._steps.clone())
         self._record(
             (), torch.zeros(0, 3, dtype=torch.int64, device=found_inf.device), found_inf, self._steps
@@ -98,11 +98,11 @@ class OverflowLog:
         torch.where(overflow, on(step, counts.device), record.step, out=record.step)
 
     def record_counts(self, positions: Sequence[int], counts: Tensor, found_inf: Tensor) -> None:
-        """Keep ``counts`` if the step at hand is an overflow."""
+        """Store ``counts`` if this step is an overflow."""
         self._record(positions, counts, found_inf, self._steps)
 
     def of_step(self, positions: Sequence[int], counts: Tensor) -> StepLog:
-        """Where a step op on the device of the log notes itself, which is :meth:`next_step` and
+        """Return the log that a step op on the same device updates itself: :meth:`next_step` and
         :meth:`record_counts` in one."""
         if self._last is None or self._last[0] is not positions:
             self._last = (positions, self._record_of(positions, counts))
@@ -110,7 +110,7 @@ class OverflowLog:
         return StepLog(counts, record.counts, record.step, self._steps)
 
     def _record_of(self, positions: Sequence[int], counts: Tensor) -> _Record:
-        """The record of one set of gradients."""
+        """Return the record of one set of gradients."""
         key = (counts.device, positions if isinstance(positions, range) else tuple(positions))
         if key not in self._records:
             while len(self._records) >= _MAX_RECORDS:
@@ -122,7 +122,7 @@ class OverflowLog:
         return self._records[key]
 
     def report(self) -> OverflowReport:
-        """Read everything. Makes the host wait for the device."""
+        """Read all records; syncs the host."""
         optimizer = self._optimizer()
         if optimizer is not None and self._uncounted is not None:
             stamp, found_inf, step = self._uncounted
@@ -148,7 +148,8 @@ def params_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _named(optimizer: Optimizer) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names from an optimizer that was given named parameters, else the place in ``param_groups``."""
+    """Yield name and shape of each parameter; unnamed ones are named by their position in
+    ``param_groups``."""
     for g, group in enumerate(optimizer.param_groups):
         names = group.get("param_names", ())
         for i, param in enumerate(group["params"]):

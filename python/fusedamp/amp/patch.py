@@ -1,4 +1,4 @@
-"""Puts fusedamp's scalers in the place of torch's, for trainers that name torch's in their source."""
+"""Replaces torch's scalers with fusedamp's, for trainers that construct torch's."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _users = 0
 
 
 class patch_torch:
-    """Make ``torch.amp.GradScaler``, ``torch.cuda.amp.GradScaler`` and their other names mean fusedamp's
+    """Replace ``torch.amp.GradScaler``, ``torch.cuda.amp.GradScaler`` and their other names with fusedamp's
     scalers.
 
-    Works from the call on, until :meth:`restore` or the end of a ``with`` block::
+    Takes effect immediately, until :meth:`restore` or the end of a ``with`` block::
 
         with fusedamp.patch_torch():
             accelerator = accelerate.Accelerator(mixed_precision="fp16")
 
-    May be nested, and restored in any order: torch's classes return with the last one. A module that did
-    ``from torch.amp import GradScaler`` before keeps torch's. Objects made before stay what they are, and
-    cannot be pickled meanwhile.
+    Patches can be nested and restored in any order; the last one restores torch's classes. A module that ran
+    ``from torch.amp import GradScaler`` before keeps torch's class. Existing scalers are unaffected, but
+    cannot be pickled while a patch is active.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class patch_torch:
         if _users > 1:
             return
         with contextlib.suppress(ImportError):
-            # It subclasses whatever torch.amp names when it is first imported, and must keep torch's.
+            # Its class derives from torch.amp.GradScaler at first import, which must be torch's.
             importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler")
         for place, ours in _PLACES.items():
             module = importlib.import_module(place)
@@ -51,7 +51,7 @@ class patch_torch:
             module.GradScaler = ours  # type: ignore[attr-defined]
 
     def restore(self) -> None:
-        """End this patch; more than once does nothing."""
+        """End this patch; further calls have no effect."""
         global _users
         if not self._active:
             return

@@ -1,4 +1,4 @@
-"""How GradScaler.step drives which optimizer."""
+"""Determines how GradScaler.step calls an optimizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from ..ops import inputs
 
-# torch puts this function around each class's step; it runs the hooks.
+# torch wraps each class's step in this function, which runs the hooks.
 _HOOKED = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
@@ -26,22 +26,22 @@ _TORCHS_STEPS = {_inside_hooks(kind.step) for kind in _TORCHS_FUSED}
 
 
 def is_fusedamps(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer`` is of one of fusedamp's classes or of one that is made of them."""
+    """True for an optimizer of a fusedamp class or a subclass."""
     return getattr(type(optimizer), "_fusedamp_fused", False)
 
 
 def is_ours(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step`` is fusedamp's own on this very object, with nothing before it that may look
-    at gradients: then it takes the scale, the clip coefficient and the flag.
+    """True if ``optimizer.step`` is fusedamp's own method on this object and nothing before it can read
+    gradients. Such a step takes the scale, the clip coefficient and the overflow flag.
 
-    Subclasses with a ``step`` of their own, wrappers, a ``step`` that was replaced (Accelerate counts its
-    calls) and step pre-hooks want unscaled gradients, and no call for a skipped step.
+    Subclasses that override ``step``, wrappers, a replaced ``step`` (Accelerate counts its calls) and step
+    pre-hooks need unscaled gradients, and must not be called for a skipped step.
     """
     return is_fusedamps(optimizer) and _runs(optimizer, {getattr(type(optimizer), "_fusedamp_step", None)})
 
 
 def _runs(optimizer: Optimizer, steps: set[Any]) -> bool:
-    """Whether ``optimizer.step`` runs one of ``steps`` on ``optimizer``, and no step pre-hook."""
+    """True if ``optimizer.step`` runs one of ``steps`` on ``optimizer``, without step pre-hooks."""
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
     if hooks or _global_optimizer_pre_hooks:
         return False
@@ -50,21 +50,21 @@ def _runs(optimizer: Optimizer, steps: set[Any]) -> bool:
         return _inside_hooks(step.__func__) in steps  # type: ignore[attr-defined]
     if getattr(step, "__globals__", None) is not vars(lr_scheduler):
         return False
-    # An LR scheduler's counter knows the function and, weakly, the optimizer that it is called on.
+    # An LR scheduler's counter closes over the function and a weak reference to the optimizer.
     known = [cell.cell_contents for cell in step.__closure__ or ()]
     mine = any(isinstance(value, weakref.ref) and value() is optimizer for value in known)
     return mine and any(isinstance(value, FunctionType) and _inside_hooks(value) in steps for value in known)
 
 
 def _has_own(optimizer: Optimizer, name: str) -> bool:
-    """Whether ``optimizer`` has a true attribute ``name`` that no ``__getattr__`` forwards."""
+    """True if ``optimizer`` has a truthy attribute ``name`` that is not forwarded by ``__getattr__``."""
     owners = (optimizer, *type(optimizer).__mro__)
     return next((bool(vars(owner)[name]) for owner in owners if name in vars(owner)), False)
 
 
 def takes_found_inf(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step`` itself skips where its attribute ``found_inf`` says so, as torch's fused
-    ones do: not what wraps or replaces their step, for which the same holds as in :func:`is_ours`.
+    """True if ``optimizer.step`` skips if its attribute ``found_inf`` is set, as torch's fused optimizers do.
+    False for wrapped or replaced steps, as in :func:`is_ours`.
     """
     if is_fusedamps(optimizer) or not _has_own(optimizer, "_step_supports_amp_scaling"):
         return False
@@ -74,13 +74,14 @@ def takes_found_inf(optimizer: Optimizer) -> bool:
 
 
 def by_hand(optimizer: Optimizer) -> tuple[inputs.Number | None, inputs.Number | None]:
-    """``found_inf`` and ``grad_scale`` that a program set on an optimizer whose step obeys them, or None."""
+    """Return ``found_inf`` and ``grad_scale`` that the user set on an optimizer whose step reads them, or
+    None."""
     obeys = is_fusedamps(optimizer) or _has_own(optimizer, "_step_supports_amp_scaling")
     return inputs.by_hand(optimizer) if obeys else (None, None)
 
 
 def is_legacy(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step`` takes the scaler itself, which torch has deprecated but still does."""
+    """True if ``optimizer.step`` takes the scaler as an argument, which torch deprecates but supports."""
     return (
         getattr(optimizer, "_step_supports_amp_scaling", False)
         and "grad_scaler" in inspect.signature(optimizer.step).parameters

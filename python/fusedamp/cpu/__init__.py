@@ -1,4 +1,4 @@
-"""The places of torch.cpu's names."""
+"""Mirrors torch.cpu."""
 
 from . import amp
 

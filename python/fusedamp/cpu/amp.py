@@ -1,4 +1,4 @@
-"""torch.cpu.amp's name for the loss scaler."""
+"""Mirrors torch.cpu.amp."""
 
 from ..amp.cpu import GradScaler
 

@@ -1,4 +1,4 @@
-"""The places of torch.cuda's names."""
+"""Mirrors torch.cuda."""
 
 from . import amp
 

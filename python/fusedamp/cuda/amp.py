@@ -1,4 +1,4 @@
-"""torch.cuda.amp's name for the loss scaler."""
+"""Mirrors torch.cuda.amp."""
 
 from ..amp.cuda import GradScaler
 

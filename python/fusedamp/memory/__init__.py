@@ -1,1 +1,1 @@
-"""Bytes of weights, gradients, masters and states, before training."""
+"""Estimates of training memory before training, and packed parameter buffers."""

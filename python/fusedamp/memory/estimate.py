@@ -1,4 +1,4 @@
-"""How much memory weights, gradients, masters and states will take, before any of it is allocated."""
+"""Estimates the memory of weights, gradients, masters and states without allocating any of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PLAIN = {option: values[0] for option, values in STORAGE.items()}
 
 @dataclass(frozen=True)
 class Memory:
-    """One way to train, and the bytes of each part between two steps."""
+    """Bytes of each part between two steps, in one training mode."""
 
     name: str
     weights: int
@@ -39,9 +39,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What :func:`estimate` found: ``rows[0]`` is what was asked about; ``print`` shows all as a table.
+    """Result of :func:`estimate`: ``rows[0]`` is the requested mode; ``print`` shows all rows as a table.
 
-    ``params`` counts elements, ``tensors`` the parameters that hold them.
+    ``params`` is the number of elements, ``tensors`` the number of parameters.
     """
 
     optimizer: str
@@ -50,7 +50,7 @@ class Estimate:
     rows: tuple[Memory, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as for JSON."""
+        """Return plain values, for JSON."""
         rows = [{**asdict(row), "total": row.total} for row in self.rows]
         return {"optimizer": self.optimizer, "params": self.params, "tensors": self.tensors, "rows": rows}
 
@@ -76,22 +76,24 @@ def estimate(
     grad_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Estimate:
-    """Bytes of weights, gradients, masters and states: as asked, in every other mode, and in plain torch.
+    """Estimate the bytes of weights, gradients, masters and states: in the requested mode, in every other
+    mode, and in plain torch.
 
-    The optimizer itself is asked, which makes its states on the meta device: nothing is allocated. Counted
-    is what lives from one step to the next, on this rank for DTensors: no activations or temporaries, no
-    buffers of the model, none of the copies that ``torch.autocast`` makes in each forward pass.
+    The optimizer creates its states on the meta device, so nothing is allocated. The estimate counts what
+    persists between steps (for DTensors, on this rank). It excludes activations, temporaries, the model's
+    buffers and the copies that ``torch.autocast`` makes in each forward pass.
 
     Args:
-        model_or_params: a module, also one on the meta device; a tensor; a number of elements; or an iterable
-            of tensors, named tensors, shapes or param groups. Frozen parameters count as weights only.
-        optimizer: a class of :mod:`fusedamp.optim`, or an optimizer that has these parameters.
-        dtype: of the weights; left out: as they are, and FP32 for shapes.
-        grad_dtype: of the gradients; left out: as each parameter says.
-        options: for the constructor, or, of an optimizer that exists, in place of its groups' options.
-    Returns: rows of bytes. The rows of plain torch are the same algorithm with FP32 weights, as under AMP;
-        with masters and FP32 gradients for them kept by hand; and with all states as wide as the weights.
-    Raises: TypeError or ValueError for what can't be counted, or not be trained in this way.
+        model_or_params: a module (the meta device is fine), a tensor, a number of elements, or an iterable of
+            tensors, named tensors, shapes or param groups. Frozen parameters count as weights only.
+        optimizer: a class of :mod:`fusedamp.optim`, or an existing optimizer of these parameters.
+        dtype: of the weights; default: unchanged, and FP32 for shapes.
+        grad_dtype: of the gradients; default: that of each parameter.
+        options: for the constructor; for an existing optimizer, they override its groups' options.
+    Returns: rows of bytes. The rows for plain torch are the same algorithm with FP32 weights, as under AMP;
+        with FP32 masters and their FP32 gradients managed by the user; and with all states in the weights'
+        dtype.
+    Raises: TypeError or ValueError for unsupported arguments or modes.
     """
     if isinstance(optimizer, type) and issubclass(optimizer, FusedOptimizer):
         made, weights = plan(model_or_params, optimizer, options, dtype)
@@ -116,7 +118,7 @@ def estimate(
         if name not in rows:
             try:
                 rows[name] = _row(name, made, weights, storage)
-            except (TypeError, ValueError):  # the optimizer refuses this mode for these parameters
+            except (TypeError, ValueError):  # the optimizer does not support this mode for these parameters
                 continue
     count = sum(weight.meta.numel() for weight in weights)
     all_rows = (*rows.values(), *_plain_rows(made, weights))
@@ -138,7 +140,7 @@ def _row(name: str, optimizer: FusedOptimizer, weights: list[Weight], storage: d
 
 
 def _plain_rows(optimizer: FusedOptimizer, weights: list[Weight]) -> list[Memory]:
-    """The same states without fusedamp: torch's optimizers keep them in the dtype of the weights."""
+    """Return the rows for plain torch, whose optimizers store states in the dtype of the weights."""
     amp, by_hand, narrow = ([0, 0, 0, 0] for _ in range(3))
     for weight in weights:
         size, count = weight.meta.element_size(), weight.meta.numel()
@@ -174,7 +176,7 @@ def _storage(group: Group | None) -> dict[str, Any]:
 
 
 def _label(storage: dict[str, Any], has_masters: bool) -> str:
-    """The options as one would type them; ``master_weights`` only where there is a choice."""
+    """Format options as Python arguments; ``master_weights`` only if parameters can have masters."""
     shown = {k: v for k, v in storage.items() if has_masters or k != "master_weights"}
     options = (f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in shown.items())
     return f"fusedamp: {', '.join(options)}" if shown else "fusedamp"

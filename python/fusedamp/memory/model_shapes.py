@@ -1,4 +1,4 @@
-"""The shapes of the parameters of well-known networks, to plan for without building them."""
+"""Parameter shapes of well-known networks, for estimates without building them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Shapes = list[tuple[int, ...]]
 
 
 def gpt2(vocabulary: int, context: int, width: int, layers: int) -> Shapes:
-    """The parameters of GPT-2, in order (Radford et al. 2019); its head is its embedding."""
+    """List the parameters of GPT-2 in order (Radford et al. 2019); the head is tied to the embedding."""
     norm: Shapes = [(width,), (width,)]
     attention: Shapes = [(width, 3 * width), (3 * width,), (width, width), (width,)]
     feed_forward: Shapes = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
@@ -16,7 +16,8 @@ def gpt2(vocabulary: int, context: int, width: int, layers: int) -> Shapes:
 
 
 def llama(vocabulary: int, width: int, hidden: int, keys: int, layers: int) -> Shapes:
-    """The parameters of Llama (Touvron et al. 2023), with ``keys`` rows in the key and value projections."""
+    """List the parameters of Llama (Touvron et al. 2023), with ``keys`` rows in the key and value
+    projections."""
     attention: Shapes = [(width, width), (keys, width), (keys, width), (width, width)]
     feed_forward: Shapes = [(hidden, width), (hidden, width), (width, hidden)]
     layer: Shapes = [*attention, *feed_forward, (width,), (width,)]
@@ -24,7 +25,7 @@ def llama(vocabulary: int, width: int, hidden: int, keys: int, layers: int) -> S
 
 
 def bert(vocabulary: int, width: int, layers: int) -> Shapes:
-    """The parameters of BERT (Devlin et al. 2019) with its pooler, without a task's head."""
+    """List the parameters of BERT (Devlin et al. 2019) with its pooler, without a task head."""
     norm: Shapes = [(width,), (width,)]
     square: Shapes = [(width, width), (width,)]
     feed_forward: Shapes = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]

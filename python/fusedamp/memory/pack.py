@@ -1,4 +1,4 @@
-"""Weights and gradients side by side in a few large buffers."""
+"""Packs weights and gradients contiguously into a few large buffers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _ALIGNMENT = 64  # bytes: a cache line, and more than any kernel's vectors need
 
 
 class PackedParameters:
-    """Buffers that hold the weights of some parameters, and their gradients; see :func:`pack_parameters`.
+    """Buffers with the weights and gradients of some parameters; see :func:`pack_parameters`.
 
     Attributes:
-        weights, gradients: one flat tensor for each device and dtype; no gradients if they were left out.
+        weights, gradients: one flat tensor per device and dtype; ``gradients`` is empty with
+            ``gradients=False``.
     """
 
     def __init__(self, params: list[nn.Parameter], gradients: bool) -> None:
@@ -44,7 +45,8 @@ class PackedParameters:
             param.grad = view
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero, in their buffers, also such as ``optimizer.zero_grad()`` has removed.
+        """Set all gradients to zero in their buffers, and restore those that ``optimizer.zero_grad()``
+        removed.
 
         Cost: writes each buffer once.
         """
@@ -58,11 +60,11 @@ class PackedParameters:
 def pack_parameters(
     params: nn.Module | Iterable[nn.Parameter], *, gradients: bool = True
 ) -> PackedParameters:
-    """Move the weights of ``params``, and their gradients, into one buffer per device and dtype.
+    """Move the weights of ``params`` and their gradients into one buffer per device and dtype.
 
-    A step of thousands of small tensors waits for memory at the beginning of each. Side by side, the end of
-    one leads a processor to the next, and on Linux the buffers lie in huge pages. Call it once, after the
-    model is on its device and in its dtype; parameters stay the same objects, with the same values::
+    A step over thousands of small tensors waits for memory at the start of each. In contiguous buffers the
+    hardware prefetches the next tensor, and on Linux the buffers use huge pages. Call this once, after the
+    model has its device and dtype. Parameters remain the same objects with the same values::
 
         packed = fusedamp.pack_parameters(model)
         for batch in data:
@@ -72,16 +74,16 @@ def pack_parameters(
 
     Args:
         params: a module or its parameters, dense in memory, on any devices. Those that require no gradient
-            are left alone.
-        gradients: also give each parameter a gradient in a buffer, of zeros or of what it has. A parameter
-            that takes no part in a backward then counts as one with a gradient of zeros, as after
+            are not moved.
+        gradients: also give each parameter a gradient in a buffer, zero or a copy of its current gradient. A
+            parameter that is unused in a backward pass then has a zero gradient, as after
             ``optimizer.zero_grad(set_to_none=False)``. Pass False under DistributedDataParallel, whose own
             buckets hold the gradients with ``gradient_as_bucket_view=True``.
     Returns: the buffers.
-    Raises: TypeError or ValueError naming the parameter; nothing was moved then. Not for DTensors and other
-        subclasses, nor for parameters that share memory.
-    Cost: while it works, memory for a second copy of the weights. A weight that is saved alone with
-        ``torch.save`` takes its whole buffer along: save ``state_dict()`` as a whole, or clones.
+    Raises: TypeError or ValueError naming the parameter, before anything is moved: for DTensors and other
+        subclasses, and for parameters that share memory.
+    Cost: temporary memory for a second copy of the weights. ``torch.save`` of a single weight saves its whole
+        buffer: save the whole ``state_dict()``, or clones.
     """
     chosen = [
         param
@@ -119,7 +121,7 @@ def _is_trained(param: object) -> bool:
 
 
 def _buffer(params: list[nn.Parameter]) -> tuple[Tensor, Iterator[Tensor]]:
-    """A flat tensor with room for tensors like ``params``, and the views for them."""
+    """Return a flat tensor with room for tensors like ``params``, and views of it for them."""
     first, step = params[0], max(_ALIGNMENT // params[0].element_size(), 1)
     places, total = [], 0
     for param in params:

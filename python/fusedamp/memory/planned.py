@@ -1,4 +1,4 @@
-"""What an optimizer has to train, or would have: parameters without memory, with their groups' options."""
+"""Parameters without memory and their groups' options, for an existing or a planned optimizer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..optim.core.batch import Group
 from ..optim.core.optimizer import FusedOptimizer
 from ..tensors.shards import local
 
-_PROBE = 64  # rows and columns of a matrix that shows whether shapes matter
+_PROBE = 64  # rows and columns of a matrix that tests whether state sizes depend on shapes
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter without memory; ``group`` is None where it is frozen."""
+    """A parameter without memory; ``group`` is None if it is frozen."""
 
     meta: Tensor
     grad_dtype: torch.dtype
@@ -29,7 +29,7 @@ class Weight:
 def plan(
     params: Any, kind: type[FusedOptimizer], options: dict[str, Any], dtype: torch.dtype | None
 ) -> tuple[FusedOptimizer, list[Weight]]:
-    """An optimizer that doesn't exist yet, on parameters without memory."""
+    """Construct an optimizer of class ``kind`` on parameters without memory."""
     groups = list(_groups(params))
     metas = [[_meta(item, dtype) for item in group["params"]] for group in groups]
     active = [[meta for meta, _, frozen in group if not frozen] for group in metas]
@@ -54,7 +54,7 @@ def plan(
 def owned(
     params: Any, optimizer: FusedOptimizer, options: dict[str, Any], dtype: torch.dtype | None
 ) -> list[Weight]:
-    """The parameters of an optimizer that exists, and what else ``params`` has."""
+    """Return the parameters of an existing optimizer and the other tensors of ``params``."""
     _need_options(type(optimizer).__name__, options, optimizer.defaults.keys())
     given = {id(item): item for group in _groups(params) for item in group["params"]}
     weights = []
@@ -74,12 +74,13 @@ def _need_options(name: str, options: dict[str, Any], known: Set[str]) -> None:
     unknown = sorted(options.keys() - known)
     if unknown:
         raise TypeError(
-            f"[estimate] {unknown[0]} is no option of {name}; expected some of {sorted(known)}. Leave it out."
+            f"[estimate] {unknown[0]} is not an option of {name}; expected some of {sorted(known)}. "
+            "Leave it out."
         )
 
 
 def _groups(params: Any) -> Iterator[dict[str, Any]]:
-    """``params`` as param groups of tensors and shapes."""
+    """Yield ``params`` as param groups of tensors and shapes."""
     if isinstance(params, nn.Module):
         yield {"params": list(params.parameters())}
         return
@@ -110,7 +111,7 @@ def _is_named(item: Any) -> bool:
 
 
 def _meta(item: Any, dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype, bool]:
-    """A parameter without memory, the dtype of its gradient, and whether it is frozen."""
+    """Return a parameter without memory, the dtype of its gradient, and whether it is frozen."""
     if isinstance(item, Tensor):
         item_dtype = item.dtype if dtype is None or not item.is_floating_point() else dtype
         meta = torch.empty_like(local(item).detach(), device="meta", dtype=item_dtype)
@@ -135,6 +136,6 @@ def _need_no_shape(optimizer: FusedOptimizer) -> None:
         name: value.numel() for name, value in states[1].items()
     }:
         raise ValueError(
-            f"[estimate] a number of parameters says too little for {type(optimizer).__name__}, which keeps "
-            "other states for matrices than for vectors; expected shapes. Pass a model, or its shapes."
+            f"[estimate] a number of parameters is not enough for {type(optimizer).__name__}, which has "
+            "different states for matrices and vectors; expected shapes. Pass a model, or its shapes."
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..ops import options_of
-from ..tensors.layout import STATE_DTYPES, in_turns
+from ..tensors.layout import STATE_DTYPES, round_robin
 from ..tensors.shards import local
 from .core.optimizer import FusedOptimizer
 from .core.options import NOT_NEGATIVE
@@ -56,7 +56,7 @@ class Adagrad(FusedOptimizer):
         given |= dict(initial_accumulator_value=initial_accumulator_value, foreach=foreach)
         given |= dict(maximize=maximize, differentiable=differentiable, fused=fused)
         super().__init__(params, given, storage)
-        in_turns(list(self._missing_states(_can_have_state)))
+        round_robin(list(self._missing_states(_can_have_state)))
 
     def share_memory(self) -> None:
         """Move the states into memory that processes share, as torch's; call it before they start."""

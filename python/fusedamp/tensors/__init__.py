@@ -1,1 +1,1 @@
-"""How a tensor lies in memory, which part of it is on this rank, and where many tensors lie."""
+"""Memory layout of tensors, local shards of DTensors, and bulk access to addresses."""

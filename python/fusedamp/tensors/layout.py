@@ -1,4 +1,5 @@
-"""How the tensors of one parameter are paired: by strides, never by raw memory."""
+"""Layouts: the tensors of one parameter must have equal strides, so that ops can walk their memory
+together."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from .._C import advise_huge_pages
 from .shards import local
 
-# Parameter dtype -> dtype of its states and of its master; also the list of what can be optimized.
+# Parameter dtype -> dtype of its states and master; the keys are the supported parameter dtypes.
 STATE_DTYPES = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
@@ -25,24 +26,24 @@ STATE_DTYPES = {
 }
 
 
-def in_turns(makers: Iterable[Iterator[None]]) -> None:
-    """Run all of ``makers``, one tensor of each after the other.
+def round_robin(makers: Iterable[Iterator[None]]) -> None:
+    """Run all of ``makers`` round-robin, one tensor of each at a time.
 
-    So the same states of neighbours come to lie side by side. A step walks along them, and what a processor
-    fetches ahead of the end of one tensor is the beginning of the next: a fifth of its time with small ones.
+    This places the same state of consecutive parameters next to each other. A step reads them in this order,
+    so hardware prefetching past the end of one tensor loads the next: a fifth of the time for small tensors.
     """
     for _ in zip_longest(*makers):
         pass
 
 
 def gradient_of(param: Tensor) -> Tensor | None:
-    """``.grad``, else the ``main_grad`` that some trainers accumulate into."""
+    """Return ``.grad``, else the ``main_grad`` that some trainers accumulate into."""
     grad = param.grad
     return getattr(param, "main_grad", None) if grad is None else grad
 
 
 def memory_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """A new tensor with unspecified values; large ones on the CPU lie in huge pages where there are any."""
+    """Return a new uninitialised tensor; large CPU tensors use huge pages if available."""
     new = torch.empty_like(tensor, dtype=dtype, device=device)
     if type(new) is Tensor and new.device.type == "cpu":
         advise_huge_pages(new.data_ptr(), new.nbytes)
@@ -50,13 +51,13 @@ def memory_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | None 
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has a shape and no values: on the meta device, or under torch's FakeTensorMode."""
+    """True if ``tensor`` has a shape but no values: on the meta device, or under torch's FakeTensorMode."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     return tensor.is_meta or (fake is not None and isinstance(tensor, fake.FakeTensor))
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has one element per address and no gaps, in any order of dimensions.
+    """True if ``tensor`` has one element per address and no gaps, in any order of dimensions.
 
     ``empty_like`` preserves exactly the strides of such tensors.
     """
@@ -64,12 +65,12 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def scalar_like(param: Tensor) -> Tensor:
-    """What a state of one FP64 element for the whole of ``param`` is like."""
+    """Return the template of a state with one FP64 element per parameter."""
     return torch.empty((), dtype=torch.float64, device=param.device)
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share an address, as after ``expand``."""
+    """True if two elements may share an address, as after ``expand``."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -80,7 +81,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def strided_like(tensor: Tensor, dense: Tensor) -> Tensor:
-    """``tensor`` with the strides of ``dense``: itself, or a view if only sizes of 1 differ, or a copy."""
+    """Return ``tensor`` with the strides of ``dense``: itself, a view if only sizes of 1 differ, or a
+    copy."""
     wanted = dense.stride()
     if tensor.stride() == wanted:
         return tensor
@@ -90,14 +92,15 @@ def strided_like(tensor: Tensor, dense: Tensor) -> Tensor:
 
 
 def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
-    """``tensor`` sharded as ``param`` is: redistributed, sharded or gathered where they differ."""
+    """Return ``tensor`` with the placements of ``param``: redistributed, sharded or gathered if they
+    differ."""
     if local(param) is param:
         return tensor if local(tensor) is tensor else tensor.full_tensor()  # type: ignore[attr-defined]
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(param, DTensor)
     mesh, placements = param.device_mesh, param.placements
-    if not isinstance(tensor, DTensor):  # every rank has the whole of it: no communication
+    if not isinstance(tensor, DTensor):  # every rank has the whole tensor: no communication
         return distribute_tensor(tensor.to(param.device), mesh, placements, src_data_rank=None)
     return tensor if tensor.placements == placements else tensor.redistribute(mesh, placements)
 
@@ -107,15 +110,13 @@ def _placement(tensor: Tensor) -> tuple[Any, Any]:
 
 
 def fitted(value: Tensor, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy of ``value`` with the device, placement and strides of ``param``, by default in FP32 (FP64 for
-    FP64).
-    """
+    """Copy ``value`` to the device, placements and strides of ``param``; by default in FP32, of FP64 in FP64."""
     dtype = STATE_DTYPES[param.dtype] if dtype is None else dtype
     return memory_like(param, dtype).copy_(placed_like(value.detach(), param))
 
 
 def fits(value: object, param: Tensor, dtype: torch.dtype) -> bool:
-    """Whether ``value`` can serve as a state of ``param`` that is kept in ``dtype``."""
+    """True if ``value`` can be used as a state of ``param`` stored in ``dtype``."""
     if not isinstance(value, Tensor) or _placement(value) != _placement(param):
         return False
     state, source = local(value), local(param)

@@ -1,6 +1,4 @@
-"""DTensor seen from the ops: custom ops get no DTensor dispatch, so the shards are unwrapped and reduced
-here.
-"""
+"""Unwraps and reduces DTensors' shards, because custom ops get no DTensor dispatch."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# One dimension of a DeviceMesh along which ranks hold different parts of a tensor: (mesh, dimension).
+# A DeviceMesh dimension along which ranks hold different parts of a tensor: (mesh, dimension).
 MeshDim = tuple[Any, int]
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
@@ -19,13 +17,13 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter})
 def is_dtensor(tensor: Tensor) -> bool:
     if type(tensor) in PLAIN:
         return False
-    # Nobody can hold a DTensor before its module is imported, and importing it takes a second.
+    # No DTensor exists before its module is imported, and importing it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return isinstance(tensor, getattr(module, "DTensor", ()))
 
 
 def is_flattened(tensor: Tensor) -> bool:
-    """Whether FSDP1 has made ``tensor`` a part of its flat parameters, which it shards by elements."""
+    """True if ``tensor`` is part of a flat parameter of FSDP1, which shards by elements."""
     return getattr(tensor, "_fsdp_flattened", False)
 
 
@@ -35,7 +33,7 @@ def is_distributed() -> bool:
 
 
 def refuse_flattened(op: str, params: Sequence[Tensor]) -> None:
-    """Raise where ranks hold shards of FSDP1, of which nothing tells how they belong together."""
+    """Raise if ranks hold FSDP1 shards, whose relation to each other is unknown."""
     if not is_distributed():
         return
     for i, param in enumerate(params):
@@ -49,7 +47,7 @@ def refuse_flattened(op: str, params: Sequence[Tensor]) -> None:
 
 
 def need_whole(param: Tensor, optimizer: str) -> None:
-    """Raise where ``param`` is one of FSDP1's: ``optimizer`` needs norms or matrices of whole tensors."""
+    """Raise if ``param`` is sharded by FSDP1: ``optimizer`` needs norms or matrices of whole tensors."""
     if is_flattened(param):
         raise ValueError(
             f"of shape {list(param.shape)} belongs to a flat parameter of FSDP1; expected the whole tensor "
@@ -59,17 +57,17 @@ def need_whole(param: Tensor, optimizer: str) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` that this rank holds, sharing its memory; a plain tensor itself."""
+    """Return this rank's shard of ``tensor``, sharing its memory; a plain tensor is returned itself."""
     if not is_dtensor(tensor):
         return tensor
     shard: Any = tensor._local_tensor  # type: ignore[attr-defined]
-    # A collective may still be in flight (AsyncCollectiveTensor): raw memory must not be read before its end.
+    # A collective may still be running (AsyncCollectiveTensor): wait for it before reading raw memory.
     whole: Tensor = shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard
     return whole
 
 
 def sharded_dims(tensor: Tensor) -> tuple[MeshDim, ...]:
-    """The mesh dimensions over which ``tensor`` is not replicated; empty for a plain tensor."""
+    """Return the mesh dimensions over which ``tensor`` is not replicated; empty for a plain tensor."""
     if not is_dtensor(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
@@ -77,8 +75,8 @@ def sharded_dims(tensor: Tensor) -> tuple[MeshDim, ...]:
 
 
 def follow_placements(param: Tensor) -> None:
-    """Give ``param.grad`` the placements of ``param``: a Partial gradient holds only a summand of the true
-    one.
+    """Redistribute ``param.grad`` to the placements of ``param``: a Partial gradient is only one summand of
+    the gradient.
     """
     grad = param.grad
     if grad is not None and is_dtensor(param) and is_dtensor(grad):
@@ -88,7 +86,8 @@ def follow_placements(param: Tensor) -> None:
 
 
 def all_reduce_(tensor: Tensor, dims: Iterable[MeshDim], op: str) -> None:
-    """Reduce ``tensor`` in place ("max" or "sum") over each mesh dimension in turn; all ranks must join."""
+    """Reduce ``tensor`` in place ("max" or "sum") over each mesh dimension, one after the other;
+    collective."""
     for mesh, dim in dims:
         if mesh.get_coordinate() is not None:  # else this rank is not part of the mesh
             ops = torch.distributed.ReduceOp

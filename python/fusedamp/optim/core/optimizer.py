@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from ... import ops
 from ...ops.checks import at
 from ...ops.inputs import AmpInputs, GradientTable, begin_step, inputs_on
-from ...tensors.layout import gradient_of, in_turns
+from ...tensors.layout import gradient_of, round_robin
 from ...tensors.shards import local
 from ..state import checkpoint, formats
 from ..state.formats import Entry, Storage, name_dtypes
@@ -57,7 +57,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _stepped: list[Slot]  # of the last step
     _plan: Plan | None = None  # what makes the same step again quick
     _turn: int  # counts the steps, to see a parameter twice in one
-    _looks: int = 0  # how often the state was asked for
+    _accesses: int = 0  # how often the state was asked for
     _own_seed: int | None = None  # of the groups that have no rounding_seed
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -77,16 +77,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         own = vars(self)
         if "state" not in own:  # as of any attribute: a wrapper that forwards them answers then
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'state'")
-        self._looked()
+        self._count_access()
         return own["state"]
 
     @state.setter
     def state(self, value: Any) -> None:
-        self._looked()
+        self._count_access()
         vars(self)["state"] = value
 
-    def _looked(self) -> None:
-        self._looks += 1
+    def _count_access(self) -> None:
+        self._accesses += 1
         self._slots, self._stepped = {}, []
         if self._plan is not None:
             self._plan.let_go()
@@ -164,8 +164,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan, amp = self._plan, self._amp
         if plan is None:
             return False
-        looked = amp is not None and amp.table is not None and amp.table is plan.gradients
-        if not (looked or plan.look(self)) or not plan.is_ready(self):
+        checked = amp is not None and amp.table is not None and amp.table is plan.gradients
+        if not (checked or plan.matches(self)) or not plan.is_ready(self):
             return False
         begin_step(self)
         plan.step(self)
@@ -203,10 +203,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         except ValueError:  # a tensor that only the checking op can take
             return None
 
-    def _look(self, versioned: bool) -> GradientTable | None:
+    def _gradient_table(self, versioned: bool) -> GradientTable | None:
         """For the scaler: the gradients of the next step, if it is like the last one."""
         plan = self._plan
-        if plan is None or plan.gradients is None or not plan.look(self, versioned):
+        if plan is None or plan.gradients is None or not plan.matches(self, versioned):
             return None
         return plan.gradients
 
@@ -237,7 +237,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         position = 0  # of a group's first parameter in the optimizer: replicas and resumed runs draw alike
         for key in [key for key, slot in known.items() if state.get(slot.param) is not slot.entry]:
             del known[key]  # its state was removed or replaced
-        in_turns(list(self._missing_states(lambda param: gradient_of(param) is not None)))
+        round_robin(list(self._missing_states(lambda param: gradient_of(param) is not None)))
         for g, group in enumerate(self.param_groups):
             mode = self._mode(group)
             seeds, position = ((mode.rounding_seed or 0) << 32) + position, position + len(group["params"])

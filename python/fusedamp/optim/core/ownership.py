@@ -38,7 +38,7 @@ def _beyond_python(tensor: Tensor) -> tuple[int, ...]:
     return *held, _uses_of_storage(storage._cdata), getrefcount(storage)  # type: ignore[misc]
 
 
-def nothing_else_holds(attributes: dict[str, Any]) -> bool:
+def no_other_references(attributes: dict[str, Any]) -> bool:
     """Whether all references to the optimizer's state are known: of the state, its attribute; of each entry,
     the state; of each tensor, its entry, or the encoded one that it is in; and nothing beyond Python.
     """
@@ -61,22 +61,22 @@ def nothing_else_holds(attributes: dict[str, Any]) -> bool:
 class Watch:
     """When a state that was compared must be compared again.
 
-    ``looks`` says how often anybody was given the optimizer's state.
+    ``accesses`` says how often anybody was given the optimizer's state.
     """
 
     def __init__(self) -> None:
-        self._looks = -1
+        self._accesses = -1
         self._quiet, self._patience = 0, 1  # comparisons since the last look; after how many to count again
         self._is_private = False
 
-    def is_private(self, looks: int) -> bool:
+    def is_private(self, accesses: int) -> bool:
         """Whether nobody can have changed the state since it was compared last."""
-        return self._is_private and looks == self._looks
+        return self._is_private and accesses == self._accesses
 
-    def asks_for_proof(self, looks: int) -> bool:
+    def should_count_references(self, accesses: int) -> bool:
         """Told that the state was just compared: whether to find out now if anybody holds a part of it."""
-        if looks != self._looks:
-            self._looks, self._quiet, self._patience, self._is_private = looks, 0, 1, False
+        if accesses != self._accesses:
+            self._accesses, self._quiet, self._patience, self._is_private = accesses, 0, 1, False
             return False
         self._quiet += 1
         if self._quiet < self._patience:
@@ -84,5 +84,5 @@ class Watch:
         self._patience *= 2  # somebody who holds on to it costs a count at ever longer intervals
         return True
 
-    def proved(self, is_private: bool) -> None:
+    def set_private(self, is_private: bool) -> None:
         self._is_private = is_private

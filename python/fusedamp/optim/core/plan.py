@@ -19,7 +19,7 @@ from ...ops.table import StepTable, rule_of
 from ...tensors.addresses import can_read, holds_float64
 from ..state.formats import name_dtypes
 from .batch import Batch, Group
-from .ownership import Watch, nothing_else_holds
+from .ownership import Watch, no_other_references
 from .slot import Mode, Slot
 
 Columns = list[tuple[str, str | None]]
@@ -76,7 +76,7 @@ class Plan:
         for table, _ in self._tables:
             table.let_go()
 
-    def look(self, optimizer: Any, versioned: bool = False) -> bool:
+    def matches(self, optimizer: Any, versioned: bool = False) -> bool:
         """The walk: whether nothing but gradients and options has changed. Takes new options into the tables.
 
         With ``versioned`` also the version counters of the gradients, for a scaler.
@@ -105,12 +105,12 @@ class Plan:
             _C.touches(table.grads, self._written) for table, _ in self._tables
         ):
             return False  # a gradient lies in memory that a call writes: another call would read it changed
-        looks = optimizer._looks
-        if not self._watch.is_private(looks):
+        accesses = optimizer._accesses
+        if not self._watch.is_private(accesses):
             if not self._has_same_state(vars(optimizer)["state"]):
                 return False
-            if self._watch.asks_for_proof(looks):
-                self._watch.proved(nothing_else_holds(vars(optimizer)))
+            if self._watch.should_count_references(accesses):
+                self._watch.set_private(no_other_references(vars(optimizer)))
         return True
 
     def step(self, optimizer: Any) -> None:

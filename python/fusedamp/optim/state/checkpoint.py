@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops.checks import at
-from ...tensors.layout import fitted, in_turns, scalar_like
+from ...tensors.layout import fitted, round_robin, scalar_like
 from .encoded import Quantized, Remainder, Scales, plain
 from .formats import (
     DEFAULTS,
@@ -125,7 +125,7 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
             entry = {name: value for name, value in saved.items() if value is not None}
             makers.append(_converting(f"{where} state[{index!r}]", optimizer, entry, *owners[index]))
             state[index] = _Converted(entry)
-    in_turns(makers)
+    round_robin(makers)
     return {**state_dict, "state": state, "param_groups": converted_groups}
 
 
