@@ -84,8 +84,8 @@ def step_op(
         states, hyper, known = lists[2:-2], options_of(op), {*lists, *kinds, *Shared.__annotations__}
         if kinds.keys() != {"lr", *hyper, last_state_with} - {None}:
             raise ImportError(
-                f"[{op}] is declared with {sorted(kinds)}; expected lr and {sorted(hyper)}, as compiled. Build "
-                "fusedamp again."
+                f"[{op}] is declared with {sorted(kinds)}; expected lr and {sorted(hyper)}, as compiled. "
+                "Build fusedamp again."
             )
 
         @functools.wraps(declared)

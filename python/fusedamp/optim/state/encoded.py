@@ -27,10 +27,10 @@ class Encoded(Tensor):
     bits: Tensor
     _what = "an encoded state"
     _way_out = ""
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def data(self) -> Any:  # type: ignore[override]
+    def data(self) -> Any:
         return self.detach()
 
     @data.setter
