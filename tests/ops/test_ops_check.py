@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fusedamp import ops
-from fusedamp.ops import step as step_module
+from fusedamp.ops import declaration
 from on_device import DEVICE
 from op_calls import VARIANTS, Unchanged, step_call
 from test_ops_errors import ADAM, MASTERS, op_refusals
@@ -13,7 +13,7 @@ def as_call(call, monkeypatch):
     """What the op's wrapper hands to step_lists."""
     with monkeypatch.context() as patch:
         seen = []
-        patch.setattr(step_module, "step_lists", lambda *args: seen.append(ops.StepCall(*args)))
+        patch.setattr(declaration, "step_lists", lambda *args: seen.append(ops.StepCall(*args)))
         call.run()
     return seen[0]
 
@@ -45,7 +45,7 @@ def test_refuses_what_the_op_refuses_in_the_same_words(name, monkeypatch):
     call = step_call("adamw", shapes, dtype, masters=masters)
     tensors = call.tensors()
     refusal.change(call)
-    monkeypatch.setattr(step_module, "step_lists", lambda *args: ops.check_steps([good, ops.StepCall(*args)]))
+    monkeypatch.setattr(declaration, "step_lists", lambda *args: ops.check_steps([good, ops.StepCall(*args)]))
     op_refusals.check(call.run, tensors, "adamw_", refusal)
 
 
