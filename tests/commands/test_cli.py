@@ -73,8 +73,8 @@ def test_info_text(capsys):
         (["--device", "toaster"], "--device toaster: unknown"),
         (["--device", "meta"], "runs on cpu and cuda only"),
         (["--out", "nowhere/x.png"], "no folder nowhere"),
-        (["--out", "picture.jpg"], "the picture is a PNG"),
-        (["--out", "small.txt/sub"], "cannot make this folder"),
+        (["--out", "picture.jpg"], "the plot is a PNG"),
+        (["--out", "small.txt/sub"], "cannot create this folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -103,7 +103,7 @@ def test_overflows_are_provoked_and_followed(outcome):
     assert len(ours.skipped) >= 3
     assert ours.scales[:4] == theirs.scales[:4] == [2.0**24, 2.0**23, 2.0**22, 2.0**21]
     for run in outcome.runs:
-        assert len(run.losses) == len(run.phase_s) == outcome.task.steps
+        assert len(run.losses) == len(run.update_s) == outcome.task.steps
         assert len(run.scales) == outcome.task.steps + len(run.skipped)
         assert run.scaler.is_enabled() or not run.skipped
 
@@ -201,7 +201,7 @@ def test_lost_updates_counts_what_rounding_eats():
 
 
 def test_variants_follow_the_wanted_format():
-    """FP32 is always there, as the reference and as the yardstick."""
+    """FP32 is always there, as the reference and as the spread."""
     names = [variant.name for variant in variants(("bf16",))]
     assert names[:4] == ["FP32 torch", "BF16 torch AMP", "BF16 fusedamp", "BF16 fusedamp, no masters"]
     assert names[4:] == [f"FP32 torch, batch order {k}" for k in (2, 3, 4)]

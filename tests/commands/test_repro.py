@@ -141,7 +141,7 @@ def test_whole_run(tmp_path, capsys):
         "Loss factors",
         "FP16, factor 2^-14",
         "BF16, no masters",
-        "Numbers that stop",
+        "Stalled values",
         "repro.png",
     ):
         assert expected in words
@@ -157,7 +157,7 @@ def test_whole_run(tmp_path, capsys):
         (["--threads", "0"], "--threads is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--out", "nowhere/x.png"], "no folder nowhere"),
-        (["--out", "picture.jpg"], "the picture is a PNG"),
+        (["--out", "picture.jpg"], "the plot is a PNG"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

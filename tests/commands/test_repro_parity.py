@@ -120,7 +120,7 @@ def test_whole_run(tiny, tmp_path, monkeypatch, capsys):
     rows = [line for line in table.splitlines() if line.startswith(("| FP32", "| FP16", "| BF16"))]
     assert len(rows) == len(parity.modes())
     assert "2 steps, 1 seed;" in table
-    assert f"on {EXTRA_ORDERS} other orders" in table
+    assert f"over {EXTRA_ORDERS} other batch orders" in table
     claims = printed.count("yes ") + printed.count("NO  ")
     assert claims == sum(not m.storage.get("stochastic_rounding") for m in parity.modes())
     assert "parity.md" in words

@@ -26,16 +26,14 @@ def refusal(case, dtype, mode) -> str | None:
     """What the error must say, or None where it has to work."""
     master, state, random = mode.values()
     if random and master != "none":
-        return "a weight that has a master is its rounding to nearest"
+        return "a weight with a master is rounded to nearest"
     if case.ours in (optim.Adafactor, optim.Muon):
         if random or master == "split" or state != "float32":
-            return (
-                rf"expected FP32 masters and states, as {case.ours.__name__} has no other.*use fusedamp.opt"
-            )
+            return rf"expected FP32 masters and states, the only formats of {case.ours.__name__}.*optim.AdamW"
         return "expected real, unsharded parameters. Give it to another" if dtype.is_complex else None
     if state != "float32":
         if case.options.get("centered"):
-            return "as a variance that is the difference of two roundings may vanish. Pass centered=False"
+            return "as the difference of two rounded states may lose the variance. Pass centered=False"
         if dtype in (torch.float64, torch.complex64) and set(case.states) - set(case.scalars):
             return r"expected float16, bfloat16 or float32\. Put it into a group of its own"
     if dtype.is_complex and (random or master == "split"):

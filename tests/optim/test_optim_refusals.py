@@ -116,7 +116,7 @@ def gradient_of_dtype(param_dtype, grad_dtype):
 BAD_PARAMS = {
     "expanded": (
         lambda: [torch.nn.Parameter(torch.ones(1).expand(3))],
-        rf"params\[1\] is float32 of shape \[3\] on {HERE} with strides \[0\], so that elements share",
+        rf"params\[1\] is float32 of shape \[3\] on {HERE} with strides \[0\], so elements share",
     ),
     "meta": (
         lambda: [torch.nn.Parameter(torch.ones(3, device="meta"))],

@@ -19,7 +19,7 @@ from fusedamp.commands.repro import options as repro_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 fine, 1 the demo's claim did not show, 2 bad options."""
+    """Run one command; returns the exit code: 0 success, 1 a claim was not confirmed, 2 invalid options."""
     args = _parser().parse_args(argv)
     if args.command == "info":
         info = system_info()
@@ -43,22 +43,22 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train a small GPT and a conv net in FP32, FP16 and BF16, and compare",
         description="Fine-tune a small GPT and a conv net in FP32, FP16 and BF16: with torch's AMP stack, "
-        "with fusedamp, and without master weights. Prints a table and draws a picture. Exit code 1: the "
-        "claim did not show.",
+        "with fusedamp, and without master weights. Prints a table and draws a plot. Exit code 1: a "
+        "claim was not confirmed.",
     )
     demo_options.add_arguments(demo)
     repro = commands.add_parser(
         "repro",
-        help="show published effects of 16-bit training again, in minutes",
-        description="Train a character model over loss factors and without master weights, as Micikevicius "
-        "et al. 2018 did, and show which numbers stop in 16 bits. Prints tables and draws a picture. Exit "
-        "code 1: a claim did not show.",
+        help="reproduce published effects of 16-bit training in minutes",
+        description="Train a character model with several loss factors and without master weights, as in "
+        "Micikevicius et al. 2018, and show which values stall in 16 bits. Prints tables and draws a plot. "
+        "Exit code 1: a claim was not confirmed.",
     )
     repro_options.add_arguments(repro)
     memory = commands.add_parser(
         "estimate",
         help="bytes of weights, gradients, masters and states, before anything is allocated",
-        description="Bytes per parameter and in all, by part: with the chosen options, in every other mode, "
+        description="Bytes per parameter and in total, by part, with the chosen options, in all other modes, "
         "and with plain torch.",
     )
     estimate.add_arguments(memory)
@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
     except DemoError as error:
         print(f"fusedamp {name}: {error}", file=sys.stderr)
         return 2
-    # It needs the extras, which the options have looked for.
+    # Imported late: it needs the extras, whose presence the options have checked.
     run = importlib.import_module(f"fusedamp.commands.{name}.run").run
     try:
         return int(run(options))

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; returns the exit code: 0, or 2 for options that make no sense."""
+    """Print the table; returns the exit code: 0, or 2 for invalid options."""
     try:
         options = dict(_option(text) for text in args.set)
         found = estimate(
@@ -76,7 +76,7 @@ def _what(args: argparse.Namespace) -> int | Shapes:
 def _shape(text: str) -> tuple[int, ...]:
     sizes = text.lower().split("x")
     if not all(size.isdecimal() for size in sizes):
-        raise ValueError(f"--shape is {text}; it must be whole numbers with an x between, such as 4096x1024")
+        raise ValueError(f"--shape is {text}; it must be whole numbers separated by x, such as 4096x1024")
     return tuple(map(int, sizes))
 
 
@@ -89,4 +89,4 @@ def _option(text: str) -> tuple[str, Any]:
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return name, value  # a word, as in master_weights=none
+        return name, value  # a string, as in master_weights=none

@@ -16,7 +16,7 @@ from ..tensors.addresses import how_read
 
 
 def system_info() -> dict[str, object]:
-    """Everything that ``python -m fusedamp info`` shows, as plain JSON values."""
+    """Collect everything that ``python -m fusedamp info`` shows, as plain JSON values."""
     devices = [asdict(capability) for capability in capabilities()]
     for device in devices:
         device["recommended"] = str(device["recommended"]).removeprefix("torch.")
@@ -34,7 +34,7 @@ def system_info() -> dict[str, object]:
 
 
 def describe(info: dict[str, Any]) -> str:
-    """``info`` as text."""
+    """Format ``info`` as text."""
     cuda, build = info["cuda"], info["build"]
     lines = [
         f"fusedamp {info['fusedamp']}, torch {info['torch']}, Python {info['python']}, {info['system']}",
@@ -63,7 +63,7 @@ def _listed(value: object) -> str:
 
 
 def _driver_cuda_version() -> str | None:
-    """The newest CUDA that the installed driver supports, as libcuda says."""
+    """Return the newest CUDA version that the installed driver supports, according to libcuda."""
     version = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))

@@ -29,19 +29,20 @@ def _mean_over(dim: int, param: Tensor) -> Tensor:
 
 
 class Adafactor(ComposedOptimizer):
-    """``torch.optim.Adafactor`` with FP32 master weights, unscaling, clipping and skipping on the device.
+    """``torch.optim.Adafactor`` with FP32 master weights; unscaling, clipping and the overflow skip run on
+    the device.
 
     Args:
         params, lr, beta2_decay, eps, d, weight_decay, maximize: as in torch; ``eps[0]`` None is the machine
-            epsilon of the arithmetic (FP32, also for 16-bit parameters, where torch takes theirs).
-            ``lr`` may be a tensor of one element, which is read at each step, on the device.
-        foreach: accepted and saved, without effect. A CUDA graph can capture the step once a first one has
-            created the state; torch's reads norms and step counts on the host.
+            epsilon of the arithmetic (FP32, also for 16-bit parameters; torch uses that of the parameter's
+            dtype). ``lr`` may be a tensor of one element, which is read on the device at each step. foreach:
+        accepted and saved, without effect. A CUDA graph can capture the step after a first step has created
+            the state; torch's step reads norms and step counts on the host.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
-    State: ``step``; of matrices and tensors with more dimensions ``row_var`` and ``col_var`` over the last
-        two, of others ``variance``; and ``master``.
-    Cost: about 25 passes over the parameter by torch's operations and two temporaries of its size in FP32;
-        no host sync. Norms may differ in their last bits between devices and numbers of threads.
+    State: ``step``; ``row_var`` and ``col_var`` over the last two dimensions for tensors with at least two,
+        ``variance`` for others; and ``master``.
+    Cost: about 25 passes over the parameter by torch operations, with two FP32 temporaries of its size; no
+        host sync. Norms may differ in the last bits between devices and thread counts.
     Source: Shazeer and Stern 2018, arXiv:1804.04235, Alg. 4 and 5, with torch's ``lr`` and ``eps``.
     """
 
@@ -106,10 +107,11 @@ class Adafactor(ComposedOptimizer):
 
 
 def _mean_squares(grad: Tensor) -> Values:
-    """Means of squares along the last two dimensions, or the squares of a vector; sums of none are 0."""
+    """Compute means of squares along the last two dimensions, or the squares of a vector; empty sums are
+    0."""
     if grad.dim() < 2:
         return {"variance": grad.square()}
-    norm = torch.linalg.vector_norm  # its square needs no temporary as large as the gradient
+    norm = torch.linalg.vector_norm  # squaring a norm needs no temporary of the gradient's size
     return {
         "row_var": norm(grad, dim=-1, keepdim=True).square() / max(grad.size(-1), 1),
         "col_var": norm(grad, dim=-2, keepdim=True).square() / max(grad.size(-2), 1),

@@ -21,19 +21,19 @@ class Adagrad(FusedOptimizer):
 
     Args:
         params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize: as in torch. ``lr`` may
-            be a tensor of one element, which is read at each step, on the device.
+            be a tensor of one element, which is read on the device at each step.
         foreach, fused: accepted and saved, without effect: the step is always fused.
         differentiable: must be False.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
-    State: ``step``, ``sum`` and ``master``, made with the optimizer, as torch makes its own.
-    Sparse gradients are made dense.
+    State: ``step``, ``sum`` and ``master``, created by the constructor, as in torch.
+    Sparse gradients are densified.
     Cost: 20 B/param read and written in BF16 with masters; no host sync.
     Source: Duchi, Hazan and Singer 2011, JMLR 12.
     """
 
     op, hyper = "adagrad_", options_of("adagrad_")
     bounds = dict.fromkeys(("lr_decay", "eps", "initial_accumulator_value"), NOT_NEGATIVE)
-    # Of the constructor, for every group, as in torch.
+    # The constructor's option applies to every group, as in torch.
     states = (StateSpec("sum", first="initial_accumulator_value", nonnegative=True, required=True),)
 
     def __init__(
@@ -51,7 +51,7 @@ class Adagrad(FusedOptimizer):
         fused: bool | None = None,
         **storage: Unpack[Storage],
     ) -> None:
-        # In the order of torch's groups.
+        # In the key order of torch's groups.
         given: dict[str, Any] = dict(lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay)
         given |= dict(initial_accumulator_value=initial_accumulator_value, foreach=foreach)
         given |= dict(maximize=maximize, differentiable=differentiable, fused=fused)
@@ -59,10 +59,10 @@ class Adagrad(FusedOptimizer):
         round_robin(list(self._missing_states(_can_have_state)))
 
     def share_memory(self) -> None:
-        """Move the states into memory that processes share, as torch's; call it before they start."""
+        """Move the states into shared memory, as torch's method does; call before starting processes."""
         for entry in self.state.values():
             for value in entry.values():
-                if isinstance(value, Tensor):  # not what is said of one in 8 bits
+                if isinstance(value, Tensor):  # not the metadata of an 8-bit state
                     value.share_memory_()  # type: ignore[no-untyped-call]
 
     def _densified(self, grad: Tensor) -> Tensor:
@@ -70,5 +70,5 @@ class Adagrad(FusedOptimizer):
 
 
 def _can_have_state(param: Tensor) -> bool:
-    """Others get theirs at the first step, or are refused by it."""
+    """True if states can be created now; otherwise the first step creates them or raises."""
     return param.device.type in ("cpu", "cuda") and local(param).dtype in STATE_DTYPES

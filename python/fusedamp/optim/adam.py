@@ -21,31 +21,31 @@ class Adam(FusedOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.
-            ``lr`` may be a tensor of one element, which is read at each step, on the device.
+            ``lr`` may be a tensor of one element, which is read on the device at each step.
         foreach, fused, capturable: accepted and saved, without effect: the step is always fused, and a CUDA
-            graph can capture it once a first step has created the state.
+            graph can capture it after a first step has created the state.
         differentiable: must be False.
         master_weights: "auto" and "fp32" keep an FP32 ``master`` in the state of each FP16 or BF16 parameter.
-            After a step the parameter is the master rounded to nearest even, bit for bit; a write to the
-            parameter is never undone, its master follows. "split" keeps the same FP32 master in half the
-            memory: an int16 ``master`` is what it has beyond the 16-bit weight. BF16: exact, and the weight
-            is the master rounded with ties away from zero; FP16: exact from 2^-16 on, in steps of 2^-39
-            below; from 65520 on infinite, as its weight. A written weight keeps its remainder, at most half
-            a unit in its last place. "none" updates the 16-bit weights themselves, in FP32 arithmetic: steps
-            below half a unit in the last place are then lost, unless ``stochastic_rounding`` is True.
+            After a step the parameter is the master rounded to nearest even, bit for bit. If the parameter is
+            modified, its master is updated to match. "split" stores the same FP32 master in half the memory:
+            ``master`` is an int16 remainder that is added to the 16-bit weight. BF16: exact; the weight is
+            the master rounded with ties away from zero. FP16: exact from 2^-16, with a spacing of 2^-39
+            below; infinite from 65520, like the weight. A modified weight keeps its remainder, at most half a
+            unit in the last place. "none" updates the 16-bit weights themselves in FP32 arithmetic; updates
+            below half a unit in the last place are lost unless ``stochastic_rounding`` is True.
         state_dtype: torch.float32 or "float32" (FP64 for FP64 parameters); torch.bfloat16 or "bfloat16"; or
-            "int8": 8 bits with an FP32 scale for each 128 elements, tapered, so that small values beside
-            large ones keep their precision. The latter two are rounded stochastically, which keeps means
-            exact. A state in 8 bits is a tensor that computes with its values: see
+            "int8": 8-bit quantized values with one FP32 scale per block of 128 elements, on a nonuniform grid
+            that keeps small values precise beside large ones. The latter two use stochastic rounding, which
+            is unbiased. An 8-bit state is a tensor that dequantizes itself in arithmetic: see
             :class:`fusedamp.optim.state.encoded.Quantized`.
-        rounding_seed: of all random numbers, 0 to 2**31 - 1; None: a number that no other optimizer of the
-            process has, the same on all ranks that build the same optimizers. They depend on it, the
-            parameter's place in the optimizer, its step count and the element alone, and on no generator of
-            torch: runs repeat, and resume bit for bit, as checkpoints keep it. A copy goes on with the
-            numbers of its original; give it a seed of its own to draw apart.
-        stochastic_rounding: round 16-bit weights stochastically; with ``master_weights="none"`` only.
-    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, ``master``; in 8 bits also
-        ``exp_avg_scale``, ``exp_avg_numel``, ``exp_avg_order`` ..., for checkpoints.
+        rounding_seed: seed of all random numbers, 0 to 2**31 - 1. None: a number unique to this optimizer in
+            the process, equal on all ranks that construct the same optimizers. Random numbers depend only on
+            the seed, the parameter's position in the optimizer, its step count and the element, not on
+            torch's generators. Checkpoints store the seed, so runs are reproducible and resume bit for bit. A
+            copy draws the same numbers as its original; set another seed to change that.
+        stochastic_rounding: round 16-bit weights stochastically; only with ``master_weights="none"``.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, and ``master``; 8-bit
+        states add ``exp_avg_scale``, ``exp_avg_numel``, ``exp_avg_order`` ..., for checkpoints.
     Cost: 28 B/param read and written in BF16 with masters; no host sync.
     Source: Kingma and Ba 2015, arXiv:1412.6980, Alg. 1; amsgrad: Reddi et al. 2018, arXiv:1904.09237.
     """
@@ -75,7 +75,7 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        # In the order of torch's groups.
+        # In the key order of torch's groups.
         given: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
         given |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
         given |= dict(differentiable=differentiable, fused=fused)

@@ -1,7 +1,7 @@
-"""Optimizers whose step knows norms of whole tensors: LAMB, LARS, NovoGrad.
+"""Optimizers whose step uses norms of whole tensors: LAMB, LARS, NovoGrad.
 
-The norms are those of unscaled, clipped gradients and of the masters. A skipped step changes nothing, also no
-second moment. CPU and CUDA add up in different orders: results may differ between them in the last bits.
+Norms are computed from unscaled, clipped gradients and from the masters. A skipped step changes nothing. CPU
+and CUDA sum in different orders, so results may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .state.spec import StateSpec
 
 
 class Layerwise(FusedOptimizer):
-    """What they share: a parameter must be whole on its rank."""
+    """Base class of layerwise optimizers: each rank must have whole parameters."""
 
     def _check_param(self, param: Tensor, group: Group) -> None:
         super()._check_param(param, group)
@@ -37,19 +37,19 @@ class Layerwise(FusedOptimizer):
 
 
 class LAMB(Layerwise):
-    """LAMB: Adam whose step is scaled to the size of each tensor's weights, for large batches.
+    """LAMB: Adam with the step scaled to the norm of each tensor's weights, for large batches.
 
     Args:
         params, lr, betas, eps, weight_decay: as in the paper; ``lr`` may be a tensor of one element, which is
-            read at each step, on the device. Each tensor moves by ``lr * |p| / |u|`` times its direction
-            ``u``, which holds Adam's and ``weight_decay * p``; by ``lr * u`` where one of the norms is 0.
-        bias_correction: whether Adam's moments are corrected, as in the paper.
+            read on the device at each step. Each tensor moves by ``lr * |p| / |u| * u``, where ``u`` is
+            Adam's update plus ``weight_decay * p``; by ``lr * u`` if one of the norms is 0.
+        bias_correction: correct Adam's moments, as in the paper.
         trust_clip: an upper bound of ``|p| / |u|``.
         adapt: False takes ``|p| / |u|`` as 1, which is usual for groups of biases and normalisation weights.
         maximize: ascend instead of descend.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` and ``master``.
-    Clipping of gradients is the scaler's (``GradScaler.clip_grad_norm_``), over all groups or none.
+    Gradient clipping is done by the scaler (``GradScaler.clip_grad_norm_``) over all groups.
     Cost: 46 B/param read and written in BF16 with masters, in two passes; no host sync.
     Source: You et al. 2020, arXiv:1904.00962, Alg. 2.
     """
@@ -84,15 +84,16 @@ class LAMB(Layerwise):
 
 
 class LARS(Layerwise):
-    """LARS: SGD whose step is scaled to the size of each tensor's weights, for large batches.
+    """LARS: SGD with the step scaled to the norm of each tensor's weights, for large batches.
 
     Args:
         params, lr, momentum, weight_decay, trust_coefficient, eps: each tensor's gradient, with
             ``weight_decay * p`` added, is multiplied by ``trust_coefficient * |p| / (|g| + weight_decay * |p|
-            + eps)``, or by 1 where ``|p|`` or ``|g|`` is 0, and enters the momentum; ``lr`` multiplies the
-            momentum, as in ``torch.optim.SGD`` (the paper's is inside; the same while ``lr`` is constant).
-            ``lr`` may be a tensor of one element, which is read at each step, on the device.
-        nesterov: look ahead, as in ``torch.optim.SGD``.
+            + eps)``, or by 1 if ``|p|`` or ``|g|`` is 0, and accumulated in the momentum; ``lr`` multiplies
+            the momentum, as in ``torch.optim.SGD`` (in the paper it multiplies the gradient; equivalent for
+            constant ``lr``). ``lr`` may be a tensor of one element, which is read at each step, on the
+            device.
+        nesterov: Nesterov momentum, as in ``torch.optim.SGD``.
         adapt: False multiplies by 1, which is usual for groups of biases and of normalisation weights.
         maximize: ascend instead of descend.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
@@ -123,15 +124,15 @@ class LARS(Layerwise):
 
 
 class NovoGrad(Layerwise):
-    """NovoGrad: momentum of gradients that are divided by a running norm of their tensor.
+    """NovoGrad: momentum of gradients normalized by a running norm per tensor.
 
     Args:
         params, lr, betas, eps, weight_decay: as in the paper; ``lr`` may be a tensor of one element, which is
             read at each step, on the device.
-        grad_averaging: whether a gradient enters the momentum times ``1 - beta1``.
+        grad_averaging: multiply each gradient by ``1 - beta1`` before adding it to the momentum.
         maximize: ascend instead of descend.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
-    State: ``step``, ``exp_avg``, ``exp_avg_sq`` (FP64, 0-d: of the whole tensor) and ``master``.
+    State: ``step``, ``exp_avg``, ``exp_avg_sq`` (FP64, 0-d: one per tensor) and ``master``.
     Cost: 30 B/param read and written in BF16 with masters, in two passes; no host sync.
     Source: Ginsburg et al. 2019, arXiv:1905.11286, Alg. 1.
     """

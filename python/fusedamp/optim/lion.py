@@ -15,11 +15,11 @@ from .state.spec import StateSpec
 
 
 class Lion(FusedOptimizer):
-    """Lion: every element moves by ``lr``, in the direction that the sign of its momentum gives.
+    """Lion: every element moves by ``lr`` against the sign of its interpolated momentum.
 
     Args:
-        params, lr, betas, weight_decay: as in the paper, which takes ``lr`` 3 to 10 times smaller and
-            ``weight_decay`` as many times larger than for AdamW. The decay is decoupled: it shrinks the
+        params, lr, betas, weight_decay: as in the paper, which uses an ``lr`` 3 to 10 times smaller and a
+            ``weight_decay`` larger by the same factor than for AdamW. The decay is decoupled: it shrinks the
             weights by ``lr * weight_decay``. ``lr`` may be a tensor of one element, which is read at each
             step, on the device.
         maximize: ascend instead of descend.

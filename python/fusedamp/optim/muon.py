@@ -1,4 +1,4 @@
-"""Muon, with AdamW for the parameters that are no matrices."""
+"""Muon, with AdamW for non-matrix parameters."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ def _is_other(param: Tensor, group: Group) -> bool:
 
 
 class Muon(ComposedOptimizer):
-    """``torch.optim.Muon`` with FP32 master weights; AdamW updates what is no matrix, in the same call.
+    """``torch.optim.Muon`` with FP32 master weights; AdamW updates non-matrix parameters in the same call.
 
-    A matrix's momentum is made nearly orthogonal by Newton-Schulz iterations in 16 bits with FP32
-    accumulation; momentum, decay and update are in FP32 (FP64 for FP64 parameters).
+    Newton-Schulz iterations in 16 bits with FP32 accumulation orthogonalize a matrix's momentum
+    approximately. Momentum, decay and update are FP32 (FP64 for FP64 parameters).
 
     Args:
         params, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in
-            torch. ``lr`` may be a tensor of one element, which is read at each step, on the device.
-            With "match_rms_adamw" one learning rate suits both algorithms.
-        maximize: ascends.
-        use_muon: of a param group: True (matrices only), False (AdamW for all of it), or None: Muon for
-            parameters of two dimensions and AdamW for the others. Embeddings and output layers have two
-            dimensions, too: give them a group of their own with ``use_muon=False``, and its ``lr``.
+            torch. ``lr`` may be a tensor of one element, which is read on the device at each step.
+            With "match_rms_adamw" both algorithms can use the same learning rate.
+        maximize: ascend instead of descend.
+        use_muon: group option: True (Muon for all, matrices only), False (AdamW for all), or None (Muon for
+            two-dimensional parameters, AdamW for others). Embeddings and output layers are two-dimensional
+            too: put them into a separate group with ``use_muon=False`` and its own ``lr``.
         adamw_betas, adamw_eps: AdamW's; its ``lr`` and ``weight_decay`` are the group's.
-        ns_dtype: of the Newton-Schulz iterations, or its name: bfloat16 as in torch, float16, float32,
-        float64.
+        ns_dtype: dtype of the Newton-Schulz iterations, or its name: bfloat16 (as in torch), float16,
+        float32, float64.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step`` and ``momentum_buffer``, or AdamW's ``exp_avg`` and ``exp_avg_sq``; and ``master``.
-    Cost: 3 products of matrices per iteration, by torch's matmul; AdamW's part is one fused op. No host sync.
-        A DTensor matrix is refused: its shards are no matrices by themselves.
+    Cost: 3 matrix products per iteration, by torch's matmul; AdamW's part is one fused op. No host sync.
+        DTensor matrices raise: iterations need the whole matrix.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; "match_rms_adamw": Liu et al. 2025,
         arXiv:2502.16982; AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
@@ -161,7 +161,8 @@ class Muon(ComposedOptimizer):
 
 
 def _parts(batch: Batch) -> Iterator[tuple[Batch, bool]]:
-    """What AdamW updates of ``batch``, and the matrices; each with whether it is the latter."""
+    """Split ``batch`` into AdamW's parameters and matrices; yields each with a flag that is True for
+    matrices."""
     pairs = list(zip(batch.slots, batch.grads, strict=True))
     for wanted in (False, True):
         some = [pair for pair in pairs if _is_matrix(pair[0].param, batch.group) == wanted]
@@ -180,18 +181,18 @@ def _lr_ratio(adjust_lr_fn: str | None, rows: int, columns: int) -> float:
 def orthogonalized(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """``matrix`` with its singular values brought near 1 by an odd polynomial, applied ``steps`` times.
+    """Bring the singular values of ``matrix`` near 1 by applying an odd polynomial ``steps`` times.
 
     Args:
-        matrix (2-d, FP32 or FP64): read only. It is divided by its Frobenius norm, or ``eps`` if that is
-            larger, before it is rounded to ``dtype``, so that FP16 neither overflows nor underflows.
+        matrix (2-d, FP32 or FP64): not modified. It is divided by max(its Frobenius norm, ``eps``) before
+            rounding to ``dtype``, so that FP16 neither overflows nor underflows.
         coefficients: of x, x^3 and x^5.
-        dtype: of the factors and results of the products; sums are FP32 (FP64 for FP64).
+        dtype: of the inputs and outputs of products; sums are FP32 (FP64 for FP64).
     Returns: a matrix like ``matrix``.
     """
     a, b, c = coefficients
     wide = matrix.size(0) <= matrix.size(1)
-    length = torch.linalg.vector_norm(matrix, dtype=torch.float64)  # FP32's squares end at 3.4e38
+    length = torch.linalg.vector_norm(matrix, dtype=torch.float64)  # FP32 squares overflow at 3.4e38
     x = (matrix / length.clamp(min=eps)).to(dtype)
     if not wide:
         x = x.mT  # the smaller product of x with itself
@@ -205,7 +206,7 @@ def orthogonalized(
 
 @contextmanager
 def _sums_in_fp32(device: torch.device) -> Iterator[None]:
-    """Within it CUDA's 16-bit products are summed in FP32; torch lets cuBLAS round partial sums otherwise."""
+    """Make CUDA accumulate 16-bit products in FP32; by default torch lets cuBLAS round partial sums."""
     if device.type != "cuda":  # CPU kernels sum in FP32
         yield
         return

@@ -19,9 +19,9 @@ class RAdam(FusedOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, decoupled_weight_decay, maximize: as in torch. ``lr`` may be a
-            tensor of one element, which is read at each step, on the device.
+            tensor of one element, which is read on the device at each step.
         foreach, capturable: accepted and saved, without effect: the step is always fused, and a CUDA graph
-            can capture it once a first step has created the state.
+            can capture it after a first step has created the state.
         differentiable: must be False.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` and ``master``.
@@ -51,7 +51,7 @@ class RAdam(FusedOptimizer):
         differentiable: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        # In the order of torch's groups.
+        # In the key order of torch's groups.
         given: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         given |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
         given |= dict(decoupled_weight_decay=decoupled_weight_decay, differentiable=differentiable)

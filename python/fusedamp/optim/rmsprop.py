@@ -21,10 +21,10 @@ class RMSprop(FusedOptimizer):
 
     Args:
         params, lr, alpha, eps, weight_decay, momentum, centered, maximize: as in torch. ``lr`` may be a
-            tensor of one element, which is read at each step, on the device. A ``centered`` variance that
-            roundings make negative counts as 0 (torch's step is NaN then).
+            tensor of one element, which is read on the device at each step. A ``centered`` variance that is
+            negative due to rounding counts as 0 (torch's step is NaN).
         capturable, foreach: accepted and saved, without effect: the step is always fused, and a CUDA graph
-            can capture it once a first step has created the state.
+            can capture it after a first step has created the state.
         differentiable: must be False.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step``, ``square_avg``, centered ``grad_avg``, with momentum ``momentum_buffer``, and ``master``.
@@ -55,7 +55,7 @@ class RMSprop(FusedOptimizer):
         differentiable: bool = False,
         **storage: Unpack[Storage],
     ) -> None:
-        # In the order of torch's groups.
+        # In the key order of torch's groups.
         given: dict[str, Any] = dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered)
         given |= dict(weight_decay=weight_decay, capturable=capturable, foreach=foreach)
         super().__init__(params, given | dict(maximize=maximize, differentiable=differentiable), storage)
@@ -65,7 +65,7 @@ class RMSprop(FusedOptimizer):
         if group["centered"] and group["state_dtype"] != "float32":
             raise ValueError(
                 f"{where} state_dtype is {group['state_dtype']!r} with centered=True; expected "
-                '"float32", as a variance that is the difference of two roundings may vanish. Pass '
+                '"float32", as the difference of two rounded states may lose the variance. Pass '
                 "centered=False."
             )
 

@@ -21,20 +21,20 @@ class SGD(FusedOptimizer):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in ``torch.optim.SGD``.
-            ``lr`` may be a tensor of one element, which is read at each step, on the device.
+            ``lr`` may be a tensor of one element, which is read on the device at each step.
         foreach, fused: accepted and saved, without effect: the step is always fused, and a CUDA graph can
-            capture it once a first step has created the state.
+            capture it after a first step has created the state.
         differentiable: must be False.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
-    State: ``step`` (how many the buffer has seen), with momentum ``momentum_buffer``, and ``master``.
-    Sparse gradients are made dense.
+    State: ``step`` (gradients accumulated in the buffer), with momentum ``momentum_buffer``, and ``master``.
+    Sparse gradients are densified.
     Cost: 20 B/param read and written in BF16 with masters and momentum; no host sync.
     Source: Polyak 1964; Nesterov's form as in Sutskever et al. 2013.
     """
 
     op, hyper = "sgd_", options_of("sgd_")
     bounds = {"momentum": NOT_NEGATIVE, "dampening": FINITE}
-    # A buffer starts from the first gradient it sees. torch keeps no count: there, it has seen one.
+    # A buffer is initialised with its first gradient. torch stores no count: a loaded buffer counts as 1.
     states = (StateSpec("momentum_buffer", when=itemgetter("momentum"), count=1.0, restarts=True),)
 
     def __init__(

@@ -110,7 +110,7 @@ def _placement(tensor: Tensor) -> tuple[Any, Any]:
 
 
 def fitted(value: Tensor, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Copy ``value`` to the device, placements and strides of ``param``, by default in FP32 (FP64)."""
+    """Copy ``value`` to the device, placements and strides of ``param``; default: FP32 (FP64 for FP64)."""
     dtype = STATE_DTYPES[param.dtype] if dtype is None else dtype
     return memory_like(param, dtype).copy_(placed_like(value.detach(), param))
 

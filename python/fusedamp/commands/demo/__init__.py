@@ -1,4 +1,4 @@
-"""The demo: a small GPT and a conv net, fine-tuned with torch's AMP and with fusedamp, side by side."""
+"""The demo: fine-tunes a small GPT and a conv net with torch's AMP and with fusedamp, for comparison."""
 
 from fusedamp.commands.demo.options import DemoError, Options, add_arguments, options_from
 

@@ -1,4 +1,4 @@
-"""The picture: held-out loss and loss scale, one row per task."""
+"""Plots held-out loss and loss scale, one row per task."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from matplotlib.axes import Axes
 from fusedamp.commands.demo.report import Outcome
 from fusedamp.commands.demo.train import Run
 
-# Okabe and Ito's palette, told apart by colour-blind readers; line styles say the same once more.
+# Okabe and Ito's colour-blind-safe palette; line styles encode the same.
 COLOURS = {"fp32": "#000000", "fp16": "#0072B2", "bf16": "#D55E00"}
 DASHES = (0, (5, 2))
 TITLES = {"gpt": "Small GPT", "digits": "Conv net on digits"}
 
 
 def draw(outcomes: list[Outcome], path: Path, subtitle: str) -> None:
-    """Write the picture to ``path``."""
+    """Write the plot to ``path``."""
     scaled = any(run.scaler.is_enabled() for outcome in outcomes for run in outcome.runs)
     columns = 2 if scaled else 1
     size = (6.6 * columns + 0.6, 3.7 * len(outcomes) + 0.9)
@@ -52,7 +52,7 @@ def _losses(axes: Axes, outcome: Outcome) -> None:
 
 
 def _label_ends(axes: Axes, runs: list[Run]) -> None:
-    """Name the curves at their right ends; curves that end at one height share a label."""
+    """Label the curves at their right ends; curves that end at the same height share a label."""
     bottom, top = axes.get_ylim()
     bundles: list[list[Run]] = []
     for run in sorted(runs, key=lambda run: run.held_out_loss):

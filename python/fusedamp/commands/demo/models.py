@@ -1,4 +1,4 @@
-"""The two networks, and the one function through which every product and sum of theirs goes."""
+"""The two networks, and the function that runs all of their products and sums."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 def multiply(op: Callable[..., Tensor], *tensors: Tensor, **options: object) -> Tensor:
-    """``op`` as tensor cores run it: 16-bit tensors in and out, products and sums in FP32.
+    """Run ``op`` with the arithmetic of tensor cores: 16-bit inputs and outputs, products and sums in FP32.
 
-    On a GPU the hardware and torch.autocast do just that. torch's FP16 products are very slow on CPUs
-    without FP16 arithmetic, so on a CPU the 16-bit values are widened, ``op`` runs in FP32, and its result is
-    rounded; autograd rounds the gradients in the same places.
+    On a GPU the hardware and torch.autocast do this. On a CPU without FP16 arithmetic torch's FP16 products
+    are very slow, so there the 16-bit values are converted to FP32, ``op`` runs in FP32, and its result is
+    rounded; autograd rounds the gradients at the same places.
     """
     device = tensors[0].device.type
     autocasting = torch.is_autocast_enabled(device)
@@ -40,7 +40,7 @@ class Conv2d(nn.Conv2d):
 
 class Embedding(nn.Embedding):
     def forward(self, index: Tensor) -> Tensor:
-        return multiply(F.embedding, index, self.weight)  # its backward is a sum over all uses of a row
+        return multiply(F.embedding, index, self.weight)  # its backward sums over all uses of a row
 
 
 class Block(nn.Module):

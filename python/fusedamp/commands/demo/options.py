@@ -1,4 +1,4 @@
-"""What the demo may be told, checked before anything is loaded or trained."""
+"""Options of the demo, checked before loading or training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXTRAS = ("rich", "matplotlib", "sklearn", "numpy")
 
 
 class DemoError(Exception):
-    """A wish that cannot be met; its text is the one line that the user reads."""
+    """An error to report to the user in one line."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first loss scale of the FP16 runs (default: 2**24)",
     )
     add("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU if available)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add(
         "--out",
         default="demo.png",
         metavar="PATH",
-        help="picture (.png), or a folder for it (default: %(default)s)",
+        help="plot (.png), or a folder for it (default: %(default)s)",
     )
 
 
@@ -93,7 +93,7 @@ def options_from(args: argparse.Namespace) -> Options:
 
 
 def need_extras(modules: tuple[str, ...], who: str) -> None:
-    """Raise `DemoError` where one of ``modules`` is missing."""
+    """Raise `DemoError` if one of ``modules`` is missing."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     need(not missing, f'{who} {", ".join(missing)}, not installed here: pip install "fusedamp[demo]"')
 
@@ -134,15 +134,13 @@ def _device(name: str) -> torch.device:
 
 
 def picture_path(path: Path, name: str) -> Path:
-    """``path``, or ``name`` in the folder that it names, which is made."""
+    """Return ``path``, or ``name`` in it if it is a folder, which is created."""
     if path.suffix.lower() == ".png":
         need(path.parent.is_dir(), f"--out {path}: no folder {path.parent}")
         return path
-    need(
-        path.is_dir() or not path.suffix, f"--out {path}: the picture is a PNG; name a .png file or a folder"
-    )
+    need(path.is_dir() or not path.suffix, f"--out {path}: the plot is a PNG; name a .png file or a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(f"--out {path}: cannot make this folder ({error.strerror})") from None
+        raise DemoError(f"--out {path}: cannot create this folder ({error.strerror})") from None
     return path / name

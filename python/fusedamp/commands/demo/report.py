@@ -1,4 +1,4 @@
-"""What the runs say: the claim and whether it held, the table, the progress bars."""
+"""Reports results: findings, tables and progress bars."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from fusedamp.commands.demo.tasks import Task
-from fusedamp.commands.demo.train import REFERENCE, Run, phase_ratio
+from fusedamp.commands.demo.train import REFERENCE, Run, speedup
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of the claim, with its figures, and whether it held."""
+    """One statement of the claim with its numbers, and whether it held."""
 
     text: str
     held: bool
 
 
 class Outcome:
-    """The finished runs of one task, and what is compared with what."""
+    """The finished runs of one task, and their comparisons."""
 
     def __init__(self, task: Task, runs: list[Run]) -> None:
         self.task = task
@@ -34,17 +34,18 @@ class Outcome:
         self.spread = max(ends) - min(ends)
 
     def gap(self, run: Run) -> float:
-        """Held-out loss above the FP32 reference's."""
+        """Return the held-out loss minus the FP32 reference's."""
         return run.held_out_loss - self.reference.held_out_loss
 
     def rival(self, run: Run) -> Run:
-        """torch's run in the same format."""
+        """Return torch's run in the same format."""
         return next(
             r for r in self.runs if r.variant.stack == "torch" and r.variant.dtype == run.variant.dtype
         )
 
     def findings(self) -> list[Finding]:
-        """With masters: no further from FP32 than another order of the batches. Without: further behind."""
+        """Check the claim. With masters, the gap to FP32 is at most FP32's spread over batch orders; without,
+        it is larger."""
         return [self._finding(run) for run in self.runs if run.variant.stack == "fusedamp"]
 
     def _finding(self, run: Run) -> Finding:
@@ -58,19 +59,19 @@ class Outcome:
         return Finding(f"{self.task.name}: {run.variant.name} {verdict} ({figures})", held)
 
     def lost_line(self) -> str:
-        """How much of FP32's training a 16-bit weight alone could not follow."""
+        """Return a line on the share of FP32's updates that 16-bit weights would lose."""
         shares = " and ".join(f"{share:.0%} in {name.upper()}" for name, share in self.reference.lost.items())
         return f"Halfway, weights without masters would round away {shares} of FP32's updates."
 
 
 def table(outcome: Outcome) -> Table:
-    """One row per run."""
+    """Build a table with one row per run."""
     grid = Table(
         title=f"{outcome.task.name}: {outcome.task.story}",
         title_justify="left",
         title_style="bold",
-        caption="Losses held out and in training; steps skipped; time: of torch's optimizer phase in this "
-        "format, over that of the run's",
+        caption="Losses held out and in training; steps skipped; speedup of unscale, clip, step and "
+        "update over torch in the same format",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,  # fits 80 columns
@@ -84,7 +85,7 @@ def table(outcome: Outcome) -> Table:
         "train",
         "skip-\nped",
         "bytes/\nparam",
-        "time",
+        "speed-\nup",
     )
     for head in heads:
         grid.add_column(head, justify="right", no_wrap=True)
@@ -98,13 +99,13 @@ def table(outcome: Outcome) -> Table:
             f"{run.train_loss:.4f}",
             f"{len(run.skipped)}",
             f"{run.bytes_per_param:.1f}",
-            "1" if rival is run else f"{phase_ratio(run, rival):.1f}",
+            "1" if rival is run else f"{speedup(run, rival):.1f}",
         )
     return grid
 
 
 class Bars:
-    """A progress bar for the pre-training, then one per run with its latest loss and scale."""
+    """Progress bars: one for pre-training, then one per run with its latest loss and scale."""
 
     def __init__(self, console: Console, task: Task) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -117,11 +118,11 @@ class Bars:
         return self.progress.add_task(f"{self._task.name:6} {name}", total=steps, note="")
 
     def pretrained(self) -> None:
-        """One step of the pre-training is done."""
+        """Advance after one step of pre-training."""
         self.progress.advance(self._pretraining)
 
     def finetuned(self, runs: list[Run]) -> None:
-        """One step is done by every run."""
+        """Advance after one step of every run."""
         for run in runs:
             name = run.variant.name
             if name not in self._rows:

@@ -1,4 +1,4 @@
-"""The demo from first line to last: train, show the table, draw the picture, say whether the claim held."""
+"""Runs the demo: trains, prints the tables, draws the plot, and reports whether the claim held."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK = 3
 
 
 def run(options: Options) -> int:
-    """Run the demo; returns 0, or 1 where a part of the claim did not show."""
+    """Run the demo; returns 0, or 1 if a part of the claim was not confirmed."""
     if options.threads:
         torch.set_num_threads(options.threads)
     tasks = [gpt_task(options.data) if name == "gpt" else digits_task() for name in options.tasks]
@@ -28,7 +28,7 @@ def run(options: Options) -> int:
 
 
 def run_tasks(tasks: list[Task], options: Options) -> int:
-    """Train and report; the data is loaded."""
+    """Train and report on loaded tasks."""
     console = Console(highlight=False)
     started = time.perf_counter()
     console.print(_machine(options), _method(options), sep="\n", end="\n\n")
@@ -41,9 +41,7 @@ def run_tasks(tasks: list[Task], options: Options) -> int:
             "yes " if finding.held else "NO  ", finding.text, style="" if finding.held else "bold red"
         )
     draw(outcomes, options.picture, _machine(options))
-    console.print(
-        f"picture: {options.picture}    time: {time.perf_counter() - started:.0f} s", soft_wrap=True
-    )
+    console.print(f"plot: {options.picture} time: {time.perf_counter() - started:.0f} s", soft_wrap=True)
     failed = sum(not finding.held for finding in findings)
     if failed:
         console.print(
@@ -78,10 +76,10 @@ def _machine(options: Options) -> str:
 def _method(options: Options) -> str:
     text = (
         f"Fine-tuning at lr {options.learning_rate:g} (BERT's was 2e-5 to 5e-5, arXiv:1810.04805): many "
-        "updates are then smaller than half the distance between two neighbouring 16-bit weights. The loss "
-        f"scale of FP16 starts at 2**{log2(options.init_scale):g}, too large on purpose: an overflowing step "
-        "is skipped and its batch tried again, so that all runs make the same updates on the same batches. "
-        f"The yardstick is FP32 itself on {EXTRA_ORDERS} other orders of the batches."
+        "updates are then smaller than half the distance between two adjacent 16-bit weights. The loss "
+        f"scale of FP16 starts at 2**{log2(options.init_scale):g}, which is too large: an overflowing step "
+        "is skipped and its batch is repeated, so all runs make the same updates on the same batches. "
+        f"Gaps are compared with FP32's spread over {EXTRA_ORDERS} other batch orders."
     )
     if options.device.type == "cpu":
         text += " On a CPU, 16-bit layers multiply in FP32 and round the result, as tensor cores do."

@@ -1,4 +1,4 @@
-"""The two tasks: real data that every machine has, a pre-training phase and a fine-tuning phase."""
+"""The two tasks: locally available real data, pre-training and fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ CODE_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Task:
-    """``pretrain(seed, step)`` and ``finetune(seed, step)`` give a step's batch, always the same one."""
+    """A task; ``pretrain(seed, step)`` and ``finetune(seed, step)`` return a step's batch
+    deterministically."""
 
     name: str
     story: str
@@ -34,7 +35,8 @@ class Task:
 
 
 def gpt_task(data: Path | None) -> Task:
-    """A GPT on bytes: pre-trained on Python code, fine-tuned on English prose (or the user's file)."""
+    """Build the GPT task: bytes, pre-trained on Python code, fine-tuned on English prose (or the user's
+    file)."""
     code, prose = _standard_library_code(), data.read_bytes() if data else language_reference()
     source = data.name if data else "the Python language reference"
     learn, keep = split(as_bytes(prose))
@@ -52,13 +54,14 @@ def gpt_task(data: Path | None) -> Task:
 
 
 def digits_task() -> Task:
-    """A conv net on scikit-learn's handwritten digits: pre-trained upright, fine-tuned mirrored."""
+    """Build the conv net task: scikit-learn's handwritten digits, pre-trained upright, fine-tuned
+    mirrored."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels, mirrored = torch.tensor(digits.target), images.flip(-1)
-    learn = len(images) * 3 // 4  # the set is ordered by writer: the held-out quarter is other people's hand
+    learn = len(images) * 3 // 4  # ordered by writer: the held-out quarter has other writers
 
     def batch(pictures: Tensor, seed: int, step: int) -> Batch:
         index = draw(seed, step, learn, 64)
@@ -95,7 +98,7 @@ def split(text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _standard_library_code() -> bytes:
-    """The first megabyte of the standard library's public top-level modules, in the order of their names."""
+    """Read the first megabyte of the standard library's public top-level modules, in order of their names."""
     folder = Path(sysconfig.get_path("stdlib"))
     code = b"".join(file.read_bytes() for file in sorted(folder.glob("[a-z]*.py")))[:CODE_BYTES]
     if len(code) < CODE_BYTES:
@@ -106,7 +109,7 @@ def _standard_library_code() -> bytes:
 
 
 def language_reference() -> bytes:
-    """What ``help()`` prints on topics: Python's language reference as plain text."""
+    """Read Python's language reference as plain text, which ``help()`` prints on topics."""
     try:
         from pydoc_data.topics import topics
     except ImportError:

@@ -1,4 +1,4 @@
-"""One training run per (stack, format, masters), all in lockstep on the same batches."""
+"""Training runs, one per (stack, format, masters), in lockstep on the same batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXTRA_ORDERS = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """Which stack trains, in which formats of weights, masters and states, on which order of the batches."""
+    """The stack, the formats of weights, masters and states, and the batch order of one run."""
 
     stack: str  # "torch" or "fusedamp"
     dtype: str
@@ -64,7 +64,7 @@ NO_MASTERS = Storage(master_weights="none")
 
 
 def variants(dtypes: tuple[str, ...]) -> list[Variant]:
-    """The FP32 reference, every wanted format in both stacks, and FP32 on other orders of the batches."""
+    """List the FP32 reference, every requested format in both stacks, and FP32 with other batch orders."""
     rows = [REFERENCE]
     for dtype in dtypes:
         if dtype == "fp32":
@@ -80,7 +80,7 @@ def variants(dtypes: tuple[str, ...]) -> list[Variant]:
 
 @dataclass
 class Run:
-    """One model with its optimizer and scaler, and what it recorded."""
+    """One model with its optimizer, scaler and recorded metrics."""
 
     variant: Variant
     model: nn.Module
@@ -88,7 +88,7 @@ class Run:
     scaler: torch.amp.GradScaler
     device: torch.device
     losses: list[float] = field(default_factory=list)  # one per step
-    phase_s: list[float] = field(default_factory=list)  # one per step: unscale, clip, step, update
+    update_s: list[float] = field(default_factory=list)  # one per step: unscale, clip, step, update
     scales: list[float] = field(default_factory=list)  # one per attempt
     skipped: list[int] = field(default_factory=list)  # which attempts overflowed
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)  # steps done, loss, accuracy
@@ -96,7 +96,8 @@ class Run:
 
     @classmethod
     def start(cls, variant: Variant, base: nn.Module, options: Options) -> Run:
-        """Start from ``base``: torch keeps its weights in FP32, fusedamp turns them into ``dtype``."""
+        """Start from a copy of ``base``: torch keeps its weights in FP32, fusedamp casts them to
+        ``dtype``."""
         model, lr = copy.deepcopy(base), options.learning_rate
         scaler_class = torch.amp.GradScaler if variant.stack == "torch" else GradScaler
         scaler = scaler_class(
@@ -114,7 +115,7 @@ class Run:
         return cls(variant, model, optimizer, scaler, options.device)
 
     def step(self, batch: Batch) -> None:
-        """Train on ``batch``; where gradients overflow, the scaler backs off and the batch is tried again."""
+        """Train on ``batch``; if gradients overflow, the scaler backs off and the batch is repeated."""
         for _ in range(MAX_ATTEMPTS):
             if self._attempt(batch):
                 return
@@ -142,7 +143,7 @@ class Run:
             self.skipped.append(len(self.scales) - 1)
             return False
         self.losses.append(loss.item())
-        self.phase_s.append(spent)
+        self.update_s.append(spent)
         return True
 
     @torch.no_grad()
@@ -166,12 +167,12 @@ class Run:
         return time.perf_counter()
 
     def weights(self) -> list[Tensor]:
-        """A copy of the parameters."""
+        """Return a copy of the parameters."""
         return [parameter.detach().clone() for parameter in self.model.parameters()]
 
     @property
     def train_loss(self) -> float:
-        """Mean over the last 20 batches."""
+        """Return the mean loss over the last 20 batches."""
         tail = self.losses[-20:]
         return sum(tail) / len(tail)
 
@@ -181,7 +182,7 @@ class Run:
 
     @property
     def bytes_per_param(self) -> float:
-        """Weights, gradients, masters and states as they lie in memory now."""
+        """Return the current bytes of weights, gradients, masters and states per parameter."""
         parameters = list(self.model.parameters())
         entries = self.optimizer.state.values()
         state = [plain(value) for entry in entries for value in entry.values() if isinstance(value, Tensor)]
@@ -189,13 +190,14 @@ class Run:
         return sum(t.numel() * t.element_size() for t in held) / sum(p.numel() for p in parameters)
 
 
-def phase_ratio(run: Run, rival: Run) -> float:
-    """How many times longer the optimizer phase of ``rival`` takes: the median over paired steps."""
-    return median(theirs / ours for ours, theirs in zip(run.phase_s, rival.phase_s, strict=True))
+def speedup(run: Run, rival: Run) -> float:
+    """Return the speedup of unscale, clip, step and update over ``rival``: the median ratio over paired
+    steps."""
+    return median(theirs / ours for ours, theirs in zip(run.update_s, rival.update_s, strict=True))
 
 
 def lost_updates(before: list[Tensor], after: list[Tensor], dtype: torch.dtype) -> float:
-    """Share of the updates that a weight kept in ``dtype`` alone would round away."""
+    """Return the share of updates that rounding to a ``dtype`` weight without a master would lose."""
     lost = moved = 0
     for old, new in zip(before, after, strict=True):
         update, rounded = new - old, old.to(dtype)
@@ -206,7 +208,7 @@ def lost_updates(before: list[Tensor], after: list[Tensor], dtype: torch.dtype) 
 
 
 def pretrain(task: Task, options: Options, on_step: Callable[[], None]) -> nn.Module:
-    """The starting point of all runs: plain FP32, torch's AdamW, a large learning rate."""
+    """Train the common starting point: plain FP32, torch's AdamW, a large learning rate."""
     torch.manual_seed(options.seed)
     model = task.make_model().to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.pretrain_lr, fused=True)
@@ -220,8 +222,8 @@ def pretrain(task: Task, options: Options, on_step: Callable[[], None]) -> nn.Mo
 def finetune(
     task: Task, base: nn.Module, options: Options, compared: list[Variant] | None = None
 ) -> Iterator[list[Run]]:
-    """Train ``compared``, by default `variants` of the wanted formats, step by step, side by side; yields the
-    runs after each step, the reference first."""
+    """Train ``compared`` in lockstep, by default the `variants` of the requested formats; yields the runs
+    after each step, the reference first."""
     runs = [Run.start(variant, base, options) for variant in compared or variants(options.dtypes)]
     every = max(1, task.steps // EVALUATIONS)
     for step in range(task.steps):

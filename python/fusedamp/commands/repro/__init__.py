@@ -1,1 +1,1 @@
-"""Published effects of 16-bit training, shown again in minutes: loss scaling, masters, stalls."""
+"""Reproduces published effects of 16-bit training in minutes: loss scaling, masters, stalled updates."""

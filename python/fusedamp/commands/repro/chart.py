@@ -1,4 +1,4 @@
-"""The picture: training loss for each loss factor, and for each format of the weights."""
+"""Plots training loss for each loss factor, and for each format of the weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .report import Sweep
 
 BLACK, GREY = "#000000", "#999999"
 PALETTE = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442")  # Okabe and Ito's
-TOP = 8.0  # of the loss that is shown: 256 equally likely bytes are 5.5
+TOP = 8.0  # largest plotted loss; 256 equally likely bytes have 5.5
 
 
 def draw(sweeps: list[Sweep], path: Path, subtitle: str) -> None:
-    """Write the picture to ``path``."""
+    """Write the plot to ``path``."""
     figure, axes = plt.subplots(
         1, len(sweeps), figsize=(6.8 * len(sweeps), 6.0), squeeze=False, layout="constrained"
     )

@@ -1,4 +1,4 @@
-"""What coarse formats of states and weights get wrong elsewhere, and what ours make of it, beside FP32."""
+"""Known errors of coarse formats of states and weights, tested with fusedamp's formats against FP32."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ COARSE = [dtype for dtype in STATE_NAMES if dtype != "float32"]
 
 
 def compressed(steps: int) -> Iterator[Stall]:
-    """Weights without masters, rounded stochastically; states in each format that is not FP32. ``steps`` for
-    averages that fall.
+    """Run all tests: stochastically rounded weights without masters, and states in each non-FP32 format.
+    ``steps``: number of steps for decaying averages.
     """
     yield from _rounded_weights()
     yield from _decays(steps)
@@ -30,21 +30,22 @@ def compressed(steps: int) -> Iterator[Stall]:
 
 
 def _rounded_weights() -> Iterator[Stall]:
-    """1,000 steps of 1e-4 from 1.0, each far below a unit in the last place: right on average."""
+    """Make 1,000 steps of 1e-4 from 1.0, each far below a unit in the last place: unbiased on average."""
     for name in ("fp16", "bf16"):
         param = torch.nn.Parameter(torch.ones(ELEMENTS, dtype=DTYPES[name]))
         param.grad = torch.ones_like(param)
         optimizer = optim.SGD([param], lr=1e-4, master_weights="none", stochastic_rounding=True)
         for _ in range(WEIGHT_STEPS):
             optimizer.step()
-        # An element wanders by sqrt(steps * 1e-4 * unit), less than 0.03; the mean by a 64th of it.
+        # An element's standard deviation is sqrt(steps * 1e-4 * unit) < 0.03; that of the mean is a 64th of
+        # it.
         mean = param.detach().double().mean().item()
         who = f"fusedamp, {name.upper()} weight, no master, stochastic rounding"
         yield Stall(f"{WEIGHT_STEPS} steps of 1e-4 down from 1.0", who, 0.9, mean, True, 0.003)
 
 
 def _decays(steps: int) -> Iterator[Stall]:
-    """One large gradient, then small ones beside neighbours that stay large: v must fall."""
+    """Make one large gradient, then small ones in a block whose other elements stay large: v must decay."""
     ends: dict[Any, float] = {}
     large = torch.arange(ELEMENTS) % LARGE_EVERY == 0
     for state_dtype in STATE_NAMES:
@@ -63,7 +64,8 @@ def _decays(steps: int) -> Iterator[Stall]:
 
 
 def _magnitudes() -> Iterator[Stall]:
-    """How far Adam's weights are from those with FP32 states: as far for tiny gradients as for small ones."""
+    """Measure the error of Adam's weights against FP32 states: it must be equal for tiny and small
+    gradients."""
     random = torch.Generator().manual_seed(0)
     grads = [torch.randn(ELEMENTS, generator=random) for _ in range(UPDATES)]
     for state_dtype in COARSE:
@@ -72,7 +74,7 @@ def _magnitudes() -> Iterator[Stall]:
             ours, exact = _moved(grads, sigma, state_dtype), _moved(grads, sigma, "float32")
             errors.append(((ours - exact).norm() / exact.norm()).item())
         story = (
-            f"relative error of {UPDATES} updates, gradients of {SIGMAS[1]:g}; wanted: as at {SIGMAS[0]:g}"
+            f"relative error of {UPDATES} updates, gradients of {SIGMAS[1]:g}; expected: as at {SIGMAS[0]:g}"
         )
         wanted, got = errors
         yield Stall(story, f"fusedamp, {STATE_NAMES[state_dtype]}", wanted, got, True, 0.3)

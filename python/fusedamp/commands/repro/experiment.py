@@ -1,4 +1,5 @@
-"""The classic experiment: a character model trained in 16 bits, over loss factors, and without masters."""
+"""The classic experiment: trains a character model in 16 bits with several loss factors, and without
+masters."""
 
 from __future__ import annotations
 
@@ -25,13 +26,14 @@ EVERY = 10  # steps between the points of a curve
 NEVER = 2**31 - 1  # steps until the scale grows
 SGD = {"lr": 0.2, "momentum": 0.9}
 ADAM = {"lr": 3e-5}
-ORDERS = 3  # of the batches, on which FP32 is trained
+ORDERS = 3  # batch orders for the FP32 runs
 FP16_SCALE = 10  # exponent of 2
 Make = Callable[..., torch.optim.Optimizer]
 
 
 class CharModel(nn.Module):
-    """The next byte from the last ones: an embedding and two hidden layers. 16-bit tensors, FP32 sums."""
+    """Predicts the next byte from the last ones: an embedding and two hidden layers. 16-bit tensors, FP32
+    sums."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class Result:
 
 
 class Text:
-    """Windows of Python's language reference, which every Python has; its last tenth is held out."""
+    """Windows of Python's language reference; its last tenth is held out."""
 
     def __init__(self) -> None:
         self.learn, keep = split(as_bytes(language_reference()))
@@ -82,8 +84,8 @@ class Text:
 
 
 def setups(options: Options) -> tuple[list[Setup], list[Setup]]:
-    """The sweep of loss factors with SGD, and the formats of weights with Adam; FP32 comes first in both, on
-    several orders of the batches.
+    """List the runs: loss factors with SGD, and formats of weights with Adam. Both start with FP32 in several
+    batch orders.
     """
     sweep, weights = _references(optim.SGD, SGD), _references(optim.AdamW, ADAM)
     sweep += [Setup(f"FP16, factor 2^{factor}", optim.SGD, SGD, factor=factor) for factor in options.factors]
@@ -103,7 +105,7 @@ def _references(make: Make, options: dict[str, Any]) -> list[Setup]:
 
 
 def train(setup: Setup, text: Text, options: Options, on_step: Callable[[], object]) -> Result:
-    """Train from the same start as all others."""
+    """Train one run; all start from the same weights."""
     torch.manual_seed(options.seed)
     model = CharModel(options.width).to(DTYPES[setup.dtype])
     optimizer = setup.make(model.parameters(), **setup.options)
@@ -126,7 +128,7 @@ def train(setup: Setup, text: Text, options: Options, on_step: Callable[[], obje
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     used = [
         grad for grad in grads if grad is not model.letters.weight.grad
-    ]  # bytes that never occur have none
+    ]  # bytes that do not occur have no gradient
     result.vanished = sum(int((grad == 0).sum()) for grad in used) / sum(grad.numel() for grad in used)
     with torch.no_grad():
         result.held_out = _loss(model, text.held_out).item()

@@ -1,4 +1,4 @@
-"""What the experiments may be told, checked before anything is trained."""
+"""Options of the experiments, checked before training."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=Options.seeds,
         metavar="N",
-        help="with --parity: how many, from --seed on (default: %(default)s)",
+        help="with --parity: number of seeds, from --seed on (default: %(default)s)",
     )
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add(
         "--out",
         default="repro.png",
         metavar="PATH",
-        help="picture, or a folder for it (default: %(default)s)",
+        help="plot, or a folder for it (default: %(default)s)",
     )
 
 

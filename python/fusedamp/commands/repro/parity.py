@@ -1,4 +1,4 @@
-"""Training parity: the demo's GPT in every format of masters and states, on several seeds, beside FP32."""
+"""Training parity: the demo's GPT in every format of masters and states against FP32, with several seeds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .options import Options
 
 
 def modes() -> list[Variant]:
-    """fusedamp in every format of weights, masters and states."""
+    """List fusedamp's variants in every format of weights, masters and states."""
     return [
         Variant("fusedamp", dtype, Storage(**masters, state_dtype=states))
         for dtype in DTYPES
@@ -40,7 +40,7 @@ def _masters() -> Iterator[Storage]:
 
 @dataclass
 class Mode:
-    """What one mode did on each seed: its loss above FP32's, and whether FP32's own spread explains it."""
+    """Results of one mode per seed: its loss minus FP32's, and whether this is within FP32's spread."""
 
     variant: Variant
     gaps: list[float]
@@ -57,8 +57,8 @@ class Mode:
         )
 
     def finding(self) -> Finding:
-        """Masters match in every state format and on every seed; 16-bit weights alone fall behind where they
-        are rounded to nearest. Rounded stochastically they are shown without a claim."""
+        """Check the claim: masters match FP32 in every state format and with every seed; 16-bit weights
+        without masters fall behind if rounded to nearest. There is no claim for stochastic rounding."""
         matches = self.variant.masters
         held = all(self.within) if matches else not any(self.within) and not any(gap < 0 for gap in self.gaps)
         claim = "matches FP32" if matches else "falls behind FP32"
@@ -67,7 +67,7 @@ class Mode:
 
 
 def compare(task: Task, options: Options, progress: Progress) -> tuple[list[Mode], list[float]]:
-    """All modes, and FP32's spread over orders of the batches on each seed."""
+    """Train all modes; returns them and FP32's spread over batch orders for each seed."""
     compared = [v for v in variants(("fp32",)) if v.stack == "torch"] + modes()
     outcomes = []
     for seed in range(options.seed, options.seed + options.seeds):
@@ -87,7 +87,7 @@ def compare(task: Task, options: Options, progress: Progress) -> tuple[list[Mode
 
 
 def run(options: Options, machine: str, console: Console) -> int:
-    """Train, write the table where the picture would be; returns 0, or 1 where a claim did not show."""
+    """Train and write the table next to the plot's path; returns 0, or 1 if a claim was not confirmed."""
     task = replace(gpt_task(None), steps=options.steps)
     with Progress(console=console) as progress:
         results, spreads = compare(task, options, progress)
@@ -112,8 +112,8 @@ def _markdown(results: list[Mode], spreads: list[float], options: Options, machi
         "",
         f"The demo's GPT (`python -m fusedamp demo`), AdamW at lr {DemoOptions.learning_rate:g}, "
         f"{options.steps} steps, {seeds}; {machine}. A gap is the held-out loss minus that of torch in FP32 "
-        "from the same start on the same batches. *Within*: on how many seeds it is no larger than FP32's "
-        f"own losses differ by on {EXTRA_ORDERS} other orders of the batches "
+        "from the same start on the same batches. *Within*: for how many seeds the gap is at most FP32's "
+        f"spread over {EXTRA_ORDERS} other batch orders "
         f"({', '.join(f'{spread:.4f}' for spread in spreads)}).",
         "",
         "| weights, masters and states | bytes per parameter | mean gap | smallest to largest | within |",

@@ -1,4 +1,4 @@
-"""What the experiments say: tables, and the claims with whether they held."""
+"""Reports the experiments' results: tables, and claims with whether they held."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ TOO_SMALL = -8  # exponent of the loss factor from which FP16's gradients vanish
 
 
 class Sweep:
-    """Finished runs, and FP32 on several orders of the batches; how far these end apart is the yardstick."""
+    """Finished runs; ``spread`` is the range of FP32's final losses over several batch orders."""
 
     def __init__(self, title: str, results: list[Result]) -> None:
         self.title, self.results, self.reference = title, results, results[0]
         ends = [result.held_out for result in results if result.setup.dtype == "fp32"]
-        self.yardstick = max(ends) - min(ends)
+        self.spread = max(ends) - min(ends)
 
     def gap(self, result: Result) -> float:
         return result.held_out - self.reference.held_out
 
     def finding(self, result: Result, matches: bool) -> Finding:
         gap = self.gap(result)
-        held = abs(gap) <= self.yardstick if matches else not gap <= self.yardstick
+        held = abs(gap) <= self.spread if matches else not gap <= self.spread
         claim = "matches FP32" if matches else "falls behind FP32"
         verdict = claim if held else f'does not show "{claim}"'
-        text = f"{result.setup.name}: {verdict} ({gap:+.4f} in held-out loss, yardstick {self.yardstick:.4f})"
+        text = f"{result.setup.name}: {verdict} ({gap:+.4f} in held-out loss, spread {self.spread:.4f})"
         return Finding(text, held)
 
     def findings(self) -> list[Finding]:
-        """Large loss factors and masters match; small factors and weights without masters fall behind."""
+        """Check the claims: large loss factors and masters match; small factors and weights without masters
+        fall behind."""
         found = []
         for result in self.results:
             factor = result.setup.factor
@@ -63,10 +64,10 @@ class Sweep:
 
 
 def stall_table(found: list[Stall]) -> Table:
-    grid = Table(title="Numbers that stop", title_justify="left", title_style="bold")
-    for head in ("what", "who"):
+    grid = Table(title="Stalled values", title_justify="left", title_style="bold")
+    for head in ("test", "stack and formats"):
         grid.add_column(head)
-    for head in ("wanted", "got"):
+    for head in ("expected", "got"):
         grid.add_column(head, justify="right", no_wrap=True)
     for stall in found:
         style = "" if stall.arrived else "bold" if not stall.ours else "bold red"
@@ -75,11 +76,11 @@ def stall_table(found: list[Stall]) -> Table:
 
 
 def stall_findings(found: list[Stall]) -> list[Finding]:
-    """What we claim of our own modes; the others' figures are shown as they are."""
+    """Check the claims about fusedamp's modes; the others have none."""
     return [
         Finding(
-            f"{stall.who}: {stall.story} {'ends where it should' if stall.arrived else 'stops'} "
-            f"({stall.got:.5g}, wanted {stall.wanted:.5g})",
+            f"{stall.who}: {stall.story} {'reaches its value' if stall.arrived else 'stalls'} "
+            f"({stall.got:.5g}, expected {stall.wanted:.5g})",
             stall.arrived,
         )
         for stall in found

@@ -1,4 +1,4 @@
-"""The experiments from first line to last: train, show the tables, draw the picture, say what held."""
+"""Runs the experiments: trains, prints the tables, draws the plot, and reports which claims held."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TITLES = ("Loss factors: SGD, FP32 masters", "Weights: AdamW, lr 3e-5")
 
 
 def run(options: Options) -> int:
-    """Run all; returns 0, or 1 where a claim did not show."""
+    """Run all experiments; returns 0, or 1 if a claim was not confirmed."""
     if options.threads:
         torch.set_num_threads(options.threads)
     console, started = Console(highlight=False), time.perf_counter()
@@ -49,7 +49,7 @@ def run(options: Options) -> int:
         )
     draw(sweeps, options.picture, machine)
     spent = time.perf_counter() - started
-    console.print(f"picture: {options.picture}    time: {spent:.0f} s", soft_wrap=True)
+    console.print(f"plot: {options.picture} time: {spent:.0f} s", soft_wrap=True)
     return 0 if all(finding.held for finding in findings) else 1
 
 
@@ -63,6 +63,6 @@ def _trained(some: list[Setup], text: Text, options: Options, progress: Progress
 
 _METHOD = (
     "The experiment of Micikevicius et al. 2018 (arXiv:1710.03740) on a character model and Python's "
-    "language reference: 16-bit tensors, sums in FP32. A loss factor of 2^-k stands for gradients that are "
-    "2^k times smaller; the step divides by it again. FP32 on other orders of the batches is the yardstick."
+    "language reference: 16-bit tensors, sums in FP32. A loss factor of 2^-k emulates gradients that are "
+    "2^k times smaller; the step divides by it again. Gaps are compared with FP32's spread over batch orders."
 )

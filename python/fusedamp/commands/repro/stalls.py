@@ -1,4 +1,4 @@
-"""Numbers that stop: updates and averages that 16-bit formats round away."""
+"""Stalled values: updates and averages that rounding to 16-bit formats loses."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ STATE_NAMES: dict[Any, str] = {
     "bfloat16": "BF16 states",
     "int8": "8-bit states",
 }
-ELEMENTS = 256  # of which the mean is shown: stochastic rounding is right on average
+ELEMENTS = 256  # the mean is shown: stochastic rounding is unbiased
 
 
 @dataclass(frozen=True)
 class Stall:
-    """Where a number ended, and where it should have. ``ours`` claims to end there, within ``tolerance``."""
+    """The final value of a number and its expected value. If ``ours``, they must agree within
+    ``tolerance``."""
 
     story: str
     who: str
@@ -43,14 +44,14 @@ class Stall:
 
 
 def stalls(steps: int) -> Iterator[Stall]:
-    """All of them; ``steps`` for the second moment, whose average is over a thousand."""
+    """Run all tests; ``steps`` is for the second moment, which averages over a thousand."""
     yield from _weights()
     yield from _second_moments(steps)
     yield from _scales()
 
 
 def _stepped(make: Callable[..., Any], dtype: torch.dtype, start: float, steps: int, **options: Any) -> Any:
-    """The parameter and its optimizer after ``steps`` gradients of 1."""
+    """Return the parameter and its optimizer after ``steps`` gradients of 1."""
     param = torch.nn.Parameter(torch.full((ELEMENTS,), start, dtype=dtype))
     param.grad = torch.ones_like(param)
     optimizer = make([param], **options)
@@ -60,7 +61,7 @@ def _stepped(make: Callable[..., Any], dtype: torch.dtype, start: float, steps: 
 
 
 def as_fp32(optimizer: torch.optim.Optimizer, param: Tensor, name: str) -> Tensor:
-    """The state ``name`` of AdamW's only parameter, from whatever format it is kept in."""
+    """Return the state ``name`` of AdamW's only parameter, converted from any format to FP32."""
     wide = optim.AdamW([param])
     wide.load_state_dict(optimizer.state_dict())
     state: Tensor = wide.state[param][name]
@@ -68,13 +69,13 @@ def as_fp32(optimizer: torch.optim.Optimizer, param: Tensor, name: str) -> Tenso
 
 
 def _weights() -> Iterator[Stall]:
-    """Adam at lr 1e-4 moves a weight by 1e-4 a step: less than half a unit in the last place of 1."""
+    """Step Adam at lr 1e-4, which moves a weight by 1e-4: less than half a unit in the last place of 1."""
     story = f"{WEIGHT_STEPS} steps of 1e-4 down from 1.0"
     options = {"lr": 1e-4, "weight_decay": 0.0}
     wanted = _stepped(optim.AdamW, torch.float32, 1.0, WEIGHT_STEPS, **options)[0].double().mean().item()
     for name in ("fp16", "bf16"):
         dtype, weights = DTYPES[name], f"{name.upper()} weight"
-        # The rounded weight shows to half a unit in the last place.
+        # The rounded weight is exact to half a unit in the last place.
         shown = torch.finfo(dtype).eps / 2
         got = (
             _stepped(torch.optim.AdamW, dtype, 1.0, WEIGHT_STEPS, fused=True, **options)[0]
@@ -91,7 +92,7 @@ def _weights() -> Iterator[Stall]:
 
 
 def _second_moments(steps: int) -> Iterator[Stall]:
-    """An average over 1 / (1 - beta2) gradients, in each format that states may have."""
+    """Average over 1 / (1 - beta2) gradients, in each state format."""
     story = f"second moment after {steps} gradients of 1, beta2 = {BETA2}"
     wanted = 1 - BETA2**steps
     for name in ("fp32", "bf16"):
@@ -109,7 +110,7 @@ def _second_moments(steps: int) -> Iterator[Stall]:
 
 
 def _scales() -> Iterator[Stall]:
-    """The loss scale after overflows without end, and the weight after the good step that follows."""
+    """Measure the loss scale after many overflows, and the weight after the next good step."""
     story = f"loss scale after {OVERFLOWS} overflows in a row from 2^16"
     for who, kind in (("torch", torch.amp.GradScaler), ("fusedamp", GradScaler)):
         param = torch.nn.Parameter(torch.ones(1))

@@ -1,1 +1,1 @@
-"""What all optimizers share: the step, its options, and what is remembered between steps."""
+"""Common parts of all optimizers: the step, its options, and caches between steps."""

@@ -1,4 +1,4 @@
-"""What one op call updates."""
+"""The parameters of one op call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Group = dict[str, Any]
 
 @dataclass(slots=True)
 class Batch:
-    """What one op call updates: parameters of one group on one device, all with masters or all without."""
+    """The parameters of one op call: of one group, on one device, all with masters or all without."""
 
     group: Group
     state_names: tuple[str, ...]
@@ -25,7 +25,7 @@ class Batch:
     grads: list[Tensor] = field(default_factory=list)
 
     def call(self) -> ops.StepCall:
-        """The op call that updates them."""
+        """Return the op call that updates the parameters."""
         states = {f"{name}s": [s.states[i] for s in self.slots] for i, name in enumerate(self.state_names)}
         masters = [slot.master for slot in self.slots if slot.master is not None]
         params, steps = [slot.target for slot in self.slots], [slot.step for slot in self.slots]

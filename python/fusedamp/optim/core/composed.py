@@ -1,4 +1,4 @@
-"""Steps made of torch's own operations, for rules that need norms or products of whole matrices."""
+"""Optimizer steps composed of torch operations, for rules that need norms or matrix products."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Values = dict[str, Tensor]
 
 
 class ComposedOptimizer(FusedOptimizer):
-    """A :class:`FusedOptimizer` whose step is a function of torch tensors instead of one op.
+    """Base class of optimizers whose step is composed of torch operations instead of one op.
 
-    It keeps what the op promises: gradients are read still scaled and never written, FP32 masters follow
-    weights that were modified, a skipped step changes no bit, step counts are per parameter, and the host
-    waits for nothing, so that a CUDA graph can capture it. New values are computed aside, in FP32 (FP64 for
-    FP64 parameters), and selected on the device.
+    The guarantees are those of the ops: gradients are read scaled and never modified, FP32 masters are
+    updated to match modified weights, a skipped step changes no bit, step counts are per parameter, and there
+    is no host sync, so a CUDA graph can capture the step. New values are computed out of place in FP32 (FP64
+    for FP64 parameters) and selected on the device.
     """
 
     can_compress = False
@@ -32,12 +32,12 @@ class ComposedOptimizer(FusedOptimizer):
     def _rule(
         self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor
     ) -> tuple[Tensor, Values]:
-        """The new weight and states of one parameter; must write none of its arguments.
+        """Return the new weight and states of one parameter; must not modify its arguments.
 
         Args:
             lr: a number, or an FP64 tensor on the parameter's device.
             weight, grad, states: of one dtype, FP32 or FP64; the gradient is unscaled, clipped and negated.
-            step: FP64, 0-d: how many steps there are with this one.
+            step: FP64, 0-d: the number of steps including this one.
         """
         raise NotImplementedError
 
@@ -52,10 +52,10 @@ class ComposedOptimizer(FusedOptimizer):
             )
 
     def _remember(self, batches: list[Batch]) -> None:
-        """Nothing: only calls of one op can be made again from addresses."""
+        """Do nothing: plans support only steps of one op."""
 
     def _check_calls(self, batches: list[Batch]) -> None:
-        # Parameters are updated one after the other: none may read what an earlier one has written.
+        # Parameters are updated sequentially: none may read memory that an earlier one wrote.
         ops.check_memory([_memory(batch) for batch in batches])
 
     def _launch(self, batch: Batch) -> None:
@@ -81,15 +81,16 @@ class ComposedOptimizer(FusedOptimizer):
 
 
 def next_count(step: Tensor) -> Tensor:
-    """The FP32 step count after ``step``: one more, or from 2^24 on, where FP32 has no such number, the next
-    that it has (csrc/math/count.h)."""
+    """Return the FP32 step count after ``step``: one more, or from 2^24 the next FP32 number
+    (csrc/math/count.h)."""
     following = step + 1
     above = torch.nextafter(step, torch.full_like(step, torch.inf))
     return torch.where(step < 2.0**62, torch.where(following > step, following, above), step)
 
 
 def _memory(batch: Batch) -> ops.StepCall:
-    """What an update of ``batch`` reads and writes; its parameters may have different states."""
+    """Return the memory that an update of ``batch`` reads and writes; parameters may have different
+    states."""
     slots = batch.slots
     masters = [slot.master for slot in slots if slot.master is not None]
     states = {"states": [state for slot in slots for state in slot.states]}
@@ -98,7 +99,7 @@ def _memory(batch: Batch) -> ops.StepCall:
 
 
 def followed(slot: Slot) -> Tensor:
-    """The value that the step starts from: the master, which follows its weight where that was modified."""
+    """Return the step's initial value: the master, or the weight where it was modified."""
     weight, master = slot.target, slot.master
     if master is None:
         return weight.to(STATE_DTYPES[weight.dtype])
@@ -106,7 +107,7 @@ def followed(slot: Slot) -> Tensor:
 
 
 def _unscaled(grad: Tensor, scalars: dict[str, Any]) -> Tensor:
-    """``grad * (inv_scale * clip_coef)``, negated to maximize; never ``grad`` itself."""
+    """Return ``grad * (inv_scale * clip_coef)``, negated to maximize, as a new tensor."""
     factor = -1.0 if scalars["maximize"] else 1.0
     for name in ("inv_scale", "clip_coef"):
         if scalars[name] is not None:

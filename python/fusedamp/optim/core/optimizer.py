@@ -1,4 +1,4 @@
-"""What all fused optimizers share: the step over groups and devices, their state, and checkpoints."""
+"""Base class of all fused optimizers: the step over groups and devices, state, and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ from .params import check_aliasing, check_distinct, check_dtype, check_place
 from .plan import Plan
 from .slot import Mode, Slot
 
-# One for each optimizer that rounds stochastically, so that no two of a program draw alike. Not from torch's
-# generators: replicas on several ranks must draw alike, and their generators often are seeded apart.
+# Default seeds, one per optimizer with stochastic rounding. torch's generators are not used: all ranks must
+# draw the same numbers, but their generators often have different seeds.
 _seeds = itertools.count()
 
 
 class FusedOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose step is one op call per group and device.
 
-    The gradient of a parameter is ``param.grad``, or, where that is None, ``param.main_grad`` (an FP32 buffer
-    that some trainers accumulate into, and zero themselves). Its dtype may differ from the parameter's. It is
-    never written.
+    The gradient of a parameter is ``param.grad``, or, if that is None, ``param.main_grad`` (an FP32 buffer
+    that some trainers accumulate into and zero themselves). Its dtype may differ. It is never modified.
 
     State is created at the first step: ``step`` (FP32, 0-d), the states of the algorithm and, for 16-bit
     parameters, ``master``; in FP32 (FP64 for FP64 parameters), in the parameter's layout and placement.
 
-    With fusedamp's scaler gradients are still scaled inside ``step``, but not for hooks before it, wrappers,
-    or another ``step``. The attributes ``found_inf`` and ``grad_scale`` are obeyed as by torch's fused ones.
+    With fusedamp's scaler, gradients are scaled inside ``step``, but not for step pre-hooks, wrappers or an
+    overridden ``step``. ``step`` reads the attributes ``found_inf`` and ``grad_scale`` as torch's fused
+    optimizers do.
     """
 
-    _fusedamp_fused = True  # fusedamp.GradScaler takes its fused route for us
+    _fusedamp_fused = True  # fusedamp.GradScaler uses its fused step
     _amp: AmpInputs | None = None  # set by the scaler around one step
-    op: str  # the step op, where it does not depend on options
-    hyper: tuple[str, ...] = ()  # the options that are its hyper-parameters, in its order; pairs are two
-    bounds: dict[str, Bounds] = {}  # of options, besides those that all have
-    states: tuple[StateSpec, ...] = ()  # all that the algorithm may have, in the op's order
-    can_compress: bool = True  # whether masters and states may be kept in less than FP32
-    _slots: dict[int, Slot]  # by id of the parameter; given up when the state is asked for
-    _unchecked: bool  # whether slots were made since memory was last checked for sharing
+    op: str  # the step op, if it does not depend on options
+    hyper: tuple[str, ...] = ()  # options that are the op's hyper-parameters, in order; pairs count as two
+    bounds: dict[str, Bounds] = {}  # of options that not all optimizers have
+    states: tuple[StateSpec, ...] = ()  # all possible states, in the op's order
+    can_compress: bool = True  # whether masters and states may have fewer bits than FP32
+    _slots: dict[int, Slot]  # by id of the parameter; cleared when ``state`` is accessed
+    _unchecked: bool  # whether slots were created since the last aliasing check
     _stepped: list[Slot]  # of the last step
-    _plan: Plan | None = None  # what makes the same step again quick
-    _turn: int  # counts the steps, to see a parameter twice in one
-    _accesses: int = 0  # how often the state was asked for
-    _own_seed: int | None = None  # of the groups that have no rounding_seed
+    _plan: Plan | None = None  # cached op calls of the last step
+    _turn: int  # step counter, to detect a parameter that occurs twice
+    _accesses: int = 0  # how often ``state`` was accessed
+    _own_seed: int | None = None  # of groups without a rounding_seed
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,10 +72,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """As in torch, a dict of dicts by parameter. Callers may change it: the next step looks at all of it.
-        Nothing else keeps its tensors: what is removed from it is freed."""
+        """A dict of dicts by parameter, as in torch. It may be modified: the next step checks all of it. No
+        other references to its tensors are held, so removed tensors are freed."""
         own = vars(self)
-        if "state" not in own:  # as of any attribute: a wrapper that forwards them answers then
+        if "state" not in own:  # a wrapper that forwards missing attributes needs this error
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'state'")
         self._count_access()
         return own["state"]
@@ -94,7 +94,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # What an optimizer defines ------------------------------------------------------------
 
     def _check_group(self, where: str, group: Group) -> None:
-        """Raise where an option of ``group`` is unusable. ``where`` starts the message."""
+        """Raise if an option of ``group`` is invalid. ``where`` is the prefix of the message."""
         check_common(where, group)
         for name, bounds in self.bounds.items():
             bounds.check(where, name, group[name])
@@ -102,12 +102,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"{where} master_weights is {group['master_weights']!r}, state_dtype "
                 f"{group['state_dtype']!r} and stochastic_rounding {group['stochastic_rounding']}; expected "
-                f"FP32 masters and states, as {type(self).__name__} has no other. Leave them out, or "
+                f"FP32 masters and states, the only formats of {type(self).__name__}. Leave them out, or "
                 "use fusedamp.optim.AdamW."
             )
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
-        """The step op, and its hyper-parameters in its order, by names for messages."""
+        """Return the step op and its hyper-parameters by name, in its order."""
         hyper = {}
         for name in self.hyper:
             value = group[name]
@@ -121,16 +121,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self.op
 
     def _check_param(self, param: Tensor, group: Group) -> None:
-        """Raise where ``param`` cannot be optimized with the options of ``group``, wherever it lies."""
+        """Raise if ``param`` is unsupported with the options of ``group``, on any device."""
         check_dtype(param)
 
     def _check_calls(self, batches: list[Batch]) -> None:
-        """Raise what the last of ``batches`` could be refused for after the first has stepped."""
+        """Raise any error that a later one of ``batches`` could cause after the first has stepped."""
         if len(batches) > 1:
             ops.check_steps([batch.call() for batch in batches])
 
     def _launch(self, batch: Batch) -> None:
-        """Update the parameters of ``batch``; all that can be refused was refused before."""
+        """Update the parameters of ``batch``; all errors were raised before."""
         batch.launch()
 
     def _densified(self, grad: Tensor) -> Tensor:
@@ -141,26 +141,26 @@ class FusedOptimizer(torch.optim.Optimizer):
     # The step -----------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient; returns what ``closure`` returned.
+        """Update all parameters that have a gradient; returns the result of ``closure``.
 
         Args:
             closure: reevaluates the model and returns the loss, with gradients enabled.
-        Raises: ValueError naming group and parameter; nothing was updated then.  Cost: no host sync.
+        Raises: ValueError naming group and parameter, before anything is updated.  Cost: no host sync.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling() or not self._repeat():
-            # States must be usable outside of inference mode, too.
+            # States must also be usable outside of inference mode.
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 self._step()
         return loss
 
-    _fusedamp_step = step  # by which the scaler sees that nothing stands in its place
+    _fusedamp_step = step  # the scaler compares it with ``step`` to detect overrides
 
     def _repeat(self) -> bool:
-        """Take the last step again, with new gradients; False where it would be another one."""
+        """Repeat the last step with new gradients; False if anything else changed."""
         plan, amp = self._plan, self._amp
         if plan is None:
             return False
@@ -171,7 +171,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan.step(self)
         return True
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled callers run it eagerly: a trace would freeze what is remembered
+    # Compiled callers run it eagerly: a trace would freeze the caches.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def _step(self) -> None:
         begin_step(self)
@@ -182,15 +183,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._seed(group)
                 self._seen.add(g, group)
         before, self._plan = self._stepped, None
-        batches = self._prepare()  # all is checked before anything moves
+        batches = self._prepare()  # all checks precede any update
         self._check_calls(batches)
         for batch in batches:
             self._launch(batch)
-        # A plan costs more than a step does without one; the second step in a row of the same kind makes it.
+        # Building a plan costs more than a step without one, so the second identical step in a row builds it.
         self._stepped = [slot for batch in batches for slot in batch.slots]
         if before and len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
             self._plan = self._remember(batches)
-            if self._plan:  # it knows all that they do
+            if self._plan:  # it replaces them
                 self._slots, self._stepped = {}, []
 
     def _remember(self, batches: list[Batch]) -> Plan | None:
@@ -200,22 +201,22 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return None
         try:
             return Plan(self, batches)
-        except ValueError:  # a tensor that only the checking op can take
+        except ValueError:  # a tensor that a plan does not support
             return None
 
     def _gradient_table(self, versioned: bool) -> GradientTable | None:
-        """For the scaler: the gradients of the next step, if it is like the last one."""
+        """Return the next step's gradients for the scaler; None if it differs from the last step."""
         plan = self._plan
         if plan is None or plan.gradients is None or not plan.matches(self, versioned):
             return None
         return plan.gradients
 
     def _specs(self, group: Group) -> tuple[StateSpec, ...]:
-        """The states that ``group`` uses with its present options."""
+        """Return the states that ``group`` uses with its current options."""
         return tuple([spec for spec in self.states if spec.when is None or spec.when(group)])
 
     def _states_of(self, param: Tensor, group: Group) -> list[State]:
-        """The states of ``param`` as a step wants them; raises where it cannot be stepped."""
+        """Return the states that a step needs for ``param``; raises if it cannot be stepped."""
         self._check_param(param, group)
         check_place(local(param))
         return resolved(self._specs(group), param, group, self.defaults)
@@ -234,7 +235,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         calls: list[Batch] = []
         known, state = self._slots, vars(self)["state"]
         self._turn += 1
-        position = 0  # of a group's first parameter in the optimizer: replicas and resumed runs draw alike
+        position = 0  # of a group's first parameter in the optimizer; seeds random numbers reproducibly
         for key in [key for key, slot in known.items() if state.get(slot.param) is not slot.entry]:
             del known[key]  # its state was removed or replaced
         round_robin(list(self._missing_states(lambda param: gradient_of(param) is not None)))
@@ -280,7 +281,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return calls
 
     def _missing_states(self, wanted: Callable[[Tensor], bool]) -> Iterator[Iterator[None]]:
-        """What makes the states of the ``wanted`` parameters that have none, one tensor at a time."""
+        """Yield generators that create the missing states of ``wanted`` parameters, one tensor at a time."""
         state = vars(self)["state"]
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
@@ -292,7 +293,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             yield from completing(param, entry, self._states_of(param, group))
 
     def _seed(self, group: Group) -> None:
-        """Give ``group`` this optimizer's seed if it has none and needs one."""
+        """Set the seed of ``group`` to this optimizer's if it has none and needs one."""
         if group["rounding_seed"] is None and draws(group):
             if self._own_seed is None:
                 self._own_seed = next(_seeds) % 2**31
@@ -312,7 +313,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return numbers | dict(inv_scale=amp.inv_scale, clip_coef=amp.clip_coef, found_inf=amp.found_inf)
 
     def _numbers(self, group: Group, device: torch.device) -> dict[str, Any]:
-        """The arguments of the step op that the options of ``group`` give."""
+        """Return the arguments of the step op that follow from the options of ``group``."""
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.device != device:
             lr = lr.to(device)
@@ -328,10 +329,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def planned_state(self, param: Tensor, group: Group) -> Entry:
-        """The state that the first step makes for ``param`` with the options of ``group``, without memory.
+        """Return the state that the first step would create for ``param`` with the options of ``group``.
 
-        Tensors on the meta device, of a DTensor this rank's part; allocates and changes nothing.
-        Raises: ValueError where the options or the parameter are unusable.
+        Tensors are on the meta device; for a DTensor, this rank's shard. Allocates and changes nothing.
+        Raises: ValueError if the options or the parameter are invalid.
         """
         meta, entry = torch.empty_like(local(param), device="meta"), Entry()
         where = f"[{type(self).__name__}]"
@@ -345,7 +346,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Groups and checkpoints ---------------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
-        """As in torch; checks the options, and refuses a parameter that is given twice (torch warns)."""
+        """Add a group as in torch; checks the options, and raises for a repeated parameter (torch warns)."""
         if isinstance(param_group, dict):
             where = self._where(len(self.param_groups))
             name_dtypes(param_group)
@@ -355,27 +356,27 @@ class FusedOptimizer(torch.optim.Optimizer):
                 param_group["params"] = params = list(params)
                 check_distinct(where, [p[1] if isinstance(p, tuple) else p for p in params])
         super().add_param_group(param_group)
-        if not all(param.is_meta for param in self.param_groups[-1]["params"]):  # else it is only planned
+        if not all(param.is_meta for param in self.param_groups[-1]["params"]):  # else it is only an estimate
             self._seed(self.param_groups[-1])
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with plain tensors and plain options.
+        """Return torch's state dict, with plain tensors and options.
 
-        A state in 8 bits is saved as ``exp_avg`` (int8, or uint8 where it is never negative),
-        ``exp_avg_scale`` and its size and order in memory; a split master's remainder as an int16
-        ``master``. They are no numbers: :meth:`load_state_dict` refuses what was cast or resized. No tensor
-        is copied.
+        An 8-bit state is saved as ``exp_avg`` (int8, or uint8 if it is never negative), ``exp_avg_scale``,
+        and its size and memory order; a split master's remainder is saved as an int16 ``master``. These are
+        quantized values and bits: :meth:`load_state_dict` raises if they were cast or resized. No tensor is
+        copied.
         """
         with checkpoint.plainly(self):
             return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a ``state_dict()`` of ours or of the ``torch.optim`` namesake. Copies; FP32 state stays FP32.
+        """Load a ``state_dict()`` of this class or of its ``torch.optim`` counterpart; copies.
 
-        A missing ``master`` is made from the weights at the next step. The options of storage stay as they
-        were, but for ``rounding_seed``. Options that this optimizer does not have are kept in the group, and
-        warned of by name where they would change its steps.
-        Raises: ValueError naming the state that doesn't fit; nothing was loaded then.
+        A missing ``master`` is created from the weights at the next step. Storage options except
+        ``rounding_seed`` are not loaded. Options that this optimizer does not have are kept in the group,
+        with a warning if they would change its steps.
+        Raises: ValueError naming the invalid state, before anything is loaded.
         """
         with checkpoint.converting(self), torch.inference_mode(False):
             super().load_state_dict(state_dict)
@@ -393,5 +394,5 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, default)
         for entry in vars(self)["state"].values():
             for spec in self.states if isinstance(entry, dict) else ():
-                # Of a pickle from before states in 8 bits were one tensor.
+                # From a pickle of a version that stored 8-bit states as several tensors.
                 formats.taken_from_checkpoint(entry, spec.name, spec.nonnegative)

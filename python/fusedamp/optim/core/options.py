@@ -1,4 +1,4 @@
-"""Checks of the numbers in a parameter group."""
+"""Checks of a parameter group's options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ... import _C
 from ...ops import checks
 from ...tensors.layout import is_fake
 
-# How masters and states may be kept: option -> its values, the one that keeps most first.
+# Storage options of masters and states: option -> its values, the most precise first.
 STORAGE: dict[str, tuple[Any, ...]] = {
     "master_weights": ("fp32", "split", "none"),
     "state_dtype": ("float32", "bfloat16", "int8"),
@@ -22,9 +22,9 @@ MASTER_WEIGHTS = ("auto", *STORAGE["master_weights"])
 
 
 class SeenOptions:
-    """The options of each group that were found usable: the very same objects need no second look.
+    """Options of each group that were checked; identical objects need no second check.
 
-    Of a group with an option that can change in place, a tensor or a list, none count as seen.
+    Groups with mutable options (tensors, lists) are always checked.
     """
 
     def __init__(self) -> None:
@@ -54,14 +54,14 @@ def _is_fixed(value: Any) -> bool:
 
 
 class Bounds(NamedTuple):
-    """Numbers that an option may be, from ``low`` and below ``below``; with ``length`` a tuple of them."""
+    """Valid values of an option: numbers >= ``low`` and < ``below``; with ``length``, a tuple of them."""
 
     low: float = 0.0
     below: float = math.inf
     length: int | None = None
 
     def check(self, where: str, name: str, value: Any) -> None:
-        """Raise unless ``value`` is such a number, or such numbers; reads no tensor on an accelerator."""
+        """Raise unless ``value`` is valid; does not read tensors on an accelerator."""
         if self.length is not None:
             checks.need_length(where, name, value, self.length)
             for i, item in enumerate(value):
@@ -86,7 +86,7 @@ FRACTION, BETAS = Bounds(below=1.0), Bounds(below=1.0, length=2)
 
 
 def check_common(where: str, group: dict[str, Any]) -> None:
-    """Raise unless the options that every optimizer has are usable."""
+    """Raise unless the options common to all optimizers are valid."""
     NOT_NEGATIVE.check(where, "lr", group["lr"])
     NOT_NEGATIVE.check(where, "weight_decay", group["weight_decay"])
     if group["master_weights"] not in MASTER_WEIGHTS:
@@ -103,12 +103,12 @@ def check_common(where: str, group: dict[str, Any]) -> None:
 
 
 def draws(group: dict[str, Any]) -> bool:
-    """Whether steps of ``group`` draw random numbers."""
+    """True if steps of ``group`` draw random numbers."""
     return group["state_dtype"] != "float32" or bool(group["stochastic_rounding"])
 
 
 def is_compressed(group: dict[str, Any]) -> bool:
-    """Whether masters or states are kept in less than FP32, or weights are rounded stochastically."""
+    """True if masters or states have fewer bits than FP32, or weights are rounded stochastically."""
     return group["master_weights"] == "split" or draws(group)
 
 
@@ -116,21 +116,21 @@ def _check_compression(where: str, group: dict[str, Any]) -> None:
     if group["state_dtype"] not in STORAGE["state_dtype"]:
         raise ValueError(
             f"{where} state_dtype is {group['state_dtype']!r}; expected one of {STORAGE['state_dtype']}. "
-            'Use "float32", which needs most memory and adds no error.'
+            'Use "float32", which needs the most memory and adds no error.'
         )
     if not isinstance(group["stochastic_rounding"], bool):
         raise TypeError(
             f"{where} stochastic_rounding is {group['stochastic_rounding']!r}; expected True or False. It "
-            "is about 16-bit weights without masters; BF16 and 8-bit states are always rounded so."
+            "applies to 16-bit weights without masters; BF16 and 8-bit states always use it."
         )
     if group["stochastic_rounding"] and group["master_weights"] != "none":
         raise ValueError(
             f"{where} stochastic_rounding is True with master_weights {group['master_weights']!r}; expected "
-            '"none", as a weight that has a master is its rounding to nearest. Pass master_weights="none".'
+            '"none", because a weight with a master is rounded to nearest. Pass master_weights="none".'
         )
     seed = group["rounding_seed"]
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31):
         raise ValueError(
             f"{where} rounding_seed is {seed!r}; expected a whole number from 0 to 2**31 - 1, or None for "
-            "one that no other optimizer of this process has. Pass one."
+            "one that is unique in this process. Pass one."
         )

@@ -1,9 +1,8 @@
-"""Whether anybody but the optimizer can reach what its ``state`` holds.
+"""Detects references to an optimizer's state outside of the optimizer.
 
-A step must not use an address that somebody has changed, but looking at thousands of state tensors to see
-that nobody has is most of what a step costs the host. What nobody else can reach, nobody else can change: the
-optimizer counts how often it was asked for its ``state``, and once nobody asks any more, reference counts
-tell whether somebody kept a part of it.
+A step must not use a stale address, but comparing the addresses of thousands of state tensors is most of a
+step's host time. State without other references cannot change. The optimizer counts accesses to its
+``state``; once these stop, reference counts show whether other references to a part of it exist.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ def _counts(held: list[Any]) -> set[int]:
     return set(map(getrefcount, held))
 
 
-_ONLY_THE_LIST = _counts([object()]).pop()  # what the list and the counting itself add up to
+_ONLY_THE_LIST = _counts([object()]).pop()  # references by the list and by the counting itself
 _uses_of_storage = getattr(torch._C, "_storage_Use_Count", None)
-# Without these two nobody can be ruled out, and the state is compared in each step.
+# Without both counts, other references cannot be ruled out, and each step compares the state.
 _CAN_TELL = HAS_GIL and _uses_of_storage is not None and hasattr(Tensor, "_use_count")
 
 
 def _beyond_python(tensor: Tensor) -> tuple[int, ...]:
-    """References that Python's counts don't show: weak ones, those in C++, and other views of the memory."""
+    """Count references that getrefcount excludes: weak ones, those in C++, and other views of the storage."""
     held = getweakrefcount(tensor), tensor._use_count()  # type: ignore[attr-defined]
     if isinstance(tensor, Encoded):  # it has no memory
         return held
@@ -39,8 +38,9 @@ def _beyond_python(tensor: Tensor) -> tuple[int, ...]:
 
 
 def no_other_references(attributes: dict[str, Any]) -> bool:
-    """Whether all references to the optimizer's state are known: of the state, its attribute; of each entry,
-    the state; of each tensor, its entry, or the encoded one that it is in; and nothing beyond Python.
+    """True if every object's reference count equals the expected count: one for the state (its attribute),
+    each entry (the state) and each tensor (its entry, or the encoded tensor that contains it), and none
+    outside of Python.
     """
     if not _CAN_TELL:
         return False
@@ -50,7 +50,7 @@ def no_other_references(attributes: dict[str, Any]) -> bool:
     inner = [value.bits for value in tensors if isinstance(value, Encoded) and not isinstance(value, Scales)]
     scales = [
         value.scales for value in tensors if isinstance(value, Quantized)
-    ]  # an entry names them as well
+    ]  # also referenced by the entry
     held = ((state, 1), (entries, 1), (tensors, 1), (inner, 1), (scales, 2))
     if any(_counts(objects) - {_ONLY_THE_LIST + known} for objects, known in held):
         return False
@@ -59,29 +59,29 @@ def no_other_references(attributes: dict[str, Any]) -> bool:
 
 
 class Watch:
-    """When a state that was compared must be compared again.
+    """Decides when the state must be compared again.
 
-    ``accesses`` says how often anybody was given the optimizer's state.
+    ``accesses`` is the number of accesses to the optimizer's state.
     """
 
     def __init__(self) -> None:
         self._accesses = -1
-        self._quiet, self._patience = 0, 1  # comparisons since the last look; after how many to count again
+        self._quiet, self._patience = 0, 1  # comparisons since the last access; number until the next count
         self._is_private = False
 
     def is_private(self, accesses: int) -> bool:
-        """Whether nobody can have changed the state since it was compared last."""
+        """True if the state cannot have changed since the last comparison."""
         return self._is_private and accesses == self._accesses
 
     def should_count_references(self, accesses: int) -> bool:
-        """Told that the state was just compared: whether to find out now if anybody holds a part of it."""
+        """Record a comparison of the state; returns whether to count references now."""
         if accesses != self._accesses:
             self._accesses, self._quiet, self._patience, self._is_private = accesses, 0, 1, False
             return False
         self._quiet += 1
         if self._quiet < self._patience:
             return False
-        self._patience *= 2  # somebody who holds on to it costs a count at ever longer intervals
+        self._patience *= 2  # while other references exist, counts become exponentially rarer
         return True
 
     def set_private(self, is_private: bool) -> None:

@@ -1,4 +1,4 @@
-"""Which parameters can be stepped: their dtypes and devices, and memory of their own."""
+"""Checks of parameters: dtype, device, and no shared memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _described(source: Tensor) -> str:
 
 
 def check_dtype(param: Tensor) -> None:
-    """Raise where no parameter like ``param`` can be optimized."""
+    """Raise if the dtype of ``param`` is unsupported."""
     if param.dtype not in STATE_DTYPES:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in STATE_DTYPES)
         raise ValueError(
@@ -25,7 +25,7 @@ def check_dtype(param: Tensor) -> None:
 
 
 def check_place(source: Tensor) -> None:
-    """Raise where a step cannot write ``source`` where it lies."""
+    """Raise if a step cannot write ``source`` in place."""
     got = _described(source)
     if source.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{got}; expected cpu or cuda. Move the model there before the step.")
@@ -33,25 +33,25 @@ def check_place(source: Tensor) -> None:
         raise ValueError(f"{got} and has no storage; expected memory to update. Restore it before the step.")
     if source.numel() and overlaps_itself(source):
         raise ValueError(
-            f"{got} with strides {list(source.stride())}, so that elements share an address; expected one "
+            f"{got} with strides {list(source.stride())}, so elements share an address; expected one "
             "address for each. Use param.contiguous() as the parameter."
         )
 
 
 def check_distinct(where: str, params: list[Any]) -> None:
-    """Raise where a parameter is among ``params`` twice."""
+    """Raise if a parameter occurs twice in ``params``."""
     if len(set(map(id, params))) != len(params):
         raise ValueError(f"{where} a parameter is given twice; expected it once. Remove the second.")
 
 
 def check_aliasing(where: str, sources: Iterable[Tensor]) -> None:
-    """Raise where two parameters share memory: an op that updates both at once would race with itself."""
-    ranges = sorted(  # the place in the list breaks ties
+    """Raise if two parameters share memory: an op that updates both concurrently would race."""
+    ranges = sorted(  # the list index breaks ties
         ((str(source.device), source.data_ptr(), _reach(source), i), source)
         for i, source in enumerate(sources)
         if source.numel() and not is_fake(source)
     )
-    last: list[tuple[Any, Tensor]] = []  # those that may reach into what comes
+    last: list[tuple[Any, Tensor]] = []  # those that may overlap later ones
     for (device, start, size, i), source in ranges:
         last = [(key, one) for key, one in last if key[0] == device and key[1] + key[2] > start]
         if any(_overlap(one, source) for _, one in last):
@@ -63,13 +63,13 @@ def check_aliasing(where: str, sources: Iterable[Tensor]) -> None:
 
 
 def _reach(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+    """Return the bytes from the first element to the end of the last."""
     steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (sum(steps) + 1) * tensor.element_size()
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether an element of each lies in the same memory, of two whose ranges meet."""
+    """True if two tensors with overlapping ranges have an element in the same memory."""
     size = one.element_size()
     distance = other.data_ptr() - one.data_ptr()
     if size != other.element_size() or distance % size:

@@ -1,8 +1,8 @@
-"""The op calls of a step, made again with new gradients for as long as nothing else has changed.
+"""Cached op calls of a step, repeated with new gradients while nothing else changes.
 
-Preparing a step costs microseconds per parameter, mostly to see that everything is as it was. Here one walk
-in C++ sees the same. The addresses of states are compared only where something else may have changed them.
-No state is kept alive: what is removed from the optimizer's state is freed at once.
+Preparing a step costs microseconds per parameter, mostly to check that nothing changed. A plan checks this in
+one C++ pass. It compares the addresses of states only if other code may have changed them. It keeps no state
+alive: tensors removed from the optimizer's state are freed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Columns = list[tuple[str, str | None]]
 
 
 class Plan:
-    """What the last step saw.
+    """Snapshot of the last step.
 
     Args:
-        optimizer: a FusedOptimizer; not kept.
+        optimizer: a FusedOptimizer; no reference is kept.
         batches: its op calls.
-    Raises: ValueError where a tensor is none that can be remembered.
+    Raises: ValueError if a tensor is not supported.
     """
 
     def __init__(self, optimizer: Any, batches: list[Batch]) -> None:
@@ -45,10 +45,8 @@ class Plan:
         by_device: dict[Any, list[Batch]] = {}
         for batch in batches:
             by_device.setdefault(batch.slots[0].source.device, []).append(batch)
-        self._tables: list[tuple[StepTable, list[int]]] = []  # with the places of its rows in the groups
-        self._calls: list[list[tuple[int, int]]] = [
-            [] for _ in groups
-        ]  # of each group: table, and call in it
+        self._tables: list[tuple[StepTable, list[int]]] = []  # with its rows' positions in the groups
+        self._calls: list[list[tuple[int, int]]] = [[] for _ in groups]  # per group: table, and call in it
         self._entries: list[tuple[int, int, list[int], Columns, list[int]]] = []
         columns, kinds = [0] * len(places), [(0, 0)] * len(places)
         for some in by_device.values():
@@ -72,15 +70,15 @@ class Plan:
         self.gradients = self._only_gradients()
 
     def let_go(self) -> None:
-        """Keep no parameter alive until the next step."""
+        """Drop references to parameters until the next step."""
         for table, _ in self._tables:
             table.let_go()
 
     def matches(self, optimizer: Any, versioned: bool = False) -> bool:
-        """The walk: whether nothing but gradients and options has changed. Takes new options into the tables.
+        """Check that only gradients and options changed, and copy new options into the tables.
 
-        With ``versioned`` also the version counters of the gradients, for a scaler.
-        Raises: ValueError where a new option is unusable.
+        ``versioned``: also record the version counters of the gradients, for a scaler.
+        Raises: ValueError if a new option is invalid.
         """
         groups = optimizer.param_groups
         if not can_read() or not isinstance(groups, list):
@@ -100,11 +98,11 @@ class Plan:
         return True
 
     def is_ready(self, optimizer: Any) -> bool:
-        """Told after a successful look: whether the step can be made from the tables."""
+        """True if the tables can make the step; call after a successful :meth:`matches`."""
         if self._walk.gradients_moved() and any(
             _C.touches(table.grads, self._written) for table, _ in self._tables
         ):
-            return False  # a gradient lies in memory that a call writes: another call would read it changed
+            return False  # a gradient aliases memory that a call writes before another call reads it
         accesses = optimizer._accesses
         if not self._watch.is_private(accesses):
             if not self._has_same_state(vars(optimizer)["state"]):
@@ -114,7 +112,7 @@ class Plan:
         return True
 
     def step(self, optimizer: Any) -> None:
-        """Make the calls. Everything is checked before the first of them."""
+        """Make the op calls, after all checks."""
         ready = []
         for table, positions in self._tables:
             if not table.params:
@@ -127,7 +125,7 @@ class Plan:
                 optimizer._amp.logged = True
 
     def _has_same_state(self, state: dict[Tensor, dict[str, Any]]) -> bool:
-        """Whether the state has what it had, where it was."""
+        """True if the state has the same entries at the same addresses."""
         if list(map(id, state)) != self._state_ids:
             return False
         entries = list(state.values())
@@ -138,7 +136,7 @@ class Plan:
         return True
 
     def _only_gradients(self) -> GradientTable | None:
-        """Of all parameters that have one, if they are on one device."""
+        """Return the table of all gradients if they are on one device, else None."""
         if len(self._tables) != 1:
             return None
         table, positions = self._tables[0]
@@ -154,7 +152,7 @@ class Plan:
 
 
 def _mode_of(optimizer: Any, group: Group) -> tuple[Mode, bool]:
-    """What is in the rows of the parameters of a group."""
+    """Return what determines the rows of a group's parameters."""
     return optimizer._mode(group), group["maximize"]
 
 
@@ -165,5 +163,5 @@ def _index_of(group: Group, groups: list[Group]) -> int:
 def _columns_of(slots: list[Slot]) -> Columns:
     columns = slots[0].columns
     if any(slot.columns != columns for slot in slots):
-        raise ValueError("the parameters of a call keep different states; expected the same")
+        raise ValueError("the parameters of a call have different states; expected the same")
     return columns

@@ -1,4 +1,4 @@
-"""One parameter as the ops see it: a dense real tensor with its states, master, step count and gradient."""
+"""Per-parameter cache of what the ops take: a dense real tensor, states, master, step count, gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..state.spec import State, StateSpec, complete
 
 
 class Mode(NamedTuple):
-    """What a step needs to know of the options of a group."""
+    """Options of a group that affect how a step handles its parameters."""
 
     states: tuple[StateSpec, ...]  # those in use, in the op's order
     op: str
@@ -35,11 +35,11 @@ class Mode(NamedTuple):
 
 
 class Slot:
-    """What the op gets for one parameter; kept between steps for as long as ``holds`` is true.
+    """Per-parameter cache of the op's arguments; reused between steps while ``holds`` is true.
 
-    Building it creates missing states and mends those that no longer fit, as after ``param.data`` went to
-    another device. A parameter with gaps between its elements is stepped on a dense copy, which ``finish``
-    writes back.
+    The constructor creates missing states and converts those that no longer fit, for example after
+    ``param.data`` moved to another device. A parameter with gaps between its elements is updated in a dense
+    copy, which ``finish`` copies back.
     """
 
     def __init__(self, param: Tensor, entry: Entry, mode: Mode, wanted_states: list[State]) -> None:
@@ -54,8 +54,7 @@ class Slot:
         self.states = tuple(_real(plain(local(state))) for state in states)
         self.scales = tuple(state.scales for state in states if isinstance(state, Quantized))
         self.master = _real(plain(local(entry["master"]))) if "master" in entry else None
-        # What the tensors above are called in the state, in the order of an op's columns: key, and attribute
-        # of it.
+        # State keys (and attributes) of the tensors above, in the order of the op's columns.
         self.columns: list[tuple[str, str | None]] = [("step", None)]
         if self.master is not None:
             self.columns.append(("master", "bits" if isinstance(entry["master"], Remainder) else None))
@@ -63,26 +62,26 @@ class Slot:
         self.columns += [(name, "bits" if isinstance(state, Quantized) else None) for name, state in kinds]
         self.columns += [(name, "scales") for name, state in kinds if isinstance(state, Quantized)]
         self.step: Tensor = entry["step"]
-        self.key = (str(source.device), self.master is None)  # what may share a call with it
-        self.turn = -1  # the step that used it last
+        self.key = (str(source.device), self.master is None)  # parameters with equal keys share a call
+        self.turn = -1  # the last step that used it
         self.seed = 0  # of its random numbers
         self._values = tuple(entry.values())
         self._inside = [part for value in self._values if isinstance(value, Encoded) for part in parts(value)]
         self._dtype, self._numel, self._stride = source.dtype, source.numel(), source.stride()
         self._device_index = source.get_device()
-        self._grad_dtype: torch.dtype | None = None  # of the last gradient that was checked
+        self._grad_dtype: torch.dtype | None = None  # of the last checked gradient
         self.reusable = self.target is source
 
     def holds(self, entry: Entry | None, mode: Mode) -> bool:
-        """Whether the parameter's format and its states are still those that the slot was made from."""
+        """True if the parameter's layout and states are the ones that the slot was built from."""
         source = self.param if type(self.param) is Parameter else local(self.param)
         return (
-            self.reusable  # a copy, or a view of what param.data was, is made anew each step
+            self.reusable  # copies, and views of an earlier param.data, are rebuilt at each step
             and source is self.source
             and entry is self.entry
             and mode == self.mode
             and source.dtype is self._dtype
-            and source.numel() == self._numel  # with the strides of a dense tensor it stands for the shape
+            and source.numel() == self._numel  # with dense strides, this determines the shape
             and source.stride() == self._stride
             and source.get_device() == self._device_index
             and len(entry) == len(self._values)
@@ -91,14 +90,15 @@ class Slot:
         )
 
     def _has_same_inside(self) -> bool:
-        """Whether encoded states still have the tensors that the step reads."""
+        """True if encoded states still contain the tensors that the step reads."""
         if not self._inside:
             return True
         now = [part for value in self._values if isinstance(value, Encoded) for part in parts(value)]
         return len(now) == len(self._inside) and all(map(is_, now, self._inside))
 
     def paired(self, grad: Tensor) -> Tensor:
-        """``grad`` as the op wants it: the local shard, real, with the strides of ``target``."""
+        """Return ``grad`` in the form that the op takes: the local shard, real, with the strides of
+        ``target``."""
         if self.source is not self.param:
             grad = local(placed_like(grad, self.param))
         if self.reusable and grad.dtype is self._grad_dtype and grad.stride() == self._stride:
@@ -120,7 +120,7 @@ class Slot:
         return _real(strided_like(grad.resolve_conj(), self.dense))
 
     def finish(self) -> None:
-        """Bring what the op wrote to where the user looks."""
+        """Copy the op's results back to the user's tensors."""
         if self.dense is not self.source:
             self.source.copy_(self.dense)
         if self.source is not self.param:

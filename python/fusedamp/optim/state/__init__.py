@@ -1,1 +1,1 @@
-"""How masters and states are stored, converted, saved and loaded."""
+"""Storage, conversion, saving and loading of masters and states."""

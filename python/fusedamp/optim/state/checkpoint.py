@@ -1,4 +1,4 @@
-"""Checkpoints: state stays FP32, where torch would cast it to the parameter's dtype."""
+"""Checkpoints: state stays FP32; torch would cast it to the parameter's dtype."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ from .formats import (
 from .spec import resolved
 from .steps import as_step
 
-# Keys that schedulers, trainers and torch's optimizers put into groups; they say nothing about the update
-# rule.
+# Keys that schedulers, trainers and torch's optimizers add to groups; they don't affect the update rule.
 _NO_RULE = {
     *("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale"),
     *("max_momentum", "min_momentum", "base_momentum", "step", "use_orig_params"),
     *("foreach", "fused", "capturable", "differentiable", "maximize"),
 }
-# Options of other optimizers, and the values at which they change nothing.
+# Options of other optimizers, and their values without effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias_correction": (True,),
     "correct_bias": (True,),
@@ -52,7 +51,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class _Converted:
-    """The finished state of one parameter. Torch casts tensors, in containers too; this it leaves alone."""
+    """Wraps the converted state of one parameter: torch casts tensors, also in containers, but not this
+    type."""
 
     def __init__(self, entry: dict[str, Any]) -> None:
         self.entry = entry
@@ -60,7 +60,7 @@ class _Converted:
 
 @contextmanager
 def plainly(optimizer: Any) -> Iterator[None]:
-    """Within it ``Optimizer.state_dict`` gives plain tensors and plain options, also to the user's hooks."""
+    """Make ``Optimizer.state_dict`` return plain tensors and options, also to the user's hooks."""
     for group in optimizer.param_groups:
         name_dtypes(group)
     hook = optimizer.register_state_dict_post_hook(_plain, prepend=True)
@@ -71,7 +71,7 @@ def plainly(optimizer: Any) -> Iterator[None]:
 
 
 def _plain(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    # The entries themselves are the optimizer's; what is saved must be dicts of its own.
+    # The entries belong to the optimizer; the state dict needs its own copies.
     state_dict["state"] = {
         key: for_checkpoint(entry) if isinstance(entry, dict) else entry
         for key, entry in state_dict["state"].items()
@@ -80,9 +80,9 @@ def _plain(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 @contextmanager
 def converting(optimizer: Any) -> Iterator[None]:
-    """Within it ``Optimizer.load_state_dict`` converts states our way.
+    """Make ``Optimizer.load_state_dict`` convert states as documented there.
 
-    It works as the last pre-hook and the first post-hook, so that the user's hooks see what torch shows.
+    Runs as the last pre-hook and the first post-hook, so that the user's hooks see the same as in torch.
     """
     before = optimizer.register_load_state_dict_pre_hook(_convert)
     after = optimizer.register_load_state_dict_post_hook(_unwrap, prepend=True)
@@ -102,17 +102,16 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
         )
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
-        return None  # torch raises a ValueError that says which
+        return None  # torch raises a ValueError that names it
     owners: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
     converted_groups = []
     for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         saved = dict(saved)
         name_dtypes(saved)
         _warn_of_rules(f"{where} group {g}:", type(optimizer).__name__, saved, group)
-        # How masters and states are kept is the present optimizer's choice, not the checkpoint's; what it
-        # lacks stays.
+        # Storage options come from this optimizer, not from the checkpoint; missing options are kept.
         kept = {name: group[name] for name in DEFAULTS}
-        if saved.get("rounding_seed") is not None:  # random numbers go on where they were
+        if saved.get("rounding_seed") is not None:  # random numbers continue
             kept["rounding_seed"] = saved["rounding_seed"]
         converted = {**{name: group[name] for name in optimizer.defaults if name in group}, **saved, **kept}
         optimizer._check_group(f"{where} group {g}:", {**optimizer.defaults, **converted})
@@ -130,8 +129,7 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def _warn_of_rules(where: str, optimizer: str, saved: dict[str, Any], group: dict[str, Any]) -> None:
-    """Warn of options of the checkpoint that this optimizer does not have, and that would change its
-    steps."""
+    """Warn of the checkpoint's options that this optimizer does not have and that would change its steps."""
     unknown = {name: value for name, value in saved.items() if name not in group and name not in _NO_RULE}
     ignored = {
         name: value
@@ -150,7 +148,7 @@ def _warn_of_rules(where: str, optimizer: str, saved: dict[str, Any], group: dic
 def _converting(
     where: str, optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any]
 ) -> Iterator[None]:
-    """Makes the saved ``entry`` that of ``param``, in place and one tensor at a time."""
+    """Convert the saved ``entry`` to the state of ``param``, in place, one tensor at a time."""
     with at(where):
         yield from _convert_tensors(optimizer, entry, param, group)
 
@@ -162,7 +160,7 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
         value = entry.get(spec.name)
         if value is not None and spec.count is not None:
             entry.setdefault("step", spec.count)
-        if isinstance(value, float) and spec.like is scalar_like:  # of torch's NAdam before 2.0
+        if isinstance(value, float) and spec.like is scalar_like:  # torch's NAdam before 2.0 saved a float
             entry[spec.name] = torch.tensor(value, dtype=torch.float64)
     required = [spec.name for spec in specs if spec.required]
     if any(spec.required and spec.count is None for spec in specs):
@@ -171,7 +169,7 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
     if missing:
         raise ValueError(
             f"has {sorted(entry)}, without {missing}; expected all of {required}. "
-            "Load the checkpoint of an optimizer of this kind."
+            "Load a checkpoint of this optimizer."
         )
     for spec in optimizer.states:
         taken_from_checkpoint(entry, spec.name, spec.nonnegative)
@@ -180,9 +178,8 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
             dtype = getattr(entry.get(spec.name), "dtype", "missing")
             raise ValueError(
                 f"has {scales!r}, the block scales of an 8-bit state, beside {spec.name!r} of dtype {dtype}; "
-                "expected its int8 or uint8 values. Quantized values are no numbers, so they can't be cast "
-                'or computed with: load the intact checkpoint into an optimizer with state_dtype="float32", '
-                "whose states are."
+                "expected its int8 or uint8 values. Quantized values must not be cast or computed with: "
+                'load the intact checkpoint into an optimizer with state_dtype="float32" for that.'
             )
     present = [spec for spec in specs if spec.name in entry]
     states = {state.name: state for state in resolved(present, param, group, optimizer.defaults)}
@@ -190,18 +187,18 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
         entry.pop("master", None)
     numel = entry.pop(numel_name("master"), None)
     for name, value in list(entry.items()):
-        if name not in entry:  # what was said of a state in 8 bits, which has another format now
+        if name not in entry:  # metadata of an 8-bit state that is converted to another format
             continue
         if name == "step":
             entry[name] = as_step(value, param)
-        elif name == "master":  # split or whole: its weight may come later, and then the step converts it
+        elif name == "master":  # its weight may be loaded later: the step converts it
             check_master(value, param)
             was_split = plain(value).dtype == torch.int16
             if numel is not None and (not was_split or numel != value.numel()):
                 raise ValueError(
                     f"has a master of dtype {value.dtype} with {value.numel()} elements, saved as the "
-                    f"remainder of a split one of {numel}; expected the int16 bits as they were, which are "
-                    "no numbers. Load the intact checkpoint, or remove 'master' from it: it is made from "
+                    f"remainder of a split one of {numel}; expected the unchanged int16 bits. "
+                    "Load the intact checkpoint, or remove 'master' from it: it is created from "
                     "the weight."
                 )
             master = fitted(plain(value), param, torch.int16 if was_split else None)
@@ -211,7 +208,7 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
             new = adapted(entry, name, states[name].like, states[name].dtype)
             entry[name] = _copied(new) if new is value else new
             label(entry, name)
-        elif isinstance(value, Scales):  # of a state that was copied with them
+        elif isinstance(value, Scales):  # copied with the state
             continue
         elif isinstance(value, Tensor):
             entry[name] = value.detach().to(param.device, copy=True)
@@ -221,7 +218,7 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
 
 
 def _copied(state: Tensor) -> Tensor:
-    """``state``, which fits already, in memory of its own."""
+    """Copy ``state``, which needs no conversion."""
     if isinstance(state, Quantized):
         return state.clone()
     return fitted(state, state, state.dtype)

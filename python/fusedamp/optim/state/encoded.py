@@ -1,9 +1,9 @@
-"""States whose bits mean a number only together with something else, as tensors that know it.
+"""Tensor subclasses for encoded states: 8-bit states with block scales, and split masters' remainders.
 
-A generic edit of an optimizer's state (appending rows, masking, casting, averaging over workers) must not
-take quantized values for numbers. So live states in 8 bits and the remainders of split masters are tensors
-of classes of their own: what computes with a quantized state gets its values, whole copies stay what they
-are, and everything else is refused by name. Steps use the plain tensors inside.
+Generic edits of an optimizer's state (appending rows, masking, casting, averaging over workers) must not
+treat quantized values as numbers. These subclasses prevent that: arithmetic with an 8-bit state dequantizes
+it, whole copies stay encoded, and any other operation raises a TypeError that names it. Steps use the plain
+tensors inside.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _COPIES = (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten
 
 
 class Encoded(Tensor):
-    """A tensor that holds ``bits`` (plain, of the parameter's shape); it has no memory of its own."""
+    """A tensor subclass around ``bits`` (a plain tensor of the parameter's shape), without storage of its
+    own."""
 
     bits: Tensor
     _what = "an encoded state"
@@ -40,10 +41,10 @@ class Encoded(Tensor):
         vars(self).update(vars(value))
 
     def _map(self, function: Any) -> Encoded:
-        """The same with ``function`` applied to each plain tensor inside."""
+        """Return a copy with ``function`` applied to each plain tensor inside."""
         made = type(self)(*map(function, vars(self).values()))
-        if made.bits.stride() != self.bits.stride():  # blocks of scales are neighbours in memory
-            self._refuse("another order in memory")
+        if made.bits.stride() != self.bits.stride():  # scale blocks follow the memory order
+            self._refuse("a change of the memory order")
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Encoded:
@@ -79,7 +80,7 @@ class Encoded(Tensor):
     @classmethod
     def _refuse(cls, what: object) -> NoReturn:
         raise TypeError(
-            f"[fusedamp.optim] {what} was asked of {cls._what}, whose bits are no numbers; expected whole "
+            f"[fusedamp.optim] {what} is not supported on {cls._what}, which is encoded; expected whole "
             f"copies. {cls._way_out}."
         )
 
@@ -125,18 +126,18 @@ class Encoded(Tensor):
 
 
 class Quantized(Encoded):
-    """A state in 8 bits: quantized values and the FP32 scales of their blocks.
+    """An 8-bit state: quantized values and FP32 block scales.
 
-    ``bits`` (int8, or uint8 where values are never negative) has the parameter's shape and strides;
-    ``scales`` has one number for each 128 elements in the order of memory. Arithmetic, indexing and
-    conversions give FP32 tensors of the values; a view, a write in place other than ``zero_`` and ``copy_``
-    of the like, and a collective raise a TypeError.
+    ``bits`` (int8, or uint8 for nonnegative states) has the parameter's shape and strides; ``scales`` has one
+    element per 128 elements in memory order. Arithmetic, indexing and conversions dequantize to FP32 tensors.
+    Views, collectives, and in-place writes other than ``zero_`` and ``copy_`` from the same format raise a
+    TypeError.
     """
 
     scales: Tensor
-    _what = "a state in 8 bits"
+    _what = "an 8-bit state"
     _way_out = (
-        "Compute with state.float(), and put the result in its place: the next step quantizes it. Or load "
+        "Compute with state.float(), and assign the result: the next step quantizes it. Or load "
         'state_dict() into an optimizer with state_dtype="float32"'
     )
 
@@ -150,7 +151,7 @@ class Quantized(Encoded):
         self.bits, self.scales = bits, scales
 
     def dequantize(self) -> Tensor:
-        """The values: a new FP32 tensor with the parameter's shape and strides."""
+        """Return the values as a new FP32 tensor with the parameter's shape and strides."""
         return recoding.dequantized(self.bits, self.scales)
 
     _values = dequantize
@@ -165,10 +166,10 @@ class Quantized(Encoded):
 
 
 class Scales(Encoded):
-    """The block scales of a state in 8 bits, for checkpoints to find them; steps use those in the state
+    """The block scales of an 8-bit state as a separate entry, for checkpoints; steps use those in the state
     itself."""
 
-    _what = "the block scales of a state in 8 bits"
+    _what = "the block scales of an 8-bit state"
     _way_out = Quantized._way_out
 
     @staticmethod
@@ -180,13 +181,13 @@ class Scales(Encoded):
 
 
 class Remainder(Encoded):
-    """What a split master has beyond its 16-bit weight: int16 ``bits`` of the weight's shape and strides."""
+    """The remainder of a split master beyond its 16-bit weight: int16 ``bits`` of the weight's shape and
+    strides."""
 
     _what = "the remainder of a split master"
     _way_out = (
-        'Remove state["master"]: it is made anew from the weight. Or load state_dict() into an optimizer '
-        "with "
-        'master_weights="fp32"'
+        'Remove state["master"]: it is recreated from the weight. Or load state_dict() into an optimizer '
+        'with master_weights="fp32"'
     )
 
     @staticmethod
@@ -200,12 +201,12 @@ class Remainder(Encoded):
 
 
 def parts(tensor: Encoded) -> list[Tensor]:
-    """The plain tensors inside."""
+    """Return the plain tensors inside."""
     return list(vars(tensor).values())
 
 
 def _writes_encoded(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether one of the arguments that ``func`` writes is, or has in it, an encoded tensor."""
+    """True if an argument that ``func`` writes is or contains an encoded tensor."""
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             written = args[i] if i < len(args) else kwargs.get(argument.name)
@@ -215,5 +216,5 @@ def _writes_encoded(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def plain(value: Tensor) -> Tensor:
-    """The tensor that a step reads: the bits of an encoded one, else ``value`` itself."""
+    """Return the tensor that a step reads: the bits of an encoded tensor, else ``value`` itself."""
     return value.bits if isinstance(value, Encoded) else value

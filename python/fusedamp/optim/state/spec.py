@@ -1,4 +1,4 @@
-"""Which states an optimizer keeps, and those of one parameter: shape, format, first value."""
+"""Specification of an optimizer's states, and resolution for one parameter: shape, format, initial value."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class StateSpec:
-    """One state that an optimizer may keep for a parameter, besides ``step`` and ``master``.
+    """One state that an optimizer may have per parameter, besides ``step`` and ``master``.
 
     Args:
-        name: its key in the state; in the op's arguments it ends in s.
-        like: makes a tensor of its shape, device and placement from the parameter, and the state is FP32 or
-            FP64. None: it is like the parameter, in the format that the option ``state_dtype`` names.
-        first: its value before the first step, or the option of the constructor that says it.
-        nonnegative: whether it is never negative, so that 8 bits need no sign.
-        required: whether a checkpoint must have it for every parameter that it knows.
-        when: whether a group uses it; None: always.
-        of: whether a parameter of a group can have it; None: each.
-        count: the step count where a checkpoint has this state without one; None: there must be one.
-        restarts: whether making it starts the step count anew.
+        name: its key in the state; the op's argument has an s appended.
+        like: function from the parameter to a tensor with the state's shape, device and placement; the state
+            is FP32 or FP64. None: like the parameter, in the format of the option ``state_dtype``.
+        first: its initial value, or the name of the constructor's option for it.
+        nonnegative: whether it is never negative, so that its 8-bit format needs no sign.
+        required: whether a checkpoint must have it for every parameter with state.
+        when: predicate of a group that uses it; None: always.
+        of: predicate of parameter and group that can have it; None: all.
+        count: the step count if a checkpoint has this state without one; None: a count is required.
+        restarts: whether creating it resets the step count.
     """
 
     name: str
@@ -59,8 +59,8 @@ class State(NamedTuple):
     """One state of one parameter, or its master."""
 
     name: str
-    like: Tensor  # with its shape, device and placement
-    dtype: torch.dtype  # int8 and uint8 have block scales beside them; of a master, int16 is a remainder
+    like: Tensor  # template: shape, device and placement
+    dtype: torch.dtype  # int8 and uint8 have block scales; an int16 master is a remainder
     first: float = 0.0
     restarts: bool = False
 
@@ -68,9 +68,9 @@ class State(NamedTuple):
 def resolved(
     specs: Iterable[StateSpec], param: Tensor, group: Group, defaults: dict[str, Any]
 ) -> list[State]:
-    """The states that ``param`` has of ``specs``, and its master, as the options of ``group`` want them.
+    """Return the states of ``param`` according to ``specs``, and its master, for the options of ``group``.
 
-    ``defaults``: the options of the constructor. Raises: ValueError where a format doesn't fit ``param``.
+    ``defaults``: the options of the constructor. Raises: ValueError if ``param`` does not support a format.
     """
     states = []
     for spec in specs:
@@ -92,9 +92,9 @@ def resolved(
 
 
 def completing(param: Tensor, entry: Entry, states: list[State]) -> Iterator[None]:
-    """Make what is missing in ``entry``, mend what doesn't fit, and drop an unwanted master.
+    """Create what is missing in ``entry``, convert what does not fit, and remove an unwanted master.
 
-    It pauses after each tensor, so that those of many parameters can be made round-robin.
+    Yields after each tensor, so that the tensors of many parameters can be created round-robin.
     """
     needed = {"step", *(state.name for state in states)}
     if param.is_cuda and not needed <= entry.keys() and torch.cuda.is_current_stream_capturing():
@@ -130,6 +130,6 @@ def completing(param: Tensor, entry: Entry, states: list[State]) -> Iterator[Non
 
 
 def complete(param: Tensor, entry: Entry, states: list[State]) -> None:
-    """:func:`completing`, at once."""
+    """Run :func:`completing` to the end."""
     for _ in completing(param, entry, states):
         pass

@@ -13,11 +13,11 @@ from ...tensors.addresses import read
 from ...tensors.layout import is_fake
 from ...tensors.shards import local
 
-MOST_STEPS = 2**62  # far more than a run takes, and within int64
+MOST_STEPS = 2**62  # far more than any run needs, and within int64
 
 
 def as_step(value: Any, param: Tensor) -> Tensor:
-    """A new step count as the ops want it: FP32, 0-d, on the parameter's device; a number without a sync."""
+    """Return a new step count for the ops: FP32, 0-d, on the parameter's device. No sync for numbers."""
     if not isinstance(value, Tensor):
         check_step(value)
         return torch.full((), float(value), dtype=torch.float32, device=param.device)
@@ -30,7 +30,7 @@ def as_step(value: Any, param: Tensor) -> Tensor:
 
 
 def check_step(value: Any) -> None:
-    """Raise unless ``value`` is a step count, as far as that can be told without waiting for a device."""
+    """Raise unless ``value`` is a valid step count; values on an accelerator are not checked (no sync)."""
     if isinstance(value, Tensor):
         if value.device.type != "cpu" or is_fake(value):
             return
