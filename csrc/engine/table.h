@@ -63,6 +63,17 @@ struct StepLog {
   int64_t words;  // of `counts`
 };
 
+// A master or state in one format, and the same in another. What becomes what, by dtypes: with a `weight`, f32 or i16
+// (a remainder) -> f32, its master; f32 -> i16, which rewrites the weight. Without, f16, bf16, f32 or f64 -> i8 or u8,
+// to nearest, which writes scales; i8 or u8 -> f32. All lists have `numel` elements in the same order of memory.
+struct Recoding {
+  const void* source;
+  void *target, *weight;  // weight: f16 or bf16
+  float* scales;          // of 8-bit values: one for each block of kScaleBlock elements
+  int64_t numel;
+  DType source_dtype, target_dtype, weight_dtype;
+};
+
 // One gradient of a read pass or of unscale_.
 struct GradRow {
   void* grad;

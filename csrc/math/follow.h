@@ -21,6 +21,11 @@ FUSEDAMP_FN float bf16_moved(float master, uint16_t rounded, uint16_t weight) {
   return float_of((static_cast<uint32_t>(weight) << 16) + select(is_nan_bits(u), 0u, remainder));
 }
 
+// Whether an FP32 master may become a split one as it is: a tie, too, that the weight was rounded away from zero from.
+FUSEDAMP_FN bool bf16_rounds_away_to(float master, uint16_t weight) {
+  return bf16_to_float(float_to_bf16_away(master)) == bf16_to_float(weight);
+}
+
 // `rounded`: the master as FP16, and `weight`: both widened. All exact, but the sum, which split.h rounds alike.
 FUSEDAMP_FN float f16_moved(float master, float rounded, float weight) {
   const float per_unit = float_of((254u << 23) - f16_unit_bits(rounded));

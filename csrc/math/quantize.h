@@ -68,6 +68,10 @@ struct Codes {
     if (kNonNegative) return code > 1 ? code : 1;
     return negative ? -code : code;
   }
+  // The nearest code. In a block whose scale is NaN all values are, whatever their codes: those of 0.
+  FUSEDAMP_FN static int32_t nearest(float value, float scale, float inverse) {
+    return code(scale == scale ? value : 0.0f, inverse, 0x8000u);
+  }
   FUSEDAMP_FN static float value(int32_t code, float scale) {
     const float y = static_cast<float>(code);
     const uint32_t sign = bits_of(y) & 0x80000000u, magnitude = bits_of(y) & 0x7fffffffu;

@@ -40,6 +40,7 @@ class Cuda {
   void check_grads(const std::vector<GradRow>& rows, const GradCheck& check) {
     cuda::check_grads(device_, rows, check);
   }
+  void recode(const Recoding& job) { cuda::recode(device_, job); }
   void update_scale(const LossScaleRule& rule, float* scale, int32_t* growth_tracker, int32_t* budget,
                     const float* found_inf) {
     cuda::update_scale(device_, rule, scale, growth_tracker, budget, found_inf);

@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kCheckPlanSchema);
   m.def(fusedamp::kPlannedStepSchema);
   m.def(fusedamp::kCheckGradsSchema);
+  m.def(fusedamp::kRecodeSchema);
   m.def("cpu_target() -> str");                  // the instruction set that the CPU ops run on
   m.def("step_ops() -> str");                    // the names of all step ops, separated by blanks
   m.def("_rule_of(str op, int states) -> int");  // the number of the rule that has so many states per param

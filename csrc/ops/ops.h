@@ -1,6 +1,6 @@
 // Every op once, for every backend: signature, checks, registration. A backend says what runs them:
 //   Backend(like)                      on the device of a tensor `like`; made when nothing can be refused any more
-//   step, unscale, grad_stats, check_grads, update_scale     the passes, on the backend's addresses
+//   step, unscale, grad_stats, check_grads, update_scale, recode     the passes, on the backend's addresses
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +10,7 @@
 
 #include "../math/loss_scale.h"
 #include "packed.h"
+#include "recoding.h"
 
 namespace fusedamp {
 
@@ -112,6 +113,11 @@ struct Ops {
     Backend(scale).update_scale(rule, scale_at, tracker_at, budget_at, found);
   }
 
+  static void recode_(Tensor source, Tensor target, OptionalTensor weight, OptionalTensor scales) {
+    const Recoding job = checked_recoding(source, target, weight, scales);
+    Backend(source).recode(job);
+  }
+
   static void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("unscale_", TORCH_BOX(&Ops::unscale_));
     m.impl("grad_stats", TORCH_BOX(&Ops::grad_stats));
@@ -122,6 +128,7 @@ struct Ops {
     m.impl("_find_shared_memory", TORCH_BOX(&find_shared_memory));
     m.impl("_packed_grad_stats", TORCH_BOX(&Ops::packed_grad_stats));
     m.impl("_planned_step_", TORCH_BOX(&Ops::planned_step_));
+    m.impl("_recode_", TORCH_BOX(&Ops::recode_));
 #define FUSEDAMP_OP(op, Hyper, names) m.impl(#op "_", TORCH_BOX(&Ops::template step<kName_##op>));
 #include "../math/optimizers.def"
   }

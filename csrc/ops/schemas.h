@@ -51,6 +51,12 @@ constexpr const char* kCheckGradsSchema =
     "_check_grads(Tensor rows, Tensor scale, float norm_type, float max_norm, Tensor? max_norm_tensor=None, "
     "bool wide=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 
+// A master or state into another format (engine/table.h, Recoding), one tensor into another of its shape and order of
+// memory. weight: whose master source is; rewritten where target is int16, and else read only. scales: of source where
+// it is in 8 bits, and then read only, else of target. For fusedamp's own Python only.
+constexpr const char* kRecodeSchema =
+    "_recode_(Tensor source, Tensor(a!) target, Tensor(b!)? weight=None, Tensor(c!)? scales=None) -> ()";
+
 constexpr const char* kUpdateScaleSchema =
     "update_scale_(Tensor(a!) scale, Tensor(b!) growth_tracker, Tensor(c!)? hysteresis_tracker, Tensor found_inf, *, "
     "float growth_factor, float backoff_factor, int growth_interval, float min_scale, float max_scale, "

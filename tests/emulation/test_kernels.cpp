@@ -3,6 +3,7 @@
 #include "../../csrc/engine/cuda/step.cuh"
 #include "group_tests.h"
 #include "read_tests.h"
+#include "recode_tests.h"
 #include "step_tests.h"
 
 const fusedamp::cpu::Kernels& fusedamp::cpu::kernels() { return kKernels_baseline; }
@@ -157,6 +158,7 @@ int main(int argc, char** argv) {
     }
     for (int repeat = 0; repeat < 4; ++repeat) test_step(random, kAdamW, {0, 0, 0}, Alignment::kAll, repeat == 3);
     test_reads(random, largest);
+    test_recodings(random, largest);
   }
   Random random(1);
   test_beyond_32_bits(random);

@@ -3,7 +3,7 @@
 import op_refusals
 import pytest
 import torch
-from fusedamp.optim.state import recoding
+from fusedamp.ops import recode
 from op_calls import HALVES, STATE_NAMES, step_call
 from op_refusals import NO_DATA, bad_type, bad_value, freed, meta, option, pop, put
 from torch import Tensor
@@ -17,7 +17,7 @@ def in_8_bits(variant, shapes, **options):
     scales = []
     for name, states in zip(STATE_NAMES[call.op], call.states, strict=True):
         if states and states[0].dtype == torch.float32:
-            coded = [recoding.quantized(state, CODES[name]) for state in states]
+            coded = [recode.quantized(state, CODES[name]) for state in states]
             states[:] = [codes for codes, _ in coded]
             scales += [scale for _, scale in coded]
     call.options.update(scales=scales, seeds=list(range(len(shapes))))

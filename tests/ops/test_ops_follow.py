@@ -4,9 +4,9 @@ fits the new weight."""
 import pytest
 import torch
 from fusedamp import ops, optim
-from fusedamp.optim.state import recoding
+from fusedamp.ops import recode
 from on_device import HERE
-from op_calls import HALVES, same_bits, same_numbers, scalar
+from op_calls import HALVES, same_bits, same_numbers, scalar, split_masters
 from storage_reference import followed
 from test_ops_masters import every_half
 
@@ -18,7 +18,7 @@ def stepped(weights, masters):
     weights, masters = weights.clone(), masters.clone()
     ops.sgd_([weights], [torch.ones_like(weights)], [], [masters], [scalar(0.0)], lr=0.0)
     if masters.dtype == torch.int16:
-        return recoding.joined(weights, masters)
+        return recode.master_of(weights, masters)
     assert same_numbers(weights, masters.to(weights.dtype))
     return masters
 
@@ -30,15 +30,15 @@ def masters_of(dtype):
     most = 2**15 if dtype == torch.bfloat16 else 2**14  # half a unit
     remainders = torch.randint(1 - most, most, old.shape, generator=random).to(torch.int16)
     remainders[:1000], remainders[1000:2000], remainders[2000:3000] = 0, 1 - most, most - 1
-    masters = recoding.joined(old, remainders)
+    masters = recode.master_of(old, remainders)
     new = every_half(dtype).repeat(REMAINDERS)
     # Those that split masters hold to the bit. (FP16 loses digits below 2^-16.)
     exact = (masters.to(dtype) == old) & masters.isfinite()
     if dtype == torch.float16:
         exact &= masters.abs() >= 2.0**-16
     assert exact.double().mean() > 0.8
-    weight, remainders = recoding.split(masters[exact], dtype)
-    assert same_bits(recoding.joined(weight, remainders), masters[exact])
+    weight, remainders = split_masters(masters[exact], dtype)
+    assert same_bits(recode.master_of(weight, remainders), masters[exact])
     return masters[exact].to(HERE), remainders.to(HERE), new[exact].to(HERE)
 
 
@@ -46,7 +46,7 @@ def masters_of(dtype):
 def test_every_weight_in_both_forms(dtype):
     masters, remainders, weights = masters_of(dtype)
     wanted = followed(masters, weights)
-    assert same_numbers(recoding.followed(masters, weights), wanted)
+    assert same_numbers(recode.master_of(weights, masters), wanted)
     steppable = ~wanted.isinf()  # infinity times a decay of 0 is NaN
     masters, remainders, weights = masters[steppable], remainders[steppable], weights[steppable]
     found = stepped(weights, masters)
@@ -67,7 +67,7 @@ def test_ties_and_tiny_masters(dtype):
     written = torch.zeros(1, dtype=dtype).add_(2.0)
     if dtype == torch.float16:  # 0 as a half: subnormal units
         assert stepped(written, tiny).item() == 2.0 + 2.0**-30 * 2**15  # the unit of 2 is 2^15 times as large
-    assert same_bits(stepped(written, tiny), recoding.followed(tiny, written))
+    assert same_bits(stepped(written, tiny), recode.master_of(written, tiny))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -76,7 +76,7 @@ def test_masters_that_are_not_finite_become_the_weight(dtype):
     weights = torch.full((5,), 1.5, dtype=dtype)
     found = stepped(weights, payloads.view(torch.float32))
     assert found.tolist() == [1.5] * 5
-    assert same_bits(found, recoding.followed(payloads.view(torch.float32), weights))
+    assert same_bits(found, recode.master_of(weights, payloads.view(torch.float32)))
 
 
 @pytest.mark.parametrize("master_weights", ["fp32", "split"])
@@ -121,7 +121,7 @@ def test_both_forms_train_alike_while_weights_are_modified(dtype, make):
         else:
             same &= whole.abs() >= 2.0**-16
         assert same_bits(params[0][same], params[1][same])
-        assert same_bits(whole[same], recoding.joined(params[1].detach(), split.bits)[same])
+        assert same_bits(whole[same], recode.master_of(params[1].detach(), split.bits)[same])
     assert same.sum() > 280
 
 

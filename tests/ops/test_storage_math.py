@@ -11,9 +11,9 @@ import pytest
 import storage_reference as reference
 import torch
 from fusedamp import ops
-from fusedamp.optim.state import recoding
+from fusedamp.ops import recode
 from on_device import HERE
-from op_calls import same_bits, scalar
+from op_calls import same_bits, scalar, split_masters
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (1, 7, 127, 128, 129, 1000)
@@ -137,8 +137,8 @@ def test_what_is_not_finite_shows(bad, nonnegative):
     values[200] = bad
     codes, scales = stored(values, nonnegative=nonnegative)
     assert scales.isnan().tolist() == [False, True, False]
-    assert recoding.dequantized(codes, scales).isnan().sum() == 128
-    again = recoding.quantized(values, codes.dtype)
+    assert recode.dequantized(codes, scales).isnan().sum() == 128
+    again = recode.quantized(values, codes.dtype)
     assert again[1].isnan().tolist() == [False, True, False]
 
 
@@ -149,11 +149,11 @@ def test_infinity_saturates_where_no_value_is_negative():
     gradients[200] = 1e21
     for codes, scales in (
         stored(gradients, nonnegative=True),
-        recoding.quantized(gradients * gradients, torch.uint8),
+        recode.quantized(gradients * gradients, torch.uint8),
     ):
         assert scales.tolist() == [1.0, 2.0**126, 1.0]
         assert codes[200].item() == 255
-        found = recoding.dequantized(codes, scales)
+        found = recode.dequantized(codes, scales)
         assert (found > 0).all()
         assert found[200].item() == (2 - 2**-5) * 2.0**126  # the last of 32 codes below 2
         assert (found[129:200] < 2.0**103).all()
@@ -183,7 +183,7 @@ def test_any_magnitude(nonnegative, exponent):
     root = exponent // 2 if nonnegative else exponent
     values = torch.tensor([1.0, 1.25, 1.9999]).mul(2.0**root) if root > -127 else torch.full((3,), 2.0**root)
     wanted = (values * values if nonnegative else values).double()
-    found = recoding.dequantized(*stored(values, nonnegative=nonnegative)).double()
+    found = recode.dequantized(*stored(values, nonnegative=nonnegative)).double()
     wanted = wanted.clamp(max=1.9 * 2.0**126)  # where the codes end
     assert ((found - wanted).abs() <= wanted / 16 + 2.0**-126).all()
 
@@ -193,8 +193,8 @@ def test_conversions_agree_with_the_definition(dtype):
     """What checkpoints are converted with: decoding is exact, encoding is to the nearest."""
     values = spread(1000, 3.0)
     values = values.square() if dtype == torch.uint8 else values
-    codes, scales = recoding.quantized(values, dtype)
-    found = recoding.dequantized(codes, scales)
+    codes, scales = recode.quantized(values, dtype)
+    found = recode.dequantized(codes, scales)
     assert torch.equal(found.double(), reference.decoded(codes, scales))
     repeated = scales.repeat_interleave(reference.BLOCK)[:1000].double()
     share = (values.double().abs() / repeated).cpu().numpy()
@@ -202,8 +202,8 @@ def test_conversions_agree_with_the_definition(dtype):
     nearest = np.minimum(np.abs(share - below), np.abs(share - above))
     error = ((found.double().abs() - values.double().abs()).abs() / repeated).cpu().numpy()
     assert np.allclose(error, nearest, rtol=1e-5, atol=0)
-    again = recoding.quantized(found, dtype)
-    assert same_bits(recoding.dequantized(*again), found)
+    again = recode.quantized(found, dtype)
+    assert same_bits(recode.dequantized(*again), found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -216,8 +216,8 @@ def test_split_conversions_are_exact(dtype):
     masters = torch.cat([bits, ties, (ties & ~0xFFFF) + 0x1000]).view(torch.float32)
     if dtype == torch.float16:
         masters = masters[(masters.abs() >= 2.0**-16) & (masters.abs() < 65520)]
-    weight, remainder = recoding.split(masters, dtype)
-    back = recoding.joined(weight, remainder)
+    weight, remainder = split_masters(masters, dtype)
+    back = recode.master_of(weight, remainder)
     finite = ~masters.isnan()
     assert same_bits(back[finite], masters[finite])
     assert back[~finite].isnan().all()
@@ -234,7 +234,7 @@ def test_split_float16_below_and_above_its_exact_range():
         [(steps * 2.0**-39).float(), random * 2.0**-16, random * 2.0**-30, torch.tensor([1e-40])]
     )
     small = torch.cat([small, -small])
-    back = recoding.joined(*recoding.split(small, torch.float16))
+    back = recode.master_of(*split_masters(small, torch.float16))
     units = small.double() * 2.0**39
     nearest = units.round()
     # Beside an odd weight a tie is none of its own: what would round to it stays one step nearer.
@@ -244,10 +244,10 @@ def test_split_float16_below_and_above_its_exact_range():
     assert torch.equal(back.double(), torch.where(odd, kept, nearest) * 2.0**-39)
     assert (odd & (kept != nearest)).any()
     large = torch.tensor([65519.99, 65520.0, 1e30, torch.inf])
-    weight, remainder = recoding.split(torch.cat([large, -large]), torch.float16)
+    weight, remainder = split_masters(torch.cat([large, -large]), torch.float16)
     assert weight.isinf().tolist() == [False, True, True, True] * 2
     assert remainder.tolist()[1:4] == [0, 0, 0]
-    assert torch.equal(recoding.joined(weight, remainder)[:1], large[:1])
+    assert torch.equal(recode.master_of(weight, remainder)[:1], large[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -259,7 +259,7 @@ def test_split_conversions_are_what_a_step_makes(dtype):
     )
     masters = torch.cat([masters, torch.randn(2**16, generator=generator) * 2.0**-12])
     masters = masters[masters.isfinite()]
-    weight, remainder = recoding.split(masters, dtype)
+    weight, remainder = split_masters(masters, dtype)
     stepped, kept = weight.clone(), remainder.clone()
     ops.sgd_([stepped], [torch.ones(masters.shape)], [], [kept], [scalar(0.0)], lr=0.0)
     finite = weight.isfinite()

@@ -8,9 +8,9 @@ import storage_reference
 import torch
 from cases import CASES, bits, kept, make_params, nonnegative_states, set_grads
 from fusedamp import optim
+from fusedamp.ops import recode
 from fusedamp.ops.inputs import AmpInputs, DeviceInputs
 from fusedamp.optim.core.options import STORAGE
-from fusedamp.optim.state import recoding
 from on_device import HERE, SUMS, fetched
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -103,7 +103,7 @@ def assert_near(case, param, entry, exact, wide, mode):
         assert_neighbour(param.detach(), wide["master"])
     elif has_master and mode["master_weights"] == "split":
         assert entry["master"].dtype == torch.int16
-        master, off = recoding.joined(param.detach(), entry["master"]), wide["master"].clone()
+        master, off = recode.master_of(param.detach(), entry["master"]), wide["master"].clone()
         if param.dtype == torch.float16:  # whose subnormals hold multiples of 2^-39
             small = off.abs() < 2.0**-16
             assert ((master - off).abs()[small] <= 2.0**-40).all()

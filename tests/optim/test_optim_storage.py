@@ -10,8 +10,9 @@ import pytest
 import torch
 from cases import BY_NAME, SHAPES, kept, make_params, nonnegative_states, set_grads
 from fusedamp import GradScaler, optim
-from fusedamp.optim.state import recoding
+from fusedamp.ops import recode
 from on_device import DEVICE
+from storage_reference import rounded_away
 
 HALVES = (torch.float16, torch.bfloat16)
 STATES = ("float32", "bfloat16", "int8")
@@ -87,13 +88,13 @@ def test_split_masters_are_the_masters(case, dtype):
         run(optimizer, whole, [step])
         run(split, halves, [step])
         for one, other in zip(whole, halves, strict=True):
-            master = recoding.joined(other.detach(), split.state[other]["master"].bits)
+            master = recode.master_of(other.detach(), split.state[other]["master"].bits)
             if dtype == torch.bfloat16:
                 assert torch.equal(master, optimizer.state[one]["master"])
             else:  # of subnormal halves it is a multiple of 2^-39
                 off = (master - optimizer.state[one]["master"]).abs()
                 assert (off <= torch.where(master.abs() < 2.0**-16, (step + 1) * 2.0**-39, 0.0)).all()
-            rounded = recoding.rounded_away(master) if dtype == torch.bfloat16 else master.to(dtype)
+            rounded = rounded_away(master) if dtype == torch.bfloat16 else master.to(dtype)
             assert torch.equal(other.detach(), rounded)
 
 
@@ -132,7 +133,7 @@ def test_checkpoints_convert(mode, other):
             found, wanted = (
                 entry["master"]
                 if entry["master"].dtype == torch.float32
-                else recoding.joined(p.detach(), entry["master"].bits)
+                else recode.master_of(p.detach(), entry["master"].bits)
                 for p, entry in ((one, target.state[one]), (weight, source.state[weight]))
             )
             assert torch.equal(found, wanted)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from fusedamp import optim
-from fusedamp.optim.state import recoding
+from fusedamp.ops import recode
 
 STATES = [torch.bfloat16, "int8"]
 
@@ -113,7 +113,7 @@ def test_small_steps_are_not_lost(dtype, storage):
         optimizer.step()
     weight = param.detach().double()
     if storage["master_weights"] == "split":
-        master = recoding.joined(param.detach(), optimizer.state[param]["master"].bits).double()
+        master = recode.master_of(param.detach(), optimizer.state[param]["master"].bits).double()
         assert (master - 0.9).abs().max() < 1000 * (2.0**-25 + 1e-4 * 2.0**-24)
         assert (weight - master).abs().max() <= torch.finfo(dtype).eps / 4  # half a unit below 1
     else:

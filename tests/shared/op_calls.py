@@ -8,6 +8,7 @@ from functools import partial
 import reference
 import torch
 from fusedamp import ops
+from fusedamp.ops import recode
 from tolerances import EXACT, Rounded, unit
 from torch import Tensor
 
@@ -34,6 +35,14 @@ BORDERS = (
     32769,
     65537,
 )  # around lanes, blocks and chunks
+
+
+def split_masters(masters: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """FP32 masters as 16-bit weights and int16 remainders."""
+    weight, remainder = masters.to(dtype), torch.empty_like(masters, dtype=torch.int16)
+    recode.split_master_(weight, masters, remainder)
+    return weight, remainder
+
 
 _ADAM = dict(lr=0.03, betas=(0.9, 0.99), eps=0.05, weight_decay=0.3)
 _SGD = dict(lr=0.03, momentum=0.9, dampening=0.25, weight_decay=0.3)

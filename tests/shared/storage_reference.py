@@ -74,7 +74,8 @@ def followed(masters: Tensor, weights: Tensor) -> Tensor:
         rounded = torch.from_numpy(masters).bfloat16().float().numpy().view(np.uint32).astype(np.int64)
         moved = (new + bits - rounded).astype(np.uint32).view(np.float32)
     else:
-        rounded = masters.astype(np.float16).astype(np.float64)
+        with np.errstate(over="ignore"):
+            rounded = masters.astype(np.float16).astype(np.float64)
 
         def unit(x: np.ndarray) -> np.ndarray:
             _, exponent = np.frexp(np.where(np.isfinite(x), x, 1.0))
@@ -83,7 +84,14 @@ def followed(masters: Tensor, weights: Tensor) -> Tensor:
         with np.errstate(invalid="ignore"):
             moved = wide + (masters - rounded) * unit(wide.astype(np.float64)) / unit(rounded)
         moved = moved.astype(np.float32)
-    moved = torch.from_numpy(moved)
+    moved = torch.from_numpy(np.asarray(moved))
     back = moved.to(weights.dtype).view(torch.int16)
     fits = (back == weights.cpu().view(torch.int16)) & ~torch.from_numpy(masters).isnan()
     return torch.where(fits, moved, weights.cpu().float()).to(home)
+
+
+def rounded_away(masters: Tensor) -> Tensor:
+    """FP32 as BF16, to nearest with ties away from zero; no NaN."""
+    bits = masters.cpu().numpy().view(np.uint32).astype(np.int64)
+    upper = np.asarray(bits + 0x8000 >> 16).astype(np.uint16).view(np.int16)
+    return torch.from_numpy(np.asarray(upper)).view(torch.bfloat16).to(masters.device)

@@ -135,4 +135,10 @@ bool unscale(const std::vector<GradRow>& rows, float inv_scale, const Parallel& 
   return bad.load();
 }
 
+void recode(const Recoding& job, const Parallel& parallel) {
+  const auto recode_chunk = kernels().recode;
+  parallel((job.numel + kChunk - 1) / kChunk,
+           [&](int64_t u) { recode_chunk(job, u * kChunk, std::min(kChunk, job.numel - u * kChunk)); });
+}
+
 }  // namespace fusedamp::cpu

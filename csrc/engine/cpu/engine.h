@@ -26,4 +26,7 @@ void check_grads(const std::vector<GradRow>& rows, const GradCheck& check, const
 // grads *= inv_scale; true where anything is non-finite.
 bool unscale(const std::vector<GradRow>& rows, float inv_scale, const Parallel& parallel);
 
+// A master or state into another format.
+void recode(const Recoding& job, const Parallel& parallel);
+
 }  // namespace fusedamp::cpu

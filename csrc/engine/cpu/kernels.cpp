@@ -14,6 +14,7 @@ using cpu::Norm;
 using cpu::StatsJob;
 using cpu::StepPass;
 
+#include "recode.inc"
 #include "stats.inc"
 #include "step.inc"
 
@@ -42,6 +43,7 @@ const cpu::Kernels cpu::FUSEDAMP_JOIN(kKernels_, FUSEDAMP_TARGET) = {
     },
     FUSEDAMP_TARGET::stats,
     FUSEDAMP_TARGET::unscale,
+    FUSEDAMP_TARGET::recode,
 };
 
 }  // namespace fusedamp

@@ -41,6 +41,7 @@ struct Kernels {
   void (*advance[kRuleCount])(const StepPass& pass, const double* squares);
   void (*stats)(const GradRow* rows, const Chunk& chunk, const StatsJob& job, ChunkStats* out);
   bool (*unscale)(const GradRow* rows, const Chunk& chunk, float inv_scale);  // true: something is non-finite
+  void (*recode)(const Recoding& job, int64_t first, int64_t count);          // `first`: a multiple of a scale block
 };
 
 extern const Kernels kKernels_baseline;

@@ -21,20 +21,29 @@ FUSEDAMP_FN void take_fitting(DType dtype, const uint16_t* param, const float* t
   for (int64_t i = 0; i < n; ++i) master[i] = rounded[i] == param[i] ? tried[i] : weight[i];
 }
 
-// Where a 16-bit weight is not its master rounded, it was modified, and the master follows it (math/follow.h).
+// The masters as they are rounded, and the candidates for those that follow the weights (math/follow.h).
+FUSEDAMP_FN void move(DType dtype, const uint16_t* param, const float* master, uint16_t* rounded, float* moved,
+                      int64_t n) {
+  narrow(dtype, master, rounded, n);
+  if (dtype == DType::bf16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) moved[i] = bf16_moved(master[i], rounded[i], param[i]);
+    return;
+  }
+  alignas(64) float was[kBlock], weight[kBlock];
+  widen_f16(rounded, was, n);
+  widen_f16(param, weight, n);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) moved[i] = f16_moved(master[i], was[i], weight[i]);
+}
+
+// Where a 16-bit weight is not its master rounded, it was modified, and the master follows it.
 FUSEDAMP_FN void follow(DType dtype, const uint16_t* param, float* master, int64_t n) {
   if (!narrows_otherwise(dtype, master, param, n)) return;
   alignas(64) uint16_t rounded[kBlock];
-  alignas(64) float moved[kBlock], was[kBlock], weight[kBlock];
-  narrow(dtype, master, rounded, n);
-  widen(dtype, rounded, was, n);
-  widen(dtype, param, weight, n);
-  for (int64_t i = 0; i < n; ++i) {
-    const bool modified = rounded[i] != param[i];
-    const float candidate =
-        dtype == DType::bf16 ? bf16_moved(master[i], rounded[i], param[i]) : f16_moved(master[i], was[i], weight[i]);
-    moved[i] = modified ? candidate : master[i];
-  }
+  alignas(64) float moved[kBlock];
+  move(dtype, param, master, rounded, moved, n);
+  for (int64_t i = 0; i < n; ++i) moved[i] = rounded[i] != param[i] ? moved[i] : master[i];
   take_fitting(dtype, param, moved, master, n);
 }
 
@@ -102,6 +111,7 @@ FUSEDAMP_FN void dequantize(const C* codes, const float* scales, float* to, int6
   }
 }
 
+// `random` is null for rounding to nearest.
 template <bool kNonNegative, class C>
 FUSEDAMP_FN void quantize(const float* from, C* codes, float* scales, int64_t n, const uint16_t* random) {
   for (int64_t b = 0; b < n; b += kScaleBlock) {
@@ -114,6 +124,12 @@ FUSEDAMP_FN void quantize(const float* from, C* codes, float* scales, int64_t n,
     }
     const float scale = *scales++ = Codes<kNonNegative>::scale(largest);
     const float inverse = Codes<kNonNegative>::inverse(scale);
+    if (!random) {
+#pragma omp simd
+      for (int64_t i = b; i < end; ++i)
+        codes[i] = static_cast<C>(Codes<kNonNegative>::nearest(from[i], scale, inverse));
+      continue;
+    }
 #pragma omp simd
     for (int64_t i = b; i < end; ++i) codes[i] = static_cast<C>(Codes<kNonNegative>::code(from[i], inverse, random[i]));
   }

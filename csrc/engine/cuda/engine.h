@@ -36,6 +36,9 @@ void check_grads(const Device& device, const std::vector<GradRow>& rows, const G
 
 void unscale(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, float* found_inf);
 
+// A master or state into another format.
+void recode(const Device& device, const Recoding& job);
+
 // budget may be null, for 1.
 void update_scale(const Device& device, const LossScaleRule& rule, float* scale, int32_t* growth_tracker,
                   int32_t* budget, const float* found_inf);

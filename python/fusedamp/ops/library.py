@@ -36,7 +36,7 @@ def _need_one_kind(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("some tensors are on the meta device and others are not")
 
 
-for _name in ("unscale_", "update_scale_", "_check_step", *STEP_OPS):
+for _name in ("unscale_", "update_scale_", "_recode_", "_check_step", *STEP_OPS):
     torch.library.register_fake(f"fusedamp::{_name}", _need_one_kind)
 
 

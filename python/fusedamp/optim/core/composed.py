@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...ops.recode import master_of
 from ...tensors.layout import STATE_DTYPES
 from ...tensors.shards import is_dtensor, need_whole
-from ..state import recoding
 from .batch import Batch, Group
 from .optimizer import FusedOptimizer
 from .slot import Slot
@@ -103,7 +103,7 @@ def followed(slot: Slot) -> Tensor:
     weight, master = slot.target, slot.master
     if master is None:
         return weight.to(STATE_DTYPES[weight.dtype])
-    return recoding.followed(master, weight)
+    return master_of(weight, master)
 
 
 def _unscaled(grad: Tensor, scalars: dict[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import recoding
+from ...ops import recode
 
 _aten = torch.ops.aten
 _COPIES = (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh.default)
@@ -152,7 +152,7 @@ class Quantized(Encoded):
 
     def dequantize(self) -> Tensor:
         """Return the values as a new FP32 tensor with the parameter's shape and strides."""
-        return recoding.dequantized(self.bits, self.scales)
+        return recode.dequantized(self.bits, self.scales)
 
     _values = dequantize
 
@@ -160,7 +160,7 @@ class Quantized(Encoded):
         return self.dequantize()
 
     def _zero_(self) -> Quantized:
-        self.bits.fill_(recoding.zero_code(self.bits.dtype))
+        self.bits.fill_(recode.zero_code(self.bits.dtype))
         self.scales.zero_()
         return self
 

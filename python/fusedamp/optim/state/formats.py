@@ -9,10 +9,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ...tensors.layout import STATE_DTYPES, fits, fitted, is_fake, memory_like
+from ...ops.recode import SCALE_BLOCK, master_of, quantized, split_master_, zero_code
+from ...tensors.layout import STATE_DTYPES, fits, fitted, is_fake, memory_like, strided_like
 from ...tensors.shards import local
 from .encoded import Encoded, Quantized, Remainder, Scales, plain
-from .recoding import SCALE_BLOCK, followed, joined, quantized, rounded_away, split, zero_code
 
 Entry = dict[str, Any]  # optimizer.state[param]
 CODES = (torch.int8, torch.uint8)  # of signed states, and of those that are never negative
@@ -294,20 +294,15 @@ def keep_master(entry: Entry, param: Tensor, dtype: torch.dtype) -> None:
     value = plain(value)
     was_split = value.dtype == torch.int16
     value = fitted(value, param, torch.int16 if was_split else None)
-    source = local(param)
+    source, kept = local(param), local(value)
+    weight = strided_like(source, kept)
     if is_split and not was_split:
-        master = local(value)
-        kept = followed(master, source)
-        if source.dtype == torch.bfloat16:
-            kept = torch.where(rounded_away(master) == source, master, kept)
-        weight, remainder = split(kept, source.dtype)
-        source.copy_(weight)  # which differs only where ties were rounded to even
         value = memory_like(param, dtype)
-        local(value).copy_(remainder)
+        split_master_(weight, kept, local(value))
+        source.copy_(weight)  # itself, or the parameter has gaps
     elif was_split and not is_split:
-        remainder = local(value)
-        value = fitted(param, param)
-        local(value).copy_(joined(source, remainder))
+        value = memory_like(param, dtype)
+        master_of(weight, kept, local(value))
     entry["master"] = _wrapped(value)
 
 
