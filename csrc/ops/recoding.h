@@ -55,7 +55,8 @@ inline Recoding checked_recoding(const Tensor& source, const Tensor& target, con
       fail(op, "scales are ", scales ? dtype_name(*scales) + " of shape " + list_text(scales->sizes()) : "missing",
            "; expected float32 of shape [", blocks, "], one for each ", kScaleBlock, " elements of an 8-bit state");
   }
-  job.source_dtype = encoded || is(source, ScalarType::Short) ? stored(source) : dtype_of(op, {"source"}, source);
+  const bool remainders = weight && is(source, ScalarType::Short);
+  job.source_dtype = encoded || remainders ? stored(source) : dtype_of(op, {"source"}, source);
   job.target_dtype = is(target, ScalarType::Float) ? DType::f32 : stored(target);
   job.source = place("source", source, job.source_dtype, false);
   job.target = beside("target", target, job.target_dtype, true);

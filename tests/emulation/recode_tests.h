@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../../csrc/engine/cpu/engine.h"
+#include "../../csrc/math/split.h"
 #include "step_tensors.h"
 
 namespace world {
@@ -54,6 +55,11 @@ inline void test_recode(Random& random, DType from, DType to, DType half, bool w
     auto* at = static_cast<uint16_t*>(t.weight.cpu()) + i;
     const int64_t kind = below(random, 4);
     *at = static_cast<uint16_t>(kind < 2 ? *at : kind == 2 ? *at + 1 : random());
+    if (from == DType::f32 && below(random, 4) == 0) {  // a tie that was rounded away from zero
+      const float tie = float_of(static_cast<uint32_t>(random()) << 16 | 0x8000u);
+      t.source.set(i, tie);
+      *at = float_to_bf16_away(tie);
+    }
     static_cast<uint16_t*>(t.weight.cuda())[i] = *at;
   }
   cpu::recode(t.job(with_weight, &Twins::cpu), one_thread);

@@ -151,6 +151,7 @@ REFUSED = {
     "target is int16; expected int8 or uint8": (SINGLE, torch.int16, None, SCALES),
     "target is int8; expected float32, as source": (EIGHT, EIGHT, None, SCALES),
     "source is int32": (torch.int32, EIGHT, None, SCALES),
+    "source is int16; expected float16": (torch.int16, EIGHT, None, SCALES),
     "scales are missing": (SINGLE, EIGHT, None, None),
     "scales are float64 of shape": (SINGLE, EIGHT, None, SCALES.double()),
     r"scales are float32 of shape \[2\]": (SINGLE, EIGHT, None, torch.zeros(2, device="cpu")),
