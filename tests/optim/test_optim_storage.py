@@ -199,7 +199,7 @@ REFUSED = {
         torch.float32,
         "state_dtype is 'float16'; expected one of",
     ),
-    "masters": (dict(stochastic_rounding=True), torch.bfloat16, "a weight that has a master is its rounding"),
+    "masters": (dict(stochastic_rounding=True), torch.bfloat16, "a weight with a master is rounded to nearest"),
     "float64": (
         dict(state_dtype="int8"),
         torch.float64,
@@ -226,7 +226,7 @@ def test_steps_made_of_torch_operations_refuse_compression(make):
 
 
 def test_centered_rmsprop_refuses_compressed_states():
-    with pytest.raises(ValueError, match="difference of two roundings"):
+    with pytest.raises(ValueError, match="difference of two rounded states"):
         optim.RMSprop([torch.nn.Parameter(torch.zeros(3))], centered=True, state_dtype="int8")
 
 
