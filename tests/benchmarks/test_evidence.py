@@ -156,7 +156,7 @@ def test_parts_that_fail_or_are_left_out_are_in_the_report(monkeypatch, tmp_path
     assert text.count("the build failed") == len(PARTS) - 1
     outcomes["build"] = {"outcome": "passed"}
     assert run.main(["--out", str(tmp_path), "--limit", "3"]) == 0
-    assert next(tmp_path.glob("x-*.md")).read_text().count("3 s were over") == len(PARTS)
+    assert next(tmp_path.glob("x-*.md")).read_text().count("3 s was reached") == len(PARTS)
     capsys.readouterr()
 
 
