@@ -77,7 +77,7 @@ class HostRead(AssertionError):
 
 
 class Watch(TorchDispatchMode):
-    """While ``strict``, an error for what makes the host wait."""
+    """Raise for host syncs while ``strict``."""
 
     READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}
     COPIES = {"_to_copy", "copy_", "_copy_from"}
@@ -138,7 +138,7 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(FakeTensor, "copy_", lambda *a, **k: torch.ops.aten.copy_(*a, **k), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: State.capturing)
-    # Its looks at the scale go through pinned memory and an event, which test_grad_scaler_limits.py guards.
+    # It reads the scale through pinned memory and an event, which test_grad_scaler_limits.py guards.
     monkeypatch.setattr(
         FloorWatch, "forget", lambda watch: vars(watch).update(_at_least=2.0**60, _pending=None)
     )

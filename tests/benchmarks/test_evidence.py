@@ -192,7 +192,7 @@ def test_proofs_may_run_together_and_measurements_alone():
 
 
 def test_floors_of_formats():
-    """The bytes of performance tables, by hand: read pass, gradient, weight, remainder, two states."""
+    """The bytes of performance tables, by hand: gradient check, gradient, weight, remainder, two states."""
     assert bandwidth.SPLIT.floor == 2 + (2 + 2 + 2 + 4 + 4) + (2 + 2 + 4 + 4)
     assert bandwidth.SPLIT_BF16.floor == 2 + (2 + 2 + 2 + 2 + 2) + (2 + 2 + 2 + 2)
     assert bandwidth.SPLIT_INT8.floor == 2 + (2 + 2 + 2 + 1 + 1) + (2 + 2 + 1 + 1) + 4 * 4 / 128

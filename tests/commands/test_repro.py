@@ -1,4 +1,4 @@
-"""``python -m fusedamp repro`` in small: what is trained, what stops, which claims are made of it."""
+"""``python -m fusedamp repro`` at small size: training, stalled values, claims."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_stall_of_ours_is_a_failed_claim():
 
 
 def test_whole_run(tmp_path, capsys):
-    """From the first line to the picture: tables, findings, exit code; the file is a PNG of readable size."""
+    """Runs all experiments: tables, findings, exit code; the plot is a PNG of readable size."""
     picture = tmp_path / "repro.png"
     code = run(replace(TINY, picture=picture))
     words = " ".join(capsys.readouterr().out.split())
@@ -162,7 +162,7 @@ def test_whole_run(tmp_path, capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_options(arguments, words, capsys, monkeypatch, tmp_path):
-    """Exit code 2 and one line that says what is possible."""
+    """Exit code 2 and one line with valid values."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(["repro", *arguments]) == 2
     captured = capsys.readouterr()

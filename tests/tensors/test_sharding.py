@@ -118,7 +118,7 @@ def norms(rank, deferred):
 
 
 def partial_gradient(rank):
-    """Each rank has a summand of the gradient: they are summed before anything looks at them."""
+    """Each rank has a summand of the gradient: they are summed before anything reads them."""
     from torch.distributed.tensor import DTensor, Partial
 
     params, optimizer, scaler, (mesh, replicate, shard) = mixed_world(optim.SGD)
