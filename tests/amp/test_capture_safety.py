@@ -1,9 +1,9 @@
-"""What follows the first step makes no host read: shown without a GPU, for everything that a graph captures.
+"""After the first step there are no host reads in anything that a graph captures; tested without a GPU.
 
-Two stand-ins for a device. Fake CUDA tensors (shapes and devices, no values) take every road that depends on
-the device; whoever asks for a value gets an error, as there is none. Real CPU tensors take the short road of
-a repeated step, which hands addresses to the ops, with real good and bad gradients. Over both a dispatch mode
-forbids what makes the host wait: reading a value, sizes that depend on values, and copies between devices.
+Two stand-ins for a device: fake CUDA tensors (shapes and devices, no values) take every path that depends on
+the device; reading a value raises, because there is none. Real CPU tensors take the path of a repeated step,
+which passes addresses to the ops, with finite and non-finite gradients. In both a dispatch mode forbids
+syncs: reading a value, sizes that depend on values, and copies between devices.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""FSDP1 on 2 gloo ranks: what would let them drift apart is refused; torch's own scaler is the way out."""
+"""FSDP1 on 2 gloo ranks: calls after which ranks would diverge raise; torch's ShardedGradScaler works."""
 
 import copy
 import math

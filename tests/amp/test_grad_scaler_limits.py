@@ -1,4 +1,4 @@
-"""Floor, ceiling and hysteresis: what keeps a scale usable, and what is said at the floor."""
+"""Floor, ceiling and hysteresis of the scale, and messages at the floor."""
 
 import math
 import warnings

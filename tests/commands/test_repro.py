@@ -113,7 +113,8 @@ def result(name: str, held_out: float, **options) -> Result:
     ],
 )
 def test_findings(run_, claims, held):
-    """Guards the verdicts: what matches, what falls behind, and that a claim that did not show is said."""
+    """Guards the verdicts: runs that match, runs that fall behind, and a report of claims that were not
+    confirmed."""
     sweep = Sweep("", [result("FP32", 1.70), result("FP32, 2", 1.75), result("FP32, 3", 1.68), run_])
     findings = sweep.findings()
     if claims is None:

@@ -1,7 +1,7 @@
-"""Editing states: what is right for torch's optimizers is right here, or is refused by name, in every format.
+"""Editing states: edits that work for torch's optimizers work here or raise, in every format.
 
-Guards quantized values, block scales and remainders of split masters against being taken for numbers, in live
-state and in checkpoints.
+Guards that quantized values, block scales and remainders of split masters are never treated as numbers, in
+live state and in checkpoints.
 """
 
 import copy
