@@ -1,1 +1,1 @@
-"""The benchmark of the optimizer phase. ``python benchmarks/run.py --help``."""
+"""The benchmark of optimizer steps. ``python benchmarks/run.py --help``."""

@@ -1,5 +1,5 @@
-// The memory traffic of an Adam step and nothing else: 4 streams read, 3 of them written in place. No real step on
-// these arrays can be faster, so its bandwidth is the roofline of the machine at this moment.
+// Only the memory traffic of an Adam step: 4 streams read, 3 of them written in place. No real step on these arrays can
+// be faster, so its bandwidth is the machine's current roofline.
 #include <cstddef>
 #include <thread>
 #include <vector>

@@ -1,4 +1,4 @@
-"""The picture for the README: how many times as fast as each rival, one panel per workload."""
+"""The chart for the README: speedup over each rival, one panel per workload."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .machine import Machine
 from .results import Result
 from .workloads import WORKLOADS
 
-# Okabe and Ito's palette, told apart by colour-blind readers.
+# Okabe and Ito's colour-blind-safe palette.
 OURS, MORE_THREADS, SLOWER, INK = "#0072B2", "#56B4E9", "#D55E00", "#222222"
 PANELS = ("W1", "W2", "W3")
 BAR = 0.36
 
 
 def draw(results: list[Result], machine: Machine, quick: bool, path: Path) -> list[Path]:
-    """AdamW's rows for W1 to W3. Returns the files written: none where there is nothing to show."""
+    """Draw AdamW's rows for W1 to W3. Returns the files written; none without data."""
     shown = [result for result in results if result.row.optimizer == "adamw" and result.timing.clean]
     panels = [name for name in PANELS if any(result.row.workload == name for result in shown)]
     if not panels:
@@ -92,13 +92,13 @@ def _title(name: str, results: list[Result]) -> str:
 def _words(figure: plt.Figure, machine: Machine, quick: bool, threads: list[int], slower: bool) -> None:
     trial = "QUICK TRIAL AT REDUCED SIZES, NOT A RESULT. " if quick else ""
     figure.suptitle(
-        "fusedamp's AdamW phase on the CPU: times as fast as PyTorch's\n",
+        "AdamW step on the CPU: speedup of fusedamp over PyTorch\n",
         fontsize=13,
         fontweight="bold",
         color=INK,
     )
     figure.text(
-        0.5, 0.925, f"{trial}Unscale, overflow check, clip, step, scale update. Dashed: as fast as torch. "
+        0.5, 0.925, f"{trial}Unscale, overflow check, clip, step, scale update. Dashed: 1. "
         "Lines: 20th to 80th percentile.", ha="center", va="center", fontsize=9, color=INK,
     )  # fmt: skip
     names = ["1 thread (CPU time)" if n == 1 else f"{n} threads (wall time)" for n in threads]

@@ -1,8 +1,8 @@
-"""``--cliffs``: where the same work could suddenly cost many times as much.
+"""``--cliffs``: inputs for which the same work could cost many times as much.
 
-The gradient check of zeros, tiny values and sparse rows against that of dense gradients (wanted: at most 2
-for zeros in cache, 1.3 for 98 % zero rows), a step over many groups against one group, and the first step
-with states in 8 bits against FP32. Both sides are fusedamp's, timed alternately in one process.
+The gradient check of zeros, tiny values and sparse rows against dense gradients (target: at most 2 for zeros
+in cache, 1.3 for 98 % zero rows), a step over many groups against one group, and the first step with 8-bit
+states against FP32. Both sides are fusedamp, timed alternately in one process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Step = Callable[[], object]
 
 
 def gradient_check(content: str, dtype: torch.dtype, rows: int) -> tuple[Step, Step]:
-    """`grad_stats` of the content, and of dense gradients."""
+    """Return `grad_stats` of the content, and of dense gradients."""
     torch.manual_seed(0)
     dense = torch.randn(rows, WIDTH) * 1e-3
     tried, dense = CONTENTS[content](dense).to(dtype), dense.to(dtype)
@@ -47,7 +47,7 @@ def gradient_check(content: str, dtype: torch.dtype, rows: int) -> tuple[Step, S
 
 
 def steps_of_groups(dtype: torch.dtype) -> tuple[Step, Step]:
-    """Repeated steps of 1,000 tensors of 10 elements in 100 groups, and in one."""
+    """Return repeated steps over 1,000 tensors of 10 elements in 100 groups, and in one."""
     optimizers = []
     for groups in (100, 1):
         params = [torch.nn.Parameter(torch.ones(10, dtype=dtype)) for _ in range(1000)]
@@ -60,7 +60,7 @@ def steps_of_groups(dtype: torch.dtype) -> tuple[Step, Step]:
 
 
 def first_steps(dtype: torch.dtype, numel: int) -> tuple[Step, Step]:
-    """An optimizer's first step, which makes states in 8 bits, and in FP32."""
+    """Return an optimizer's first step, which creates states, with 8-bit and with FP32 states."""
     param = torch.nn.Parameter(torch.ones(numel, dtype=dtype))
     param.grad = torch.ones_like(param)
 
@@ -71,8 +71,7 @@ def first_steps(dtype: torch.dtype, numel: int) -> tuple[Step, Step]:
 
 
 def pairs(quick: bool) -> Iterator[tuple[str, torch.dtype, str, int, tuple[Step, Step]]]:
-    """What is measured: its name, dtype, place, number of elements; what is tried, and what it is compared
-    with."""
+    """Yield the measurements: name, dtype, place, number of elements, tested step and reference step."""
     for dtype in (torch.float32, torch.bfloat16):
         for content in CONTENTS:
             for place, rows in ROWS.items():
@@ -90,7 +89,7 @@ def pairs(quick: bool) -> Iterator[tuple[str, torch.dtype, str, int, tuple[Step,
 
 
 def measure(pair: tuple[Step, Step], threads: int, limits: Limits) -> Timing:
-    """`ours` is what is tried, `theirs` what it is compared with."""
+    """Time a pair: `ours` is the tested step, `theirs` the reference."""
     tried, plain = pair
     return alternate(lambda: tried() and None, lambda: plain() and None, lambda: None, None, threads, limits)
 
@@ -127,13 +126,13 @@ def run(options: argparse.Namespace, machine: Machine, out: Path, console: Conso
 
 def report(records: list[dict], machine: Machine) -> str:
     lines = [
-        f"# Where a step could fall off a cliff, on {machine.title}",
+        f"# Performance cliffs of a step, on {machine.title}",
         "",
-        "Time over that of what it is compared with (gradient checks: a dense tensor of the same size), "
+        "Numbers are time / time of the reference (gradient checks: a dense tensor of the same size), "
         "measured "
         "alternately in one process: median, and 20th to 80th percentile.",
         "",
-        "| row | dtype | where | threads | time over time |",
+        "| row | dtype | where | threads | time / reference |",
         "|---|---|---|---:|---:|",
     ]
     for r in records:

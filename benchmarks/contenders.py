@@ -1,8 +1,8 @@
-"""The two sides of a row: the optimizer phase as a user writes it, with fusedamp and with torch alone.
+"""The two sides of a row: a full optimizer step as a user writes it, with fusedamp and with torch alone.
 
-The phase is everything between ``backward`` and ``zero_grad``: unscale, overflow check, gradient clipping,
-optimizer step, scale update, with the weights in their final dtype. Each side owns its weights and states;
-the gradients are shared, and rewritten before each phase, as a backward pass would.
+``phase()`` runs everything between ``backward`` and ``zero_grad``: unscale, overflow check, gradient
+clipping, optimizer step, scale update, with the weights in their final dtype. Each side has its own weights
+and states; the gradients are shared, and rewritten before each call, as by a backward pass.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Contender(Protocol):
     def weights(self) -> Sequence[Tensor]: ...
 
     def phase(self) -> None:
-        """One optimizer phase; what is timed."""
+        """Run one full optimizer step; this is timed."""
 
     def masters(self) -> list[Tensor]:
-        """The FP32 weights."""
+        """Return the FP32 weights."""
 
 
 def _parameters(weights: list[Tensor], grads: list[Tensor]) -> list[Parameter]:
@@ -56,7 +56,7 @@ def _parameters(weights: list[Tensor], grads: list[Tensor]) -> list[Parameter]:
 
 
 def _start(scaler: torch.amp.GradScaler, weights: list[Tensor]) -> None:
-    scaler.scale(torch.zeros(1, device=weights[0].device))  # makes the scale, as the first loss does
+    scaler.scale(torch.zeros(1, device=weights[0].device))  # creates the scale, as the first loss does
 
 
 class Fusedamp:
@@ -85,7 +85,8 @@ class Fusedamp:
 
 
 class Torch:
-    """P1, P2, P5, P6: FP32 weights. ``clip_grad_norm_`` gets ``foreach=True``, the faster one for many."""
+    """P1, P2, P5, P6: FP32 weights. ``clip_grad_norm_`` gets ``foreach=True``, which is faster for many
+    tensors."""
 
     def __init__(
         self, optimizer: str, weights: list[Tensor], grads: list[Tensor], max_norm: float, implementation: str
@@ -110,7 +111,7 @@ class Torch:
 
 
 class ByHand:
-    """P3, P4: 16-bit weights and gradients, FP32 copies of both beside them; the copies' memory is kept."""
+    """P3, P4: 16-bit weights and gradients with FP32 copies of both; the copies' memory is reused."""
 
     def __init__(
         self, optimizer: str, weights: list[Tensor], grads: list[Tensor], max_norm: float, implementation: str

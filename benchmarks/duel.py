@@ -1,4 +1,4 @@
-"""One row set up in memory: both sides, the same weights and gradients, and the proof that they agree."""
+"""One row set up in memory: both sides with the same weights and gradients, and a check that they agree."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from .rows import Row
 from .workloads import Shapes, numel
 
 EPS = torch.finfo(torch.float32).eps
-STEP_ROUNDINGS = (
-    32  # of either side in one update, generously: about 12 operations, the gradient's copies, the scale
-)
+STEP_ROUNDINGS = 32  # upper bound per side and update: about 12 operations, the gradient's copies, the scale
 NO_CLIPPING = 1e6
 NOISE = 1 << 20
 
 
 class WrongResult(Exception):
-    """The sides of a row don't agree, so that their times mean nothing."""
+    """The sides of a row disagree, so their times are meaningless."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Agreement:
 
 class Duel:
     """``ours`` and ``theirs``, ready to run. Weights and gradients are slices of one block of noise, so that
-    nothing is kept but what a user would have."""
+    only memory that a user would also have is allocated."""
 
     def __init__(self, row: Row, shapes: Shapes, max_norm: float = NO_CLIPPING) -> None:
         self.row, self.shapes = row, shapes
@@ -45,23 +43,23 @@ class Duel:
         self.steps = 0
 
     def refill(self, seed: int = 0) -> None:
-        """New scaled gradients, as a backward pass leaves them. ``seed`` chooses which."""
+        """Write new scaled gradients, as a backward pass would. ``seed`` selects them."""
         for index, grad in enumerate(self.grads):
             self._fill(grad, index + 7 * seed)
 
     def both(self) -> None:
-        """One phase of each side, untimed."""
+        """Run one step of each side, untimed."""
         for side in (self.ours, self.theirs):
             self.refill()
             side.phase()
         self.steps += 1
 
     def agreement(self, norm_roundings: int = 0) -> Agreement:
-        """How far the FP32 weights of both sides are apart, and how far roundings alone may bring them.
+        """Return the difference of the FP32 weights, and its bound from rounding errors.
 
-        Per step and side a weight is rounded once, and what is added to it carries the error of at most
-        STEP_ROUNDINGS roundings, plus those in the norm where it clips. 16-bit weights must be their masters,
-        rounded: no tolerance.
+        Per step and side a weight is rounded once, and its update has the error of at most STEP_ROUNDINGS
+        roundings, plus those of the norm if it clips. 16-bit weights must equal their rounded masters: no
+        tolerance.
         """
         difference = largest = travel = 0.0
         for index, (our, their) in enumerate(zip(self.ours.masters(), self.theirs.masters(), strict=True)):
@@ -72,7 +70,7 @@ class Duel:
         for side in (self.ours, self.theirs):
             for weight, master in zip(side.weights, side.masters(), strict=True):
                 if not torch.equal(weight.detach(), master.to(weight.dtype)):
-                    raise WrongResult(f"{self.row.name}: a weight is not its master, rounded")
+                    raise WrongResult(f"{self.row.name}: a weight differs from its rounded master")
         if not travel > 0:
             raise WrongResult(f"{self.row.name}: the weights did not move")
         roundings = STEP_ROUNDINGS + norm_roundings
@@ -94,21 +92,21 @@ class Duel:
 
 def _top(tensor: Tensor) -> float:
     top = tensor.abs().max().item()
-    return float("inf") if top != top else top  # max() of Python would lose a NaN
+    return float("inf") if top != top else top  # Python's max() would lose a NaN
 
 
 def agreed(duel: Duel, agreement: Agreement) -> Agreement:
-    """``agreement`` itself, or WrongResult."""
+    """Return ``agreement``, or raise WrongResult."""
     if not agreement.difference <= agreement.tolerance:
         raise WrongResult(
             f"{duel.row.name}: FP32 weights differ by up to {agreement.difference:.3g} after {duel.steps} "
-            f"steps; roundings explain {agreement.tolerance:.3g}"
+            f"steps; rounding explains {agreement.tolerance:.3g}"
         )
     return agreement
 
 
 def check_small(row: Row, shapes: Shapes) -> Agreement:
-    """Both sides through five phases, with clipping and an overflow in the third; raises WrongResult.
+    """Run both sides for five steps, with clipping and an overflow in the third; raises WrongResult.
 
     The shapes are the workload's first ones, cut to at most 1,000 elements.
     """

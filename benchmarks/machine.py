@@ -1,4 +1,4 @@
-"""On what a run was made."""
+"""The machine of a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Machine:
     cores: int
     flags: str
     huge_pages: str
-    target: str  # instruction set that fusedamp's CPU ops run on
+    target: str  # instruction set of fusedamp's CPU ops
     torch: str
     fusedamp: str
     commit: str
@@ -44,7 +44,7 @@ class Machine:
 
     @property
     def kind(self) -> str:
-        """A file name for machines of this kind."""
+        """Return a file name for machines of this kind."""
         plain = re.sub(r"\(.*?\)|@.*|\b(processor|cpu|v?cpus?)\b", " ", self.cpu.lower())
         return "-".join([*re.findall(r"[a-z0-9]+", plain), self.target, str(self.cores), "cores"])
 
@@ -89,7 +89,7 @@ def _huge_pages() -> str:
 
 
 def _commit() -> str:
-    """The commit of the sources, with "+" where what is measured has changed since."""
+    """Return the commit of the sources, with "+" if measured files changed since."""
     try:
         git = ["git", "-C", str(ROOT)]
         commit = subprocess.run(

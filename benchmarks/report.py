@@ -1,4 +1,4 @@
-"""The Markdown report: every row, losses like wins."""
+"""The Markdown report: every row, whether faster or slower."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from .results import Result
 from .workloads import WORKLOADS, numel
 
 METHOD = """\
-Timed: the optimizer phase through the public Python API on the CPU, that is unscale, overflow check,
-`clip_grad_norm_`, optimizer step and scale update, with the weights in their final dtype. Ours with 16-bit
-weights has FP32 masters. Both sides start from the same weights, are shown to reach the same ones (before the
-timing with clipping and a skipped step, after it at full size), and take turns in one process.
+Timed: a full optimizer step through the public Python API on the CPU: unscale, overflow check,
+`clip_grad_norm_`, optimizer step and scale update, with the weights in their final dtype. fusedamp has FP32
+masters of 16-bit weights. Both sides start from the same weights and are checked to reach the same weights
+(before the timing with clipping and a skipped step, after it at full size).
 
-**A number is their time over ours**: the median over pairs of samples, then the 20th to 80th percentile.
-Above 1, fusedamp is faster. One thread is judged by the CPU time of the process, more threads by wall time.
-A pair during which either side lost a core to other work is dropped and counted. *By hand*: gradients copied
-to FP32, torch's fused optimizer on FP32 masters, weights copied back. *Bytes*, per parameter, are what the
-passes of each side move, by arithmetic (`benchmarks/rows.py`). *Of the stream*: the bandwidth of our
-whole phase, counting only the bytes that no implementation can avoid, over that of this machine's own
-stream of 4 reads and 3 in-place writes, measured beside each pair.
+**Numbers are speedups (torch time / fusedamp time)**, measured alternately in one process: the median over
+pairs of samples, then the 20th to 80th percentile. For one thread they are ratios of CPU time, for more of
+wall time. Pairs in which either side lost a core to other processes are dropped and counted. *By hand*:
+gradients copied to FP32, torch's fused optimizer on FP32 masters, weights copied back. *Bytes*: per
+parameter, moved by the passes of each side (`benchmarks/rows.py`). *Of the stream*: the bandwidth of our
+full step, counting only the bytes that every implementation must move, over that of this machine's stream
+of 4 reads and 3 in-place writes, measured with each pair.
 """
 QUICK = """\
-> **A quick run: reduced sizes, which fit into caches, and few samples. It shows that the benchmark works, not
-> how fast anything is.**
+> **A quick run: reduced sizes, which fit into caches, and few samples. It tests the benchmark; its speedups
+> are not results.**
 """
 
 
 def markdown(results: list[Result], machine: Machine, quick: bool, no_stream: str | None) -> str:
-    """The report of one run."""
+    """Return the report of one run."""
     threads = sorted({result.timing.threads for result in results})
     by_row: dict[str, dict[int, Result]] = {}
     for result in results:
         by_row.setdefault(result.row.name, {})[result.timing.threads] = result
     parts = [
-        f"# Optimizer phase on {machine.title}",
+        f"# Optimizer steps on {machine.title}",
         *([QUICK] if quick else []),
         METHOD,
         _facts(results, machine, no_stream),
@@ -60,7 +60,7 @@ def _facts(results: list[Result], machine: Machine, no_stream: str | None) -> st
     ]
     load = median(result.timing.other_load for result in results)
     if load >= 0.1:
-        lines.append(f"**Other work kept {load:.1f} cores busy meanwhile**, so expect dropped samples.")
+        lines.append(f"**Other processes kept {load:.1f} cores busy**, so expect dropped samples.")
     if no_stream:
         lines.append(f"No stream was measured: {no_stream}.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One measured row, and the CSV of many."""
+"""One measured row, and the CSV of all."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class Result:
     stream_bytes: int | None  # of one stream sample; None without a stream
 
     def ratio(self, percent: float = 50) -> float:
-        """Their time / our time."""
+        """Return the speedup: their time / our time."""
         return percentile(self.timing.ratios(), percent)
 
     @property
     def share_of_stream(self) -> float:
-        """The bandwidth of our whole phase, counting the floor's bytes only, over the stream's beside it."""
+        """Return the bandwidth of our full step, counting only the floor's bytes, over that of the paired
+        stream."""
         if self.stream_bytes is None:
             return float("nan")
         floor = self.row.floor_bytes * numel(self.shapes)
@@ -41,7 +42,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """Faster or slower only where four pairs of five say so."""
+        """Return faster or slower if at least four of five pairs agree."""
         if not self.timing.clean:
             return "not measured"
         if self.ratio(20) > 1:
@@ -49,7 +50,7 @@ class Result:
         return "slower" if self.ratio(80) < 1 else "even"
 
     def record(self, machine: Machine, quick: bool) -> dict[str, object]:
-        """The CSV line. Milliseconds are for the record; only ratios are comparable."""
+        """Return the CSV line. Milliseconds are informative; only ratios are comparable."""
         row, timing = self.row, self.timing
         times = {
             f"{who}_ms_{name}": percentile(timing.seconds(who), percent) * 1e3

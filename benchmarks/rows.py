@@ -1,4 +1,4 @@
-"""What is compared with what: one row per pair, with the bytes per parameter that each side moves.
+"""The comparisons: one row per pair, with the bytes per parameter that each side moves.
 
 A byte count is arithmetic over passes, r(ead) and w(ritten), for FP32 states:
 
@@ -8,8 +8,8 @@ A byte count is arithmetic over passes, r(ead) and w(ritten), for FP32 states:
     masters by hand: gradients in 6 (r 2, w 4), weights out 6 (r 4, w 2)
     foreach and for-loop: each operation is a pass. AdamW: decay 8 (Adam: 12), lerp 12, v 8 + 12,
         sqrt / + 24, addcdiv 16. SGD: decay 12, b 8 + 12, p 12
-    ours: one read pass (4 or 2), the update, and 2 that see whether somebody wrote a 16-bit weight
-    floor: what any implementation must move: a read pass for the overflow check and the norm, then the update
+    ours: one gradient check (4 or 2), the update, and 2 to detect a modified 16-bit weight
+    floor: minimum of any implementation: a read for the overflow check and the norm, then the update
 """
 
 from __future__ import annotations

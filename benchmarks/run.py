@@ -1,4 +1,4 @@
-"""``make bench``: times the optimizer phase against torch's, row by row, and writes CSV, report and chart."""
+"""``make bench``: times optimizer steps against torch, row by row, and writes CSV, report and chart."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from benchmarks.timing import Budget, Limits, alternate
 from benchmarks.workloads import WORKLOADS
 
 RESULTS = ROOT / "benchmarks" / "results"
-PARTIAL = ROOT / "benchmarks" / "partial"  # of quick and selective runs; not for the record
+PARTIAL = ROOT / "benchmarks" / "partial"  # output of quick and selective runs; not committed
 STREAM_NUMEL = 32_000_000
 QUICK_STREAM_NUMEL = 2_000_000
-SECONDS, QUICK_SECONDS = 500.0, 40.0  # of a whole run
+SECONDS, QUICK_SECONDS = 500.0, 40.0  # of a full run
 LONGEST, QUICK_LONGEST = 8.0, 0.5  # of one measurement
 
 
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     workloads = "; ".join(f"{w.name} {w.story}" for w in WORKLOADS.values())
     parser = argparse.ArgumentParser(
         prog="benchmarks/run.py",
-        description="Times the optimizer phase of fusedamp against torch on the CPU.",
+        description="Times optimizer steps of fusedamp against torch on the CPU.",
         epilog=f"Rivals: {rivals}. Workloads: {workloads}.",
     )
     add = parser.add_argument
@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--threads",
         nargs="+",
         type=int,
-        help="numbers of threads (default: 1, and 2 where there are two cores)",
+        help="numbers of threads (default: 1, and 2 with two cores)",
     )
     add(
         "--samples",
@@ -73,22 +73,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--scaling",
         action="store_true",
-        help="instead of the rows: cost against tensors, elements and threads",
+        help="instead of the rows: cost over tensors, elements and threads",
     )
     add(
         "--storage",
         action="store_true",
-        help="instead of the rows: formats of masters and states, ours against ours",
+        help="instead of the rows: formats of masters and states, fusedamp against fusedamp",
     )
     add(
         "--cliffs",
         action="store_true",
-        help="instead of the rows: zeros, many groups, first steps: ours against ours",
+        help="instead of the rows: zeros, many groups, first steps, fusedamp against fusedamp",
     )
     add(
         "--small",
         action="store_true",
-        help="instead of the rows: what a step of small tensors costs the host, against torch",
+        help="instead of the rows: host time of a step over small tensors, against torch",
     )
     options = parser.parse_args(arguments)
     options.threads = sorted(set(options.threads or [1, min(2, cores)]))
@@ -125,8 +125,8 @@ def select(options: argparse.Namespace) -> list[Row]:
 
 
 def measure(row: Row, options: argparse.Namespace, budget: Budget, stream: Stream | None) -> list[Result]:
-    """Check one row, time it on each number of threads, and check it again at full size."""
-    gc.collect()  # the row before must not lie in memory any more
+    """Check one row, time it with each number of threads, and check it again at full size."""
+    gc.collect()  # free the previous row's memory
     shapes = WORKLOADS[row.workload].shapes(options.quick)
     checked = check_small(row, shapes)
     duel = Duel(row, shapes)
@@ -170,7 +170,7 @@ def _run(options: argparse.Namespace, machine: Machine, out: Path, pictures: Pat
         stream = Stream(QUICK_STREAM_NUMEL if options.quick else STREAM_NUMEL)
     except NoStream as error:
         no_stream = str(error)
-        console.print(f"No share of the stream in this run: {no_stream}.")
+        console.print(f"No stream measurement in this run: {no_stream}.")
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     seconds, longest = (QUICK_SECONDS, QUICK_LONGEST) if options.quick else (SECONDS, LONGEST)
     budget = Budget(seconds, len(options.rows) * len(options.threads), longest)

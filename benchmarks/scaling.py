@@ -1,4 +1,4 @@
-"""``--scaling``: how the cost grows with the number of tensors, of elements, and falls with threads."""
+"""``--scaling``: cost over the number of tensors, elements and threads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def plan(quick: bool, cores: int) -> list[Job]:
 
 
 def run(options: argparse.Namespace, machine: Machine, out: Path, pictures: Path, console: Console) -> int:
-    """Measure all curves; write CSV and picture."""
+    """Measure all curves; write CSV and chart."""
     rows = [Row("adamw", "scaling", RIVALS[key]) for key in ("P1", "P2")]
     checks = {row: check_small(row, [(1_000,)] * 30) for row in rows}
     jobs = [(row, job) for job in plan(options.quick, machine.cores) for row in rows]
@@ -103,7 +103,7 @@ def draw(points: list[Point], machine: Machine, quick: bool, path: Path) -> None
     grid[0].legend(frameon=False, fontsize=9)
     trial = " (quick trial at reduced sizes)" if quick else ""
     figure.suptitle(
-        f"AdamW phase in FP32 on the CPU: how its cost scales{trial}", fontsize=13, fontweight="bold"
+        f"AdamW step in FP32 on the CPU: scaling of its cost{trial}", fontsize=13, fontweight="bold"
     )
     figure.supxlabel(f"{machine.title}; torch {machine.torch}; {machine.date}", fontsize=8, color="#666666")
     figure.savefig(path, dpi=130)
@@ -111,7 +111,7 @@ def draw(points: list[Point], machine: Machine, quick: bool, path: Path) -> None
 
 
 def _line(points: list[Point], side: str) -> list[tuple[int, float]]:
-    """Median cost by x. Ours is timed beside each rival; the points beside P1 stand for it."""
+    """Return median cost by x. Our side is timed with each rival; the points with P1 are used."""
     key, who = ("P1", "ours") if side == "ours" else (side, "theirs")
     line = []
     for point in points:

@@ -1,7 +1,7 @@
-"""``--small``: what a step costs the host, where tensors are too small for kernels to matter.
+"""``--small``: host time of a step over tensors that are too small for kernel time to matter.
 
-torch's fused AdamW with its scaler and its clipping, over ours, in one process, alternated: one tensor, four,
-and 2,000 of 10 elements. Each row tells how many operations either side runs.
+Speedup over torch's fused AdamW with its scaler and clipping, measured alternately in one process, for 1, 4
+and 2,000 tensors of 10 elements. Each row has the number of operations of both sides.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SECONDS, QUICK_SECONDS = 60.0, 10.0
 COUNTS = (1, 4, 2_000)
 NUMEL = 10
 PHASES = ("plain step", "with scaler", "with scaler and clipping")
-CALLS = 100  # of a step of one tensor in one sample: the clock is too coarse for one
+CALLS = 100  # steps of one tensor per sample: the clock is too coarse for one
 ALLOCATIONS = {"aten::new_empty", "aten::empty", "aten::empty_strided"}
 
 Phase = Callable[[], None]
 
 
 def phase_of(ours: bool, count: int, phase: str) -> Phase:
-    """One iteration after backward, with gradients that stay."""
+    """Return one iteration after backward, with unchanged gradients."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(NUMEL)) for _ in range(count)]
     for param in params:
@@ -58,7 +58,7 @@ def phase_of(ours: bool, count: int, phase: str) -> Phase:
 
 
 def operations(phase: Phase) -> int:
-    """How many operations of torch and of fusedamp run, without allocations of results."""
+    """Count the operations of torch and fusedamp, without allocations of results."""
     for _ in range(4):
         phase()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace, machine: Machine, out: Path, console: Conso
 
 def report(records: list[dict[str, Any]], machine: Machine) -> str:
     lines = [
-        f"# Steps of small tensors, on {machine.title}, 1 thread",
+        f"# Steps over small tensors, on {machine.title}, 1 thread",
         "",
         f"AdamW, FP32, tensors of {NUMEL} elements. Speedup: time of torch's fused AdamW (with its scaler "
         "and its clipping) over ours, measured alternately in one process; median, 20th to 80th percentile. "

@@ -1,7 +1,8 @@
-"""``--storage``: what formats of masters and states, stochastic rounding and norms of tensors cost in time.
+"""``--storage``: time of formats of masters and states, stochastic rounding, and norms of tensors.
 
-Both sides are fusedamp. Bytes per parameter, for weights of w bytes, masters of m and states of s: the read
-pass w, the update r(w + w + m + s) w(w + m + s); a rule with norms of whole tensors reads all of it twice.
+Both sides are fusedamp. Bytes per parameter, for weights of w bytes, masters of m and states of s: the
+gradient check w, the update r(w + w + m + s) w(w + m + s); a rule with norms of whole tensors reads
+everything twice.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ NORMS = ("lamb", "lars")
 STATE_BYTES = {torch.float32: 4.0, torch.bfloat16: 2.0, "int8": 1 + 4 / 128}
 MASTER_BYTES = {"fp32": 4, "split": 2, "none": 0}
 CHECKED, STEPS = 100_000, 20
-FAR = 0.25  # of the distance gone; masters follow FP32 ones more closely in every state format
+FAR = 0.25  # of the distance moved; masters are closer to FP32 ones in every state format
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Side:
 
 
 def pairs() -> list[tuple[Side, Side]]:
-    """Each mode, and what it is compared with."""
+    """List each mode with its reference."""
     found = []
     for optimizer, dtype in (("adamw", "bf16"), ("adamw", "fp16"), ("sgd", "bf16"), ("lion", "bf16")):
         plain = Side(optimizer, dtype)
@@ -85,7 +86,7 @@ def pairs() -> list[tuple[Side, Side]]:
 
 
 class Pair:
-    """Both sides in memory, on the same start and gradients."""
+    """Both sides in memory, with the same weights and gradients."""
 
     def __init__(self, mode: Side, plain: Side, count: int) -> None:
         dtype = DTYPES[mode.dtype]
@@ -107,13 +108,13 @@ class Pair:
         return tensor
 
     def apart(self) -> float:
-        """How far the sides' weights are apart, over how far the second has moved."""
+        """Return the distance between the sides' weights over the distance that the second has moved."""
         ours, theirs = (side.weights[0].detach().float() for side in self.sides)
         return float((ours - theirs).norm() / (theirs - self._start.float()).norm())
 
 
 def checked(mode: Side, plain: Side) -> float:
-    """`Pair.apart` after some steps; raises WrongResult if it is large where it should be small."""
+    """Return `Pair.apart` after some steps; raises WrongResult if it is too large."""
     pair = Pair(mode, plain, CHECKED)
     for _ in range(STEPS):
         for side in pair.sides:
@@ -121,7 +122,7 @@ def checked(mode: Side, plain: Side) -> float:
             side.phase()
     apart = pair.apart()
     if mode.optimizer == plain.optimizer and not mode.stochastic and not apart <= FAR:
-        raise WrongResult(f"{mode.name} ends {apart:.2g} of the distance gone from {plain.name}")
+        raise WrongResult(f"{mode.name} differs by {apart:.2g} of the distance moved from {plain.name}")
     return apart
 
 
@@ -136,7 +137,7 @@ class Point:
 
     @property
     def share(self) -> float:
-        """Our bandwidth over the stream's beside it."""
+        """Return our bandwidth over that of the paired stream."""
         return percentile(self.timing.roof_ratios(), 50) * self.mode.bytes * self.numel / self.stream_bytes
 
     def record(self, machine: Machine) -> dict[str, object]:
@@ -180,11 +181,11 @@ def run(options: argparse.Namespace, machine: Machine, out: Path, console: Conso
 
 
 METHOD = """\
-fusedamp's optimizer phase (unscale, overflow check, clip, step, scale update) in each format of masters and
-states, on one tensor of {count:,} elements. **A number is how many times as fast the mode is as what it is
-beside**: the median over pairs of samples that take turns in one process, then the 20th to 80th percentile.
-*By bytes*: the same ratio if bytes alone counted. *Of the stream*: the mode's bandwidth over that of the
-machine's own stream of 4 reads and 3 in-place writes, measured beside it (-: disturbed whenever it was).
+A full optimizer step of fusedamp (unscale, overflow check, clip, step, scale update) in each format of
+masters and states, on one tensor of {count:,} elements. **Numbers are speedups over the reference mode**,
+measured alternately in one process: the median over pairs of samples, then the 20th to 80th percentile. *By
+bytes*: the ratio of the bytes. *Of the stream*: the mode's bandwidth over that of the machine's stream of 4
+reads and 3 in-place writes, measured with it (-: every sample was disturbed).
 """
 
 

@@ -1,4 +1,4 @@
-"""The roofline: the machine's own Adam-mix stream (adam_mix.cpp), compiled here, timed beside each pair."""
+"""The roofline: the machine's Adam-mix stream (adam_mix.cpp), compiled here, timed with each pair."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BYTES = 4 * 4 + 3 * 4  # per element
 
 
 class NoStream(Exception):
-    """Why there is no roofline in this run."""
+    """The reason why a run has no roofline."""
 
 
 class Stream:
-    """``stream()`` moves ``self.bytes`` through memory on torch's present number of threads.
+    """``stream()`` moves ``self.bytes`` through memory with torch's current number of threads.
 
-    The arrays are torch tensors, so they lie in the same kind of pages as the optimizers'.
-    Raises NoStream without a compiler.
+    The arrays are torch tensors, so they have the same page size as the optimizers'. Raises NoStream without
+    a compiler.
     """
 
     def __init__(self, numel: int) -> None:
@@ -47,9 +47,9 @@ def _compiled() -> ctypes.CDLL:
         try:
             command = [*compiler.split(), *flags, str(SOURCE), "-o", str(library)]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            return ctypes.CDLL(str(library))  # stays mapped when the file is gone
+            return ctypes.CDLL(str(library))  # stays mapped after the file is deleted
         except FileNotFoundError as error:
-            raise NoStream(f"$CXX is {compiler}, which is not there") from error
+            raise NoStream(f"$CXX is {compiler}, which does not exist") from error
         except subprocess.CalledProcessError as error:
             first = (error.stderr or "no message").strip().split("\n")[0]
             raise NoStream(f"{compiler} could not compile {SOURCE.name}: {first}") from error

@@ -1,4 +1,4 @@
-"""Paired samples of two callables in one process, and the judgement which samples were disturbed."""
+"""Paired samples of two callables in one process, and detection of disturbed samples."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import numpy as np
 import torch
 
 Call = Callable[[], None]
-LOST_SHARE = 0.03  # of a sample's wall time that may be lost to other work
+LOST_SHARE = 0.03  # share of a sample's wall time that other processes may take
 LOST_SECONDS = 50e-6
-POOL_REST = 5e-3  # seconds after which idle OpenMP threads no longer spin on the cores that the stream needs
-ENOUGH = 3  # clean pairs without which a measurement goes on for twice its budget
+POOL_REST = 5e-3  # seconds after which idle OpenMP threads stop spinning on cores that the stream needs
+ENOUGH = 3  # minimum of clean pairs; with fewer, a measurement takes up to twice its budget
 
 
 class Sample(NamedTuple):
     wall: float
     cpu: float  # of all threads of this process
-    waited: float  # time that our threads were ready to run while a core did something else
+    waited: float  # time that our threads waited for a core
 
     def disturbed(self, threads: int) -> bool:
-        """One thread computes all the time, so CPU time short of wall time was lost. More threads also wait
-        for each other, so there only time spent waiting for a core counts."""
+        """Return whether other processes disturbed the sample. A single thread computes all the time, so any
+        difference between wall and CPU time was lost. Several threads also wait for each other, so only time
+        waiting for a core counts."""
         lost = max(self.waited, self.wall - self.cpu if threads == 1 else 0.0)
         return lost > LOST_SHARE * self.wall + LOST_SECONDS
 
@@ -39,61 +40,62 @@ class Triple(NamedTuple):
 
 @dataclass
 class Timing:
-    """All samples of one measurement. On one thread the judge is CPU time, on more it is wall time."""
+    """All samples of one measurement: CPU time for one thread, wall time for several."""
 
     threads: int
     clean: list[Triple] = field(default_factory=list)
     dropped: int = 0
-    other_load: float = 0.0  # cores that other work kept busy meanwhile
+    other_load: float = 0.0  # cores that other processes kept busy
 
     @property
     def clock(self) -> str:
         return "cpu" if self.threads == 1 else "wall"
 
     def seconds(self, who: str, beside: str | None = None) -> np.ndarray:
-        """The times of "ours", "theirs" or "stream"; only those that have one ``beside`` them."""
+        """Return the times of "ours", "theirs" or "stream"; only those paired with one of ``beside``."""
         triples = [t for t in self.clean if getattr(t, who) and getattr(t, beside or who)]
         return np.array([getattr(getattr(triple, who), self.clock) for triple in triples])
 
     def ratios(self) -> np.ndarray:
-        """Their time / our time, pair by pair: above 1, ours is faster."""
+        """Return the speedups (their time / our time) of all pairs."""
         return self.seconds("theirs") / self.seconds("ours")
 
     def roof_ratios(self) -> np.ndarray:
-        """The stream's time / our time, pair by pair."""
+        """Return the stream's time / our time of all pairs."""
         return self.seconds("stream") / self.seconds("ours", beside="stream")
 
 
 @dataclass(frozen=True)
 class Limits:
-    samples: int  # clean pairs wanted
-    seconds: float  # about how long one measurement may take
-    warm_up: int = 4  # ours reads addresses in its second step, and proves in its fourth whose the state is
+    samples: int  # number of clean pairs
+    seconds: float  # approximate time of one measurement
+    warm_up: int = 4  # ours builds its plan at the second step, and counts references at the fourth
 
 
 class Budget:
-    """Shares the time of a whole run out to its measurements, so that it ends in time on busy machines."""
+    """Distributes the time of a full run over its measurements, so that it ends in time on busy machines."""
 
     def __init__(self, seconds: float, measurements: int, longest: float) -> None:
         self._end = time.perf_counter() + seconds
         self._left, self._longest = measurements, longest
 
     def share(self) -> float:
-        """Seconds for the next measurement: half of its share, for a disturbed one may take twice as long."""
+        """Return the seconds of the next measurement: half of its share, because a disturbed one may take
+        twice as long."""
         share = max(0.0, self._end - time.perf_counter()) / max(1, self._left)
         self._left -= 1
         return min(self._longest, share / 2)
 
 
 def percentile(values: np.ndarray, percent: float) -> float:
-    """NaN where there is nothing."""
+    """Return the percentile; NaN without values."""
     return float(np.percentile(values, percent)) if len(values) else float("nan")
 
 
 def alternate(
     ours: Call, theirs: Call, before: Call, stream: Call | None, threads: int, limits: Limits
 ) -> Timing:
-    """Time ``ours`` and ``theirs`` in turns, each right after ``before``; who goes first alternates.
+    """Time ``ours`` and ``theirs`` alternately, each directly after ``before``; the order alternates too.
 
     ``stream``, where given, is timed once per pair. A pair with a disturbed sample is dropped and counted.
     """
@@ -138,7 +140,7 @@ def _sample(call: Call) -> Sample:
 
 
 def _waited_seconds() -> float:
-    """What Linux says that our threads waited on run queues; 0 on other systems."""
+    """Return the time that our threads waited on run queues, from Linux; 0 on other systems."""
     total = 0
     for task in Path("/proc/self/task").glob("*/schedstat"):
         try:
@@ -149,7 +151,7 @@ def _waited_seconds() -> float:
 
 
 def _busy_seconds() -> float:
-    """CPU time of everybody on this machine, all cores; 0 where there is no /proc."""
+    """Return the CPU time of all processes on all cores; 0 without /proc."""
     try:
         fields = [int(text) for text in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
     except (OSError, ValueError):

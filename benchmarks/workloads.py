@@ -1,4 +1,4 @@
-"""The parameter lists that are timed: name, what it stands for, shapes at full size and for ``--quick``."""
+"""The timed parameter lists: name, description, shapes at full size and for ``--quick``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def numel(shapes: Shapes) -> int:
 
 
 def gpt2(vocabulary: int, context: int, width: int, layers: int) -> Shapes:
-    """The parameters of GPT-2, in order (Radford et al. 2019): 4 + 12 per layer."""
+    """List the parameters of GPT-2 in order (Radford et al. 2019): 4 + 12 per layer."""
     norm: Shapes = [(width,), (width,)]
     attention: Shapes = [(width, 3 * width), (3 * width,), (width, width), (width,)]
     feed_forward: Shapes = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
@@ -33,7 +33,7 @@ def gpt2(vocabulary: int, context: int, width: int, layers: int) -> Shapes:
 
 
 def many_small(count: int) -> Shapes:
-    """``count`` vectors of 1,000 to 10,000 elements, the same ones in each run."""
+    """List ``count`` vectors of 1,000 to 10,000 elements, the same in each run."""
     draw = random.Random(0)
     return [(draw.randint(1_000, 10_000),) for _ in range(count)]
 

@@ -1,7 +1,7 @@
-"""Checks in a second that each mutant and each defect still has its place: `make check`.
+"""Checks that each mutant and each defect still applies: `make check`.
 
-A piece of text that is to be replaced must occur exactly once in its file, and the tests that should notice
-must exist. Otherwise a change elsewhere would switch the mutant off, and nothing would say so.
+The text to replace must occur exactly once in its file, and the tests that should fail must exist. Otherwise
+a change elsewhere would disable the mutant silently.
 """
 
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def lost() -> list[str]:
-    """What is wrong, one line each."""
+    """Return the problems, one line each."""
     mutants = tomllib.loads((ROOT / "tests/mutants.toml").read_text())["mutant"]
     defects = tomllib.loads((ROOT / "tests/emulation/defects.toml").read_text())["defect"]
     rows = [(row["name"], row["file"], row["old"]) for row in mutants]

@@ -1,4 +1,4 @@
-"""Breaks the code on purpose, one line at a time, and runs the tests that should notice: `make mutants`.
+"""Breaks the code one line at a time, and runs the tests that should fail: `make mutants`.
 
 mutants.toml lists the mutants: a file, a piece of its text that occurs once, what to put in its place, and
 the tests to run. Each is applied to a copy of the source tree, which is built (only what changed) and tested

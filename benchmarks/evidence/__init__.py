@@ -1,1 +1,1 @@
-"""``make evidence``: what only a machine with a GPU can show, checked, measured and written down."""
+"""``make evidence``: checks and measurements that need a GPU."""

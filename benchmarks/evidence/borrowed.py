@@ -1,4 +1,4 @@
-"""What the tests know already: rows of optimizers, random calls of the ops, comparisons to the bit."""
+"""Shared with the tests: rows of optimizers, random op calls, bitwise comparisons."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from on_device import fetched
 
 __all__ = ["COMPRESSED", "cases", "compressible", "copies", "differing", "mixed", "on_device", "op_calls"]
 
-# How else masters and states may be kept: name -> options; for weights of 16 bits, and of 32.
-# Both sides of a comparison draw alike: the seed is given.
+# Storage formats of masters and states: name -> options; for 16-bit and for 32-bit weights. A fixed seed:
+# both sides of a comparison draw the same random numbers.
 COMPRESSED: dict[str, dict[str, Any]] = {
     "split": {"master_weights": "split"},
     "split, BF16 states": {"master_weights": "split", "state_dtype": "bfloat16", "rounding_seed": 0},
     "split, 8-bit states": {"master_weights": "split", "state_dtype": "int8", "rounding_seed": 0},
-    "8-bit states, rounded at random": {
+    "8-bit states, stochastic rounding": {
         "rounding_seed": 0,
         "master_weights": "none",
         "state_dtype": "int8",
@@ -38,13 +38,13 @@ COMPRESSED: dict[str, dict[str, Any]] = {
 
 
 def compressible(case: cases.Case) -> bool:
-    """Whether every format is for this optimizer; variants of options show nothing new in them."""
+    """True if this optimizer is tested in every format; variants of options add nothing."""
     return case in cases.MAIN and not case.options.get("centered")
 
 
 def copies(device: str, misaligned: bool) -> Callable[[Tensor], Tensor]:
-    """Returns a function that copies tensors to ``device``; misaligned ones start 1, 2, 3, 0 ... elements off
-    a boundary, so that the lists of one parameter share none."""
+    """Return a function that copies tensors to ``device``; misaligned copies start 1, 2, 3, 0 ... elements
+    after a boundary, so that the lists of one parameter have no common alignment."""
     turn = count(1)
 
     def copy(tensor: Tensor) -> Tensor:
@@ -56,14 +56,14 @@ def copies(device: str, misaligned: bool) -> Callable[[Tensor], Tensor]:
 
 
 def mixed(jobs: Iterable[Any]) -> list[Any]:
-    """``jobs`` in an order in which those that are done in time are of every kind."""
+    """Shuffle ``jobs``, so that a time limit omits some of every kind."""
     jobs = list(jobs)
     random.Random(0).shuffle(jobs)
     return jobs
 
 
 def differing(ones: Iterable[Tensor], others: Iterable[Tensor]) -> list[str]:
-    """Which of the pairs differ in a bit (any NaN equals any other), and how."""
+    """Describe the pairs that differ in a bit (any NaN equals any other)."""
     found = []
     for index, (one, other) in enumerate(zip(fetched(ones), fetched(others), strict=True)):
         if not (op_calls.same_bits(one, other) or op_calls.same_numbers(one, other)):

@@ -1,4 +1,4 @@
-"""Times of work on a device: CUDA events, caches flushed before each sample. On the CPU the host's clock."""
+"""Times work on a device with CUDA events, after flushing caches; on the CPU with the host's clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 Call = Callable[[], object]
-AHEAD_CYCLES = 40_000_000  # about 20 ms in which the host queues all that is timed
+AHEAD_CYCLES = 40_000_000  # about 20 ms, in which the host queues all timed work
 
 
 class Clock:
@@ -23,8 +23,8 @@ class Clock:
             torch.cuda.synchronize()
 
     def sample(self, call: Call, ahead: bool = False) -> float:
-        """Milliseconds of one call. ``ahead``: the device waits until the host has queued it all, so that
-        only the device's work counts; a call that waits for the device is longer for it."""
+        """Return the milliseconds of one call. ``ahead``: the device waits until the host has queued all
+        work, so that only device time counts; a call that syncs takes longer."""
         self._flush.zero_()
         self.wait()
         if not self.cuda:
@@ -41,13 +41,14 @@ class Clock:
         return start.elapsed_time(end)
 
     def alternate(self, calls: dict[str, Call], before: dict[str, Call], samples: int, ahead: bool) -> dict:
-        """Median, best and spread of each of ``calls``, in turns, each after its ``before``."""
+        """Time ``calls`` alternately, each after its ``before``; returns median, minimum and spread of
+        each."""
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(samples + 2):
             for name, call in calls.items():
                 before.get(name, lambda: None)()
                 ms = self.sample(call, ahead)
-                if turn >= 2:  # the first ones warm up
+                if turn >= 2:  # the first two are warm-up
                     taken[name].append(ms)
         return {name: summary(times) for name, times in taken.items()}
 
@@ -63,7 +64,7 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def copy_speed(clock: Clock, device: str, size: int) -> float:
-    """GB/s of the device's own copy of ``size`` bytes, counting those read and those written."""
+    """Return the GB/s of a device copy of ``size`` bytes, counting reads and writes."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     times = clock.alternate({"copy": lambda: target.copy_(source)}, {}, 10, ahead=True)

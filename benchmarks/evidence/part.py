@@ -1,4 +1,4 @@
-"""One part in a process of its own: ``python -m benchmarks.evidence.part NAME --result FILE``."""
+"""Runs one part in a separate process: ``python -m benchmarks.evidence.part NAME --result FILE``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .place import Place, Skip
 
 
 def perform(name: str, place: Place) -> dict[str, Any]:
-    """Run a part to its end, whatever happens in it."""
+    """Run a part; exceptions become its result."""
     try:
         importlib.import_module(f"benchmarks.evidence.parts.{name}").run(place)
     except Skip as reason:

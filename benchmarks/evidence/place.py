@@ -1,4 +1,4 @@
-"""Where a part runs, and where it puts what it finds."""
+"""Device, time limit and results of a part."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Job = TypeVar("Job")
 
 
 class Skip(Exception):
-    """Why a part cannot run here; no failure."""
+    """The reason why a part cannot run here; not a failure."""
 
 
 class Place:
-    """Handed to a part. Everything is on disk at once, so a crash loses nothing that was found before.
+    """Argument of a part. Results are written to disk immediately, so a crash loses nothing.
 
     Args:
         device: "cuda", or "cpu" in a rehearsal, where the same code runs at tiny sizes.
-        seconds: how long the part may take.
-        file: where the findings go; None keeps them in memory.
+        seconds: time limit of the part.
+        file: output file of the results; None keeps them in memory.
     """
 
     def __init__(self, device: str, rehearse: bool, seconds: float, file: Path | None = None) -> None:
@@ -38,11 +38,11 @@ class Place:
         return self._end - time.monotonic()
 
     def sized(self, real: Any, tiny: Any) -> Any:
-        """``tiny`` in a rehearsal."""
+        """Return ``tiny`` in a rehearsal, else ``real``."""
         return tiny if self.rehearse else real
 
     def all_in_time(self, jobs: Iterable[Job], spare: float = 5.0) -> Iterator[Job]:
-        """``jobs``, until only ``spare`` seconds are left; it is a failure if some were left out."""
+        """Yield ``jobs`` until only ``spare`` seconds are left; omitted jobs are a failure."""
         jobs = list(jobs)
         for done, job in enumerate(jobs):
             if self.seconds_left < spare:
@@ -51,12 +51,12 @@ class Place:
             yield job
 
     def note(self, key: str, value: Any) -> None:
-        """A finding: anything that JSON holds."""
+        """Record a result: any JSON value."""
         self.findings[key] = value
         self._write()
 
     def check(self, what: str, holds: bool, detail: str = "") -> None:
-        """A finding that can fail the part; the part goes on."""
+        """Record a check; a failed one fails the part, which continues."""
         self.checks += 1
         if not holds:
             self.failures.append(f"{what}: {detail}" if detail else what)
@@ -64,7 +64,7 @@ class Place:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """An exception inside is a failure of ``what`` alone."""
+        """Record an exception inside as a failure of ``what``, and continue."""
         try:
             yield
         except Skip:

@@ -1,4 +1,4 @@
-"""Commands that may crash or hang, in a process group of their own, within a time limit."""
+"""Runs commands that may crash or hang in their own process group with a time limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAREWELL = 10  # seconds between an interrupt and the end
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit, which need not be on the PATH."""
+    """Find a program of the CUDA toolkit, which may not be on the PATH."""
     homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"))
     found = (shutil.which(name, path=f"{home}/bin") for home in homes)
     return shutil.which(name) or next(filter(None, found), None)
@@ -37,7 +37,7 @@ class Finished:
 
     @property
     def verdict(self) -> str:
-        """Why it did not end well; empty if it did."""
+        """Return why it failed; empty if it did not."""
         if self.timed_out:
             return f"still running after {self.seconds:.0f} s, killed"
         if self.code < 0:
@@ -48,7 +48,7 @@ class Finished:
 def execute(
     command: list[str], seconds: float, env: dict[str, str] | None = None, interrupt: bool = False
 ) -> Finished:
-    """Run ``command`` in the source folder. ``interrupt``: at its limit it may first say what it knows."""
+    """Run ``command`` in the source folder. ``interrupt``: at its time limit, it can first print results."""
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
@@ -76,7 +76,7 @@ def execute(
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Its whole group: workers and profilers have processes of their own."""
+    """Kill the process group: workers and profilers have their own processes."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""The Markdown beside the JSON: what ran on what, each part's outcome, the tables, and every failure."""
+"""The Markdown report of the JSON: machine, outcomes, tables and failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def markdown(about: dict[str, Any], results: dict[str, Result]) -> str:
         findings = results.get(name, {}).get("findings", {})
         try:
             text = show(findings)
-        except (KeyError, TypeError) as error:  # a part that ended early has left holes
+        except (KeyError, TypeError) as error:  # a part that ended early lacks results
             text = f"(incomplete: {error!r})"
         if text:
             blocks += [f"## {PARTS[name].title}", text]
@@ -69,11 +69,11 @@ def _bandwidth(found: dict[str, Any]) -> str:
     heads = (
         "workload",
         "weights",
-        "against, or alone in",
+        "rival or format",
         "ours ms",
         "theirs ms",
-        "times as fast",
-        "on the device alone",
+        "speedup",
+        "speedup on device",
     )
     heads += ("bytes ours / theirs", "GB/s (floor bytes)", "of copy")
     rows = []
@@ -100,7 +100,7 @@ def _bandwidth(found: dict[str, Any]) -> str:
     aims = "\n".join(
         f"- {'met' if met else 'MISSED'}: {aim}" for aim, met in found.get("targets", {}).items()
     )
-    copied = f"The device's own copy: {found['copy_gb_s']:.0f} GB/s, read and written."
+    copied = f"The device's copy speed: {found['copy_gb_s']:.0f} GB/s, read and written."
     return "\n\n".join([copied, table(heads, rows), aims])
 
 
@@ -112,12 +112,12 @@ def _launches(found: dict[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    first = table(("phase", "our launches", "of them the engine's", "their launches"), rows)
+    first = table(("step", "our launches", "of the engine", "their launches"), rows)
     return f"{first}\n\n{table(('host time, us per tensor', 'ours', 'theirs'), host)}"
 
 
 def _training(found: dict[str, Any]) -> str:
-    heads = ("recipe", "step ms", "optimizer phase ms", "peak GB", "first loss", "last loss")
+    heads = ("recipe", "step ms", "optimizer ms", "peak GB", "first loss", "last loss")
     keys = ("recipe", "step_ms", "optimizer_phase_ms", "peak_gb", "first_loss", "last_loss")
     rows = [[run[key] for key in keys] for run in found.get("runs", [])]
     return table(heads, rows) if rows else ""

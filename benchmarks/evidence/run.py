@@ -1,8 +1,8 @@
-"""``make evidence``: proves and measures fusedamp on this machine's GPU, in at most 10 minutes.
+"""``make evidence``: tests and measures fusedamp on this machine's GPU, in at most 10 minutes.
 
-Every part runs in a process of its own within a time limit, so that a crash or a hang in one is recorded and
-the others go on. Proofs run at the same time where there are processors for it. The report is rewritten
-after each part. Needs torch, nvcc and a C++ compiler; fetches nothing.
+Every part runs in a separate process with a time limit, so a crash or hang is recorded and the others
+continue. Tests run concurrently if there are enough processors. The report is rewritten after each part.
+Needs torch, nvcc and a C++ compiler; no downloads.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from benchmarks.evidence.process import ROOT, execute, find_tool
 from benchmarks.evidence.report import markdown
 
 RESULTS = ROOT / "benchmarks" / "results"
-PARTIAL = ROOT / "benchmarks" / "partial"  # of rehearsals and selected parts; not for the record
-LIMIT = 580  # seconds in all
-AT_ONCE = max(1, (os.cpu_count() or 1) // 4)  # proofs
+PARTIAL = ROOT / "benchmarks" / "partial"  # output of rehearsals and selected parts; not committed
+LIMIT = 580  # seconds in total
+AT_ONCE = max(1, (os.cpu_count() or 1) // 4)  # concurrent tests
 ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
-LEAST = 8  # seconds with which a part is started at all
+LEAST = 8  # minimum remaining seconds to start a part
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--rehearse",
         action="store_true",
-        help="without a GPU: every part at tiny sizes on the CPU, which proves nothing but that it runs",
+        help="without a GPU: every part at tiny sizes on the CPU, which tests only that it runs",
     )
     add("--limit", type=float, default=LIMIT, metavar="SECONDS", help=f"for all parts (default: {LIMIT})")
     add(
@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"folder for the report (default: {RESULTS.relative_to(ROOT)} for a whole run on a GPU, "
         f"{PARTIAL.relative_to(ROOT)} otherwise)",
     )
-    add("--commit", help="what to call the sources where git cannot tell")
+    add("--commit", help="name of the sources without git")
     options = parser.parse_args(arguments)
     if options.limit <= 0:
         parser.error(f"argument --limit: got {options.limit}; expected seconds > 0")
@@ -71,21 +71,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def environment(rehearse: bool, arch: str | None) -> dict[str, str]:
-    """A rehearsal takes the fusedamp that is installed; a run takes the one that it builds in this folder."""
+    """Return environment variables: a rehearsal uses the installed fusedamp; a run uses the build in this
+    folder."""
     if rehearse:
         return {}
     paths = [str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    chosen = arch or os.environ.get("TORCH_CUDA_ARCH_LIST", "")  # images set it to every GPU there is
+    chosen = arch or os.environ.get("TORCH_CUDA_ARCH_LIST", "")  # container images list all architectures
     return {"PYTHONPATH": os.pathsep.join(paths), "TORCH_CUDA_ARCH_LIST": chosen}
 
 
 def threads(name: str) -> dict[str, str]:
-    """Proofs run beside each other: more threads in each would only wait for those of the others."""
+    """Return thread limits: tests run concurrently, so more threads would only wait."""
     return dict.fromkeys(ONE_THREAD, "1") if name in PARTS and PARTS[name].proves else {}
 
 
 def perform(name: str, seconds: float, rehearse: bool, env: dict[str, str]) -> dict[str, Any]:
-    """One part in its process. What it found before it crashed or was stopped counts."""
+    """Run one part in its process. Its results before a crash or the time limit count."""
     with tempfile.TemporaryDirectory(prefix="evidence-") as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.evidence.part", name, "--result", str(file)]
@@ -173,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         if results.get("build", {}).get("outcome") == "failed":
             return part, skipped("the build failed")
         if seconds < LEAST:
-            return part, skipped(f"{options.limit:g} s were over")
+            return part, skipped(f"the limit of {options.limit:g} s was reached")
         return part, perform(part.name, seconds, options.rehearse, env)
 
     for stage in stages(options.only or PARTS):

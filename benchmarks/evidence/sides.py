@@ -1,4 +1,4 @@
-"""The sides of a comparison on a device: contenders.py's, on tensors made there."""
+"""The sides of a comparison on a device: those of contenders.py, on tensors created there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..workloads import Shapes
 
 @dataclass
 class Side:
-    """``phase()`` is what is timed; ``restore()`` brings the gradients back, as a backward pass would."""
+    """``phase()`` is timed; ``restore()`` restores the gradients, as a backward pass would."""
 
     contender: Contender
     restore: Callable[[], None]
@@ -46,14 +46,15 @@ def ours(
     optimizer: str = "adamw",
     storage: Storage = PLAIN,
 ) -> Side:
-    """fusedamp leaves gradients as they are: nothing to restore."""
+    """Return fusedamp's side, which does not modify gradients: nothing to restore."""
     grads = gradients(shapes, dtype, device) if grads is None else grads
     weights = _starts(shapes, dtype, device)
     return Side(Fusedamp(optimizer, weights, grads, NO_CLIPPING, storage), lambda: None)
 
 
 def theirs(row: Row, shapes: Shapes, device: str, grads: list[Tensor]) -> Side:
-    """torch unscales FP32 gradients in place, by a power of two; by hand it works on copies."""
+    """Return torch's side, which unscales FP32 gradients in place by a power of two; by hand it uses
+    copies."""
     weights = _starts(shapes, DTYPES[row.dtype], device)
     contender = torch_side(row.rival, row.optimizer, weights, grads, NO_CLIPPING)
     if row.rival.by_hand:

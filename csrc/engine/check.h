@@ -1,4 +1,4 @@
-// How a read pass concludes, on every device: by one thread, once the gradients have been added up.
+// Finishes a gradient check on every device: one thread, after the gradients have been summed.
 #pragma once
 #include "../math/clip.h"
 #include "../math/rounding.h"
@@ -18,7 +18,7 @@ FUSEDAMP_FN double max_norm_of(const GradCheck& check) {
   }
 }
 
-// `total`: what the read pass found, of gradients times reciprocal(*check.scale).
+// `total`: the result of the reduction over gradients times reciprocal(*check.scale).
 FUSEDAMP_FN void conclude(const GradCheck& check, double total) {
   const double norm = norm_of(total, check.norm_type);
   *check.inv_scale = reciprocal(*check.scale);

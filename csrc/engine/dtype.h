@@ -1,5 +1,5 @@
-// The element types that tensors may have: what is computed with, and what only stores (i8, u8: codes of a state,
-// relative to the scale of their block; i16: what a split master has beyond its weight).
+// The element types of tensors: arithmetic types, and storage types (i8, u8: quantized values of a state with block
+// scales; i16: the remainder of a split master).
 #pragma once
 #include <stdint.h>
 

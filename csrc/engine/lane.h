@@ -7,11 +7,11 @@
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
-// Room for a rule's states; never an empty array, which C++ does not have.
+// Array size for a rule's states; at least 1, because C++ has no empty arrays.
 template <class Rule>
 constexpr int kStateRoom = Rule::kStates > 0 ? Rule::kStates : 1;
 
-// p is the master (or the weight itself where there is none); the caller rounds the copy.
+// p is the master, or the weight if there is none; the caller rounds the copy.
 template <class Rule, class V>
 FUSEDAMP_FN void lane(const typename Rule::template Coeffs<V>& k, V grad_scale, V g, V& p, V (&s)[kStateRoom<Rule>]) {
   const V u = Rule::step(k, g * grad_scale, p, s);
@@ -31,7 +31,7 @@ FUSEDAMP_FN typename Rule::template Coeffs<double> coeffs_of(const typename Rule
   }
 }
 
-// What is known of a tensor before its step. `squares` may be null: not measured yet.
+// A tensor's scalars and norms before its step. `squares` may be null: not measured yet.
 template <class Rule>
 FUSEDAMP_FN Layer layer_of(const StepRow& row, const double* squares) {
   Layer layer = {step_number(next_count(*row.step)), 0.0, {}};
@@ -40,7 +40,7 @@ FUSEDAMP_FN Layer layer_of(const StepRow& row, const double* squares) {
   return layer;
 }
 
-// A tensor has taken its step. Call it once, when its coefficients have been made.
+// Updates a tensor's step count and scalars. Call once, after computing its coefficients.
 template <class Rule>
 FUSEDAMP_FN void advance(const StepRow& row, const typename Rule::Hyper& hyper, const Layer& layer) {
   if constexpr (Rule::kScalars > 0) *static_cast<double*>(row.states[Rule::kStates]) = Rule::next_scalar(hyper, layer);

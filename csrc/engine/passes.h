@@ -1,4 +1,4 @@
-// What every engine does around its kernels: which rows share a pass, and the log of steps.
+// Common parts of the engines: which rows share a pass, and the log of steps.
 #pragma once
 #include "../math/vocab.h"
 #include "table.h"
@@ -6,7 +6,7 @@
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
-// Calls visit(rule, rows) for each run of groups that have the same rule, with their part of the table.
+// Calls visit(rule, rows) for each run of consecutive groups with the same rule, with their part of the table.
 template <class Visit>
 inline void for_each_pass(const StepTable& table, const StepGroups& all, Visit visit) {
   for (int64_t from = 0, to; from < all.count; from = to) {
@@ -19,7 +19,7 @@ inline void for_each_pass(const StepTable& table, const StepGroups& all, Visit v
   }
 }
 
-// What StepLog says, by `workers` of which this is number `worker`.
+// Updates the StepLog; worker `worker` of `workers` does its share.
 FUSEDAMP_FN void keep_log(const StepLog& log, bool skipped, int64_t worker, int64_t workers) {
   if (!log.steps) return;
   if (skipped && log.last_counts)

@@ -1,4 +1,4 @@
-// What an engine is given: rows of addresses. The ops room has checked them; nothing here knows torch.
+// Input of an engine: rows of addresses, checked by ops/. Nothing here depends on torch.
 #pragma once
 #include "dtype.h"
 
@@ -12,19 +12,19 @@ struct StepRow {
   void* master;               // null: `param` itself is stepped
   void* states[kMaxStates];   // f64 where param is f64; then the rule's scalars, each one double
   float* scales[kMaxStates];  // of 8-bit states: one for each block of kScaleBlock elements
-  float* step;                // one element: how many steps this tensor has taken (math/count.h)
+  float* step;                // one element: this tensor's step count (math/count.h)
   int64_t numel, seed;        // seed: of the tensor's random numbers
   int32_t group;              // index of its StepGroup
   DType grad_dtype, param_dtype;
   DType master_dtype;      // f32, or i16: the remainder of a split master
-  DType state_dtype;       // f32, bf16 (rounded stochastically), f64, or i8: 8-bit codes, whose sign the rule knows
-  bool maximize;           // of its group, as the next one; here, so that kernels that update elements need no group
-  bool stochastic;         // how 16-bit weights without masters are rounded
-  uint8_t unused[6] = {};  // where padding would be: equal rows have equal bytes
+  DType state_dtype;       // f32, bf16 (rounded stochastically), f64, or i8: 8-bit values, signed according to the rule
+  bool maximize;           // of its group, like the next; stored here, so that element-wise kernels need no group
+  bool stochastic;         // rounding of 16-bit weights without masters
+  uint8_t unused[6] = {};  // in place of padding, so that equal rows have equal bytes
 };
-static_assert(sizeof(StepRow) == 13 * 8, "rows are made outside of C++, too, in words of 8 bytes");
+static_assert(sizeof(StepRow) == 13 * 8, "Python also builds rows, in words of 8 bytes");
 
-// What the rows of one group share. Groups follow each other: the first one's rows, then the second one's ...
+// Common parameters of the rows of one group. Rows are sorted by group.
 struct StepGroup {
   double hyper[kMaxHyper];  // the rule's Hyper
   double lr;
@@ -36,7 +36,8 @@ struct StepGroup {
 };
 static_assert(sizeof(StepGroup) == 13 * 8, "as for rows");
 
-// The rows of a step, and beside each one the address of its gradient: that one moves, what is in a row seldom does.
+// The rows of a step, and the address of each gradient in a separate table, because gradients move more often than rows
+// change.
 struct StepTable {
   const StepRow* rows;
   void* const* grads;
@@ -48,13 +49,13 @@ struct StepGroups {
   int64_t count;
 };
 
-// The scalars of a step. A null pointer stands for 1 (inv_scale, clip_coef) or "no overflow" (found_inf).
+// The scalars of a step. A null pointer means 1 (inv_scale, clip_coef) or "no overflow" (found_inf).
 struct StepScalars {
   const float *inv_scale, *clip_coef, *found_inf;
 };
 
-// Where a step leaves a trace of itself. It adds 1 to *steps; where it is skipped, it copies `counts` to `last_counts`
-// and *steps to *last_step. Null pointers: none of it.
+// The log of a step. It adds 1 to *steps; if it is skipped, it copies `counts` to `last_counts` and *steps to
+// *last_step. Null pointers: no log.
 struct StepLog {
   int64_t* steps;
   const int64_t* counts;
@@ -74,7 +75,7 @@ struct Recoding {
   DType source_dtype, target_dtype, weight_dtype;
 };
 
-// One gradient of a read pass or of unscale_.
+// One gradient of a gradient check or of unscale_.
 struct GradRow {
   void* grad;
   int64_t numel;
@@ -82,17 +83,17 @@ struct GradRow {
   uint8_t unused[7] = {};
 };
 
-// What a read pass writes.
+// Outputs of a gradient check.
 struct StatsOutputs {
   float* found_inf;    // 0 or 1
   double* total;       // sum |g * inv_scale|^p over all gradients; the maximum for p = inf
-  double* per_tensor;  // that of each gradient
+  double* per_tensor;  // the same per gradient
   int64_t* counts;     // three per tensor: infs, NaNs, overflows (finite, but not when unscaled)
 };
 
-// A read pass that concludes: what it takes besides the gradients, and what it writes.
+// Additional inputs and outputs of a gradient check that computes the clip coefficient.
 struct GradCheck {
-  const float* scale;  // gradients are looked at times 1 / *scale
+  const float* scale;  // gradients are checked as multiplied by 1 / *scale
   double norm_type, max_norm;
   const void* max_norm_tensor;  // null: `max_norm`
   DType max_norm_dtype;

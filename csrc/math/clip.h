@@ -1,16 +1,16 @@
-// What the gradient check concludes: 1 / scale, the p-norm, and how much of the gradients is left when its norm may be
-// at most so large: Pascanu et al. 2013, arXiv:1211.5063, section 3.2, with torch.nn.utils.clip_grad_norm_'s 1e-6.
+// Results of the gradient check: 1 / scale, the p-norm, and the clip coefficient of Pascanu et al. 2013,
+// arXiv:1211.5063, section 3.2, with the 1e-6 of torch.nn.utils.clip_grad_norm_.
 #pragma once
 #include "vocab.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
-// Rounded once: an FP32 division may be imprecise on a device.
+// Rounded once: an FP32 division may be inexact on a device.
 FUSEDAMP_FN float reciprocal(float scale) { return static_cast<float>(1.0 / static_cast<double>(scale)); }
 
-// The p-norm for sum |x|^p; `total` itself counts for p = 0 and is the maximum for p = inf. The cases are those of
-// torch's pow(total, 1 / p), so that the bits are.
+// The p-norm from sum |x|^p; `total` is the count for p = 0 and the maximum for p = inf. The special cases of torch's
+// pow(total, 1 / p) give the same bits.
 FUSEDAMP_FN double norm_of(double total, double p) {
   if (p == 0.0 || p - p != 0.0) return total;
   const double exponent = 1.0 / p;

@@ -1,14 +1,14 @@
-// How an FP32 master follows a 16-bit weight that was modified: it keeps its remainder, what it has beyond its own
-// rounding, where that fits the new weight, and is the weight where not. A split master does so by its form, and where
-// both can hold the value they give the same bits:
+// Updates an FP32 master after its 16-bit weight was modified: the new master is the weight plus the old remainder (the
+// master minus its own rounding) if that rounds to the new weight, else the weight. A split master does this by
+// construction; both give the same bits if both can represent the value:
 //
-// BF16: the remainder is the difference of bits, as in split.h. Only ties differ: half way between two weights FP32
-// masters round to the even one, split ones away from zero, so that the remainder of half a unit fits every second
-// weight here, and all of them there. FP16: the remainder is a number, in the last place of the rounded master, and
-// moves into that of the new weight. Below 2^-16 FP32 masters have digits that split ones do not.
+// BF16: the remainder is the difference of bits, as in split.h. Only ties differ: halfway between two weights FP32
+// masters round to even, split ones away from zero, so a remainder of half a unit fits every second weight here, and
+// all of them there. FP16: the remainder is a number in units of the rounded master's last place, and is scaled to that
+// of the new weight. Below 2^-16 FP32 masters have digits that split ones do not.
 //
-// Both functions give the candidate: the caller takes it if it rounds to the new weight again, to nearest even; else
-// the weight. NaN never does.
+// Both functions return the candidate: the caller uses it if it rounds to the new weight (to nearest even), else the
+// weight. NaN never does.
 #pragma once
 #include "split.h"
 

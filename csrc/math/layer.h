@@ -1,5 +1,5 @@
-// What update rules may know of a whole tensor besides its step count: a scalar that is carried from step to step, and
-// sums of squares, which a pass over the tensor measures before the step.
+// Per-tensor inputs of update rules besides the step count: a scalar that persists between steps, and sums of squares,
+// which a pass over the tensor measures before the step.
 #pragma once
 #include "vocab.h"
 
@@ -10,11 +10,11 @@ constexpr int kMaxNorms = 2;
 
 struct Layer {
   int64_t t;                  // this step, from 1 on
-  double scalar;              // as the step before left it
+  double scalar;              // from the previous step
   double squares[kMaxNorms];  // of what Rule::measure() returned, over all elements; 0 while it is being measured
 };
 
-// Rules that need none of it derive from this and get the step count alone. The others have
+// Rules without these derive from this and get only the step count. The others have
 //   double next_scalar(hyper, layer)       where kScalars is 1
 //   void measure(coeffs, g, p, s, x)       where kNorms is not 0: x[i] is what to add up the squares of
 struct Elementwise {

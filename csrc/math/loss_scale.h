@@ -1,5 +1,5 @@
 // Dynamic loss scaling: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2, with torch.amp.GradScaler's growth and
-// backoff, a floor, a ceiling, and hysteresis: how many overflows are forgiven before the scale backs off.
+// backoff, a floor, a ceiling, and hysteresis: the number of overflows until the scale backs off.
 #pragma once
 #include "vocab.h"
 
@@ -14,7 +14,7 @@ struct LossScaleRule {
 
 struct LossScaleState {
   float scale;
-  int32_t growth_tracker, budget;  // budget: overflows left to forgive, counting the one that backs off
+  int32_t growth_tracker, budget;  // budget: remaining overflows, including the one that backs off
 };
 
 FUSEDAMP_FN LossScaleState next_loss_scale(const LossScaleRule& rule, LossScaleState s, bool overflow) {
@@ -25,7 +25,7 @@ FUSEDAMP_FN LossScaleState next_loss_scale(const LossScaleRule& rule, LossScaleS
     if (s.budget <= 0) {
       const float lower = static_cast<float>(s.scale * rule.backoff_factor);
       const float floor = static_cast<float>(rule.min_scale);
-      // A scale that a user set below the floor stays: the floor never raises it.
+      // The floor never raises a scale that the user set below it.
       s.scale = lower >= floor ? lower : (s.scale < floor ? s.scale : floor);
     }
     return s;

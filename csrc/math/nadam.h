@@ -11,7 +11,7 @@ struct NAdamHyper {
   double beta1, beta2, eps, weight_decay, decoupled, decay_base;
 };
 
-// g_part and m_part: how much of the gradient and of the first moment the update takes.
+// g_part and m_part: coefficients of the gradient and of the first moment in the update.
 template <class S>
 struct NAdamCoeffs {
   S lr, shrink, l2, beta1, w1, beta2, w2, eps, rsqrt_bias2, g_part, m_part;

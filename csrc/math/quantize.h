@@ -1,18 +1,18 @@
-// States in 8 bits: codes relative to a power of two for each block of kScaleBlock neighbours (block-wise scales:
+// 8-bit states: quantized values with a power-of-two scale per block of kScaleBlock elements (block-wise scales:
 // Dettmers et al. 2022, arXiv:2110.02861).
 //
-// Codes are tapered: 32 (non-negative states) or 16 (signed ones) per octave for the 4 octaves below the block's
-// largest magnitude, half as many for the next 4, and so on; the last few codes are evenly spaced down to 0. (Evenly
-// spaced codes throughout would round a small gradient's momentum up to a step of its large neighbour's, and divide it
-// by its own small second moment.) Codes are even between neighbouring powers of two, so the step from a value to its
-// code is a shift of its bits, the probability of rounding up is linear in the value, and the mean of stochastic
-// rounding is the value, to 2^-16 of a step. Code 0 is excluded for states that are never negative: a second moment
-// that rounds to 0 beside a first moment that does not is a division by eps.
+// The grid is nonuniform: 32 (nonnegative states) or 16 (signed states) quantized values per octave for the 4 octaves
+// below the block's largest magnitude, half as many for the next 4, and so on; the last few are evenly spaced down to
+// 0. (A uniform grid would round a small gradient's momentum up to a step of its large neighbour's, and divide it by
+// its own small second moment.) The grid is uniform between adjacent powers of two, so quantizing is a shift of a
+// value's bits, the probability of rounding up is linear in the value, and stochastic rounding is unbiased to 2^-16 of
+// a step. Nonnegative states have no quantized value 0: a second moment rounded to 0 with a nonzero first moment would
+// be a division by eps.
 //
-// The scale is FP32. 0: all values of the block are below 2^-126. NaN: one was NaN, or infinite in a signed state, and
-// all of them become NaN, which the step after this one shows. In a state that is never negative infinity saturates to
-// the largest value that a code can have: a square overflows where its gradient is finite (1e21), and the FP32 state
-// would hold its own element still, not the other 127.
+// The scale is FP32. 0: all values of the block are below 2^-126. NaN: a value was NaN, or infinite in a signed state;
+// then all become NaN, which the next step shows. In a nonnegative state infinity saturates to the largest
+// representable value: the square of a finite gradient (1e21) can overflow, and in an FP32 state it would affect only
+// its own element, not the other 127.
 #pragma once
 #include "random.h"
 #include "rounding.h"
@@ -35,15 +35,15 @@ using CodeOf = typename CodeType<kNonNegative>::type;
 
 template <bool kNonNegative>
 struct Codes {
-  // Values are divided by the scale, to 0 <= x < 2. Code y stands for the x where float(y) has the bits of x, shifted
-  // by kShift, plus kBias; below 4 for y / kSteep.
-  static constexpr int kShift = 2;  // 2^kShift octaves share a density of codes
-  static constexpr uint32_t kEnd = kNonNegative ? 0x43800000u : 0x43000000u;  // the bits of 256 or 128: the code of 2
+  // Values are divided by the scale, to 0 <= x < 2. Quantized value y represents the x for which float(y) has the bits
+  // of x, shifted by kShift, plus kBias; below 4 it represents y / kSteep.
+  static constexpr int kShift = 2;  // 2^kShift octaves have the same grid density
+  static constexpr uint32_t kEnd = kNonNegative ? 0x43800000u : 0x43000000u;      // the bits of 256 or 128: 2 quantized
   static constexpr uint32_t kHighest = kNonNegative ? 0x437f0000u : 0x42fe0000u;  // of 255 or 127
   static constexpr uint32_t kBias = kEnd - (0x40000000u >> kShift);
-  static constexpr uint32_t kTop = (kHighest - kBias) << kShift;         // of the x of the highest code
-  static constexpr float kSteep = kNonNegative ? 0x1p25f : 0x1p21f;      // 4 / the x of code 4
-  static constexpr uint32_t kRoom = kNonNegative ? 1u << 18 : 1u << 19;  // a step of the code below 2, as bits
+  static constexpr uint32_t kTop = (kHighest - kBias) << kShift;         // of the x of the largest quantized value
+  static constexpr float kSteep = kNonNegative ? 0x1p25f : 0x1p21f;      // 4 / the x of quantized value 4
+  static constexpr uint32_t kRoom = kNonNegative ? 1u << 18 : 1u << 19;  // a step of the grid below 2, as bits
 
   // `largest`: the bits of the block's largest magnitude.
   FUSEDAMP_FN static float scale(uint32_t largest) {
@@ -51,7 +51,7 @@ struct Codes {
     const bool poisoned = kNonNegative ? largest > 0x7f800000u : largest >= 0x7f800000u;
     return float_of(poisoned ? 0x7fc00000u : power < 0x7e800000u ? power : 0x7e800000u);
   }
-  // What values are multiplied by: 1 / scale, or 0.
+  // The factor of values: 1 / scale, or 0.
   FUSEDAMP_FN static float inverse(float scale) {
     const uint32_t power = bits_of(scale);
     return float_of(power == 0u || power > 0x7f800000u ? 0u : 0x7f000000u - power);
@@ -60,7 +60,7 @@ struct Codes {
   // `random`: 16 bits.
   FUSEDAMP_FN static int32_t code(float value, float inverse, uint32_t random) {
     const uint32_t u = bits_of(value * inverse), magnitude = u & 0x7fffffffu;
-    const bool negative = (u >> 31) != 0u && magnitude <= 0x7f800000u;  // the sign of a NaN is up to the compiler
+    const bool negative = (u >> 31) != 0u && magnitude <= 0x7f800000u;  // the sign of a NaN depends on the compiler
     const uint32_t x = magnitude < kTop ? magnitude : kTop;
     const float tapered = float_of((x >> kShift) + kBias), even = float_of(x) * kSteep;
     const float dither = static_cast<float>(static_cast<int32_t>(random)) * 0x1p-16f;

@@ -23,7 +23,7 @@ struct RAdam : Elementwise {
 
   FUSEDAMP_FN static RAdamCoeffs<double> coeffs(const Hyper& h, double lr, int64_t t) {
     const double power2 = powi(h.beta2, t), bias1 = 1.0 - powi(h.beta1, t), bias2 = 1.0 - power2;
-    const double longest = 2.0 / (1.0 - h.beta2) - 1.0;  // rho_inf; how many samples v averages in the end
+    const double longest = 2.0 / (1.0 - h.beta2) - 1.0;  // rho_inf; the number of samples that v averages in the limit
     const double length = longest - 2.0 * static_cast<double>(t) * power2 / bias2;  // rho_t
     const bool adaptive = length > 5.0;
     const double rectified =

@@ -1,4 +1,4 @@
-// Random bits that are a function of (seed, step, list, element) alone: a run replays and resumes to the bit, on any
+// Random bits as a function of (seed, step, list, element) only: runs are reproducible and resume bit for bit, on any
 // device, in any order. Keys: the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
 // number generators"). Elements: a 32-bit multiply-xorshift finalizer with the constants that C. Wellons found by
 // search (2018, "Prospecting for hash functions", public domain), keyed before and inside, so that two steps don't
@@ -15,7 +15,7 @@ FUSEDAMP_FN uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// What a tensor's random numbers of one step depend on.
+// Inputs of a tensor's random numbers of one step.
 FUSEDAMP_FN uint64_t random_stream(int64_t seed, int64_t step) {
   return mix(mix(static_cast<uint64_t>(seed) + 0x9e3779b97f4a7c15u) + static_cast<uint64_t>(step));
 }
@@ -26,7 +26,7 @@ struct RandomKey {
 
 constexpr int kWeightList = 3;  // states are lists 0, 1 and 2
 
-// Of one list of the tensor, for the kKeyElements elements around `index`: as many as 2^32 words are for.
+// The key of one list of the tensor for the kKeyElements elements around `index`, which 2^32 words serve.
 constexpr int64_t kKeyElements = int64_t{1} << 33;
 FUSEDAMP_FN RandomKey random_key(uint64_t stream, int list, int64_t index) {
   const uint64_t lists = 4, which = static_cast<uint64_t>(index / kKeyElements) * lists + static_cast<uint64_t>(list);
@@ -34,7 +34,7 @@ FUSEDAMP_FN RandomKey random_key(uint64_t stream, int list, int64_t index) {
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
-// 32 random bits, for two neighbours: `pair` is the lower 32 bits of half of the even one's index.
+// 32 random bits for two adjacent elements: `pair` is the lower 32 bits of half of the even index.
 FUSEDAMP_FN uint32_t random_bits(RandomKey key, uint32_t pair) {
   uint32_t x = pair ^ key.outer;
   x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -42,7 +42,7 @@ FUSEDAMP_FN uint32_t random_bits(RandomKey key, uint32_t pair) {
   return x ^ (x >> 16);
 }
 
-// The 16 of them that are for this element: the lower ones if its index is even.
+// This element's 16 bits: the lower ones if its index is even.
 FUSEDAMP_FN uint32_t random_half(uint32_t bits, int index) { return bits >> (index % 2 * 16) & 0xffffu; }
 
 }  // namespace FUSEDAMP_TARGET

@@ -36,7 +36,7 @@ struct RmsPropRule : Elementwise {
     if (kCentered) {
       V& mean = s[kCentered ? 1 : 0];
       mean = fma(k.alpha, mean, k.w * g);
-      square = maximum(fma(-mean, mean, square), V(0));  // roundings must not make it negative
+      square = maximum(fma(-mean, mean, square), V(0));  // rounding must not make it negative
     }
     const V u = g / (sqrt(square) + k.eps);
     if (!kMomentum) return u;

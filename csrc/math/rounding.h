@@ -1,7 +1,6 @@
 // FP16 and BF16 <-> FP32, to nearest with ties to even, safe for NaN, infinity and subnormals (IEEE 754-2019, 4.3.1),
-// or stochastically: up with a probability that makes the mean exact (Gupta et al. 2015, arXiv:1502.02551,
-// section 3.1). Bit arithmetic, right on every machine; the engines use the hardware's instructions where they exist
-// and give the same bits.
+// or stochastically: up with the probability that makes it unbiased (Gupta et al. 2015, arXiv:1502.02551, section 3.1).
+// Portable bit arithmetic; the engines use hardware instructions with the same results where they exist.
 #pragma once
 #include "vocab.h"
 
@@ -30,7 +29,7 @@ FUSEDAMP_FN float bf16_to_float(uint16_t h) { return float_of(static_cast<uint32
 FUSEDAMP_FN uint16_t float_to_bf16(float x) {
   const uint32_t u = bits_of(x);
   const uint32_t nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;  // rounding could carry a NaN into infinity or -0
+  const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;  // rounding could turn a NaN into infinity or -0
   return static_cast<uint16_t>(is_nan ? 0x7fc0u : nearest);
 }
 
@@ -57,7 +56,7 @@ FUSEDAMP_FN uint16_t float_to_f16(float x) {
   return static_cast<uint16_t>(sign | h);
 }
 
-// Stochastic: `random` is 16 random bits. A finite value never becomes infinite by chance.
+// Stochastic: `random` is 16 random bits. A finite value never becomes infinite.
 FUSEDAMP_FN uint16_t float_to_bf16(float x, uint32_t random) {
   const uint32_t u = bits_of(x), up = u + random, magnitude = u & 0x7fffffffu;
   const bool is_nan = magnitude > 0x7f800000u;

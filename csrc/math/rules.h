@@ -1,4 +1,4 @@
-// Every update rule, and a number for each.
+// All update rules, with an id for each.
 #pragma once
 #include "adagrad.h"
 #include "adam.h"

@@ -10,7 +10,7 @@ struct SgdHyper {
   double momentum, dampening, weight_decay, nesterov;
 };
 
-// g_weight is what the gradient enters the buffer with: 1 - dampening, but 1 on a tensor's first step.
+// g_weight is the gradient's coefficient in the buffer: 1 - dampening, but 1 at a tensor's first step.
 template <class S>
 struct SgdCoeffs {
   S lr, l2, momentum, g_weight, nesterov;

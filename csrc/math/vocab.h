@@ -1,4 +1,4 @@
-// The words that update rules are written in, for every value type V (float, double).
+// Basic functions of update rules, for every value type V (float, double).
 // Compiles anywhere: host compilers, nvcc, the CUDA emulation. No fast-math: a multiply-add is
 // fused where and only where `fma` is written.
 #pragma once
@@ -10,8 +10,8 @@
 #define FUSEDAMP_FN inline __attribute__((always_inline))
 #endif
 
-// Each CPU instruction set compiles these headers into a namespace of its own. Otherwise the linker could
-// keep an inline function's AVX-512 body for everybody, and older machines would crash in it.
+// Each CPU instruction set compiles these headers into a separate namespace. Otherwise the linker could use an inline
+// function's AVX-512 version for all sets, and older machines would crash.
 #ifndef FUSEDAMP_TARGET
 #define FUSEDAMP_TARGET portable
 #endif
@@ -30,7 +30,7 @@ FUSEDAMP_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c
 FUSEDAMP_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 FUSEDAMP_FN float sqrt(float x) { return __builtin_sqrtf(x); }
 FUSEDAMP_FN double sqrt(double x) { return __builtin_sqrt(x); }
-FUSEDAMP_FN double pow(double x, double y) { return __builtin_pow(x, y); }  // the only one that differs between devices
+FUSEDAMP_FN double pow(double x, double y) { return __builtin_pow(x, y); }  // the only one with device-dependent bits
 #endif
 
 template <class V>
@@ -50,8 +50,8 @@ FUSEDAMP_FN V sign(V x) {
   return where(x > V(0), V(1), where(x < V(0), V(-1), x));
 }
 
-// base^n for a whole number n >= 0 by repeated squaring. Only IEEE multiplications, so host and device agree
-// to the bit, which their pow() functions do not.
+// base^n for a whole number n >= 0 by repeated squaring. Only IEEE multiplications, so host and device results are
+// bitwise equal, unlike those of pow().
 FUSEDAMP_FN double powi(double base, int64_t n) {
   double result = 1.0;
   for (; n > 0; n >>= 1) {

@@ -13,7 +13,7 @@ namespace {
 
 constexpr Py_ssize_t kBytes = sizeof(Plain);  // of one tensor
 
-// int64 [3, n], as Python gets it.
+// int64 [3, n], in the form that Python gets.
 struct Columns {
   py::bytearray bytes;
   Py_ssize_t n;
@@ -107,7 +107,7 @@ py::object columns_of(py::list entries, py::list columns, py::list sizes) {
         return py::none();
       py::object value = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(entry, name));
       if (!value) return py::none();
-      if (part != Py_None) {  // of a tensor that is encoded; a plain one has no such attribute
+      if (part != Py_None) {  // of an encoded tensor; a plain one has no such attribute
         value = py::reinterpret_steal<py::object>(PyObject_GetAttr(value.ptr(), part));
         if (!value) {
           PyErr_Clear();
@@ -120,7 +120,7 @@ py::object columns_of(py::list entries, py::list columns, py::list sizes) {
   return found;
 }
 
-// Where each tensor begins and ends.
+// Begin and end address of each tensor.
 template <class Visit>
 void for_each_span(const Columns& fields, Visit visit) {
   for (Py_ssize_t i = 0; i < fields.n; ++i) {

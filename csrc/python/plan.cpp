@@ -19,7 +19,7 @@ const Names& names() {
 
 bool is(PyObject* text, PyObject* name) { return text == name || PyObject_RichCompareBool(text, name, Py_EQ) == 1; }
 
-// Whether a value can't change in place.
+// True if a value is immutable.
 bool is_fixed(PyObject* value) {
   if (PyTuple_Check(value)) {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i)
@@ -60,7 +60,7 @@ Plan::Plan(py::list groups, const std::vector<int64_t>& columns, const std::vect
       if (at >= columns.size() || at >= kinds.size()) throw py::value_error("there are more params than columns");
       Item item = {PyList_GET_ITEM(params, i), {}, reinterpret_cast<int64_t*>(columns[at]), kinds[at].first,
                    kinds[at].second,           0};
-      // One without a gradient may be of any kind, as nothing happens to it.
+      // A parameter without a gradient may be of any type, because it is not updated.
       if (!know(item.object, item.param)) {
         if (item.column || !is_plain_type(item.object)) throw py::value_error("a param is not plain");
         item.param.keys = 0;
@@ -82,7 +82,7 @@ void Plan::note_options(size_t index, py::dict dict) {
   group.is_fixed = true;
   for (const auto& [name, value] : dict) {
     Option option = {py::reinterpret_borrow<py::object>(name), {}};
-    if (!is(name.ptr(), names().params)) {  // those are walked
+    if (!is(name.ptr(), names().params)) {  // params are compared separately
       option.value = py::reinterpret_borrow<py::object>(value);
       group.is_fixed = group.is_fixed && is_fixed(value.ptr());
     }
@@ -104,10 +104,10 @@ bool Plan::has_same_options(Group& group, PyObject* dict) {
   return true;
 }
 
-// False where the parameter or its gradient is not what it was.
+// False if the parameter or its gradient changed.
 bool Plan::find(Item& item, bool versioned, Stamp* stamp) {
   Gradient found;
-  if (!item.column) {  // whether it is plain does not matter before it has a gradient
+  if (!item.column) {  // it need not be plain before it has a gradient
     if (find_gradient(item.object, item.param, false, found) != Found::kNothing) return false;
     *stamp = {};
     return !has_main_grad(item.object);

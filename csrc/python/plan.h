@@ -1,4 +1,4 @@
-// One walk per step over an optimizer's groups, parameters and gradients.
+// One pass per step over an optimizer's groups, parameters and gradients.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -9,33 +9,34 @@
 
 namespace fusedamp {
 
-// What the last step saw. The tables of a step op (csrc/engine/table.h) are the caller's memory: the walk writes the
+// Snapshot of the last step. The tables of a step op (csrc/engine/table.h) are the caller's memory: look() writes the
 // gradients' addresses into their column, and a new learning rate into its group.
 class Plan {
  public:
-  // groups: param_groups of an optimizer. columns: for each parameter of all groups, in order, the address of its place
-  // in the column of gradients, or 0 if it has no gradient. kinds: of each, numel and dtype of the gradient. rates: for
-  // each group the addresses of its learning rate in the tables.
-  // Throws ValueError where a parameter is not plain.
+  // groups: param_groups of an optimizer. columns: for each parameter of all groups, in order, the address of its entry
+  // in the column of gradients, or 0 without a gradient. kinds: numel and dtype of each gradient. rates: for each
+  // group, the addresses of its learning rate in the tables.
+  // Throws ValueError if a parameter is not plain.
   Plan(pybind11::list groups, const std::vector<int64_t>& columns,
        const std::vector<std::pair<int64_t, int64_t>>& kinds, const std::vector<std::vector<int64_t>>& rates);
 
-  // The walk. None where more than gradients and options has changed: other groups or parameters, a parameter that has
-  // moved, a gradient that came, went or changed its size or type. Else the groups whose options are others than were
-  // noted; a new learning rate that is a float is written to the tables, and is no such change.
-  // `versioned`: with version counters, for mark() and is_as_marked().
+  // Compares everything with the snapshot. Returns None if anything but gradients and options changed: groups or
+  // parameters, a parameter's address, the presence, size or type of a gradient. Otherwise returns the groups whose
+  // options differ from the recorded ones; a new learning rate that is a float is written to the tables and not
+  // reported.
+  // `versioned`: also read version counters, for mark() and is_as_marked().
   pybind11::object look(pybind11::list groups, bool versioned);
 
-  // Notes the present options of a group. Such as can change in place (tensors, lists) are reported by every look().
+  // Records the current options of a group. Every look() reports groups with mutable options (tensors, lists).
   void note_options(size_t index, pybind11::dict group);
 
-  // Whether the gradients' addresses are those of the last call; notes them.
+  // True if the gradients' addresses changed since the last call; records them.
   bool gradients_moved();
 
-  // Remembers the gradients that the last look(versioned) saw; returns the number of this mark.
+  // Records the gradients of the last versioned look(); returns the number of this mark.
   int64_t mark();
-  // Whether the last look(versioned) saw the gradients of that mark: the same tensors, not written since. Who asks must
-  // have kept them alive.
+  // True if the last versioned look() found the gradients of that mark: the same tensors, unmodified. The caller must
+  // keep them alive.
   bool is_as_marked(int64_t mark) const;
 
  private:
@@ -44,7 +45,7 @@ class Plan {
     KnownParam param;
     int64_t* column;  // null: no gradient
     int64_t numel, dtype;
-    int64_t address;  // of the gradient, as it was last noted
+    int64_t address;  // last recorded address of the gradient
   };
   struct Option {
     pybind11::object name, value;
@@ -52,7 +53,7 @@ class Plan {
   struct Group {
     size_t params;
     std::vector<Option> options;
-    bool is_fixed = false;  // whether the options can't change in place
+    bool is_fixed = false;  // whether all options are immutable
     std::vector<double*> rates;
   };
   struct Stamp {

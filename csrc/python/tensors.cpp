@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace fusedamp {
 namespace {
 
-// An attribute that torch computes in C, read without looking its name up.
+// An attribute that torch implements in C, read without a name lookup.
 struct Attribute {
   PyObject* name;
   getter get;
@@ -32,12 +32,12 @@ struct Attribute {
   }
 };
 
-// Borrowed for as long as the process lives: torch's own types and table.
+// Borrowed for the lifetime of the process: torch's types and table.
 PyTypeObject *tensor_type, *parameter_type;
 DLPackDLTensorFromPyObjectNoSync describe;
 Attribute grad_attribute, version_attribute;
 
-// csrc/engine/dtype.h; integers only where they store something.
+// Codes of csrc/engine/dtype.h; integers only as storage types.
 int64_t dtype_code(const DLDataType& dtype, bool stored) {
   if (dtype.lanes != 1) return -1;
   if (stored && dtype.code == kDLInt) return dtype.bits == 8 ? 4 : dtype.bits == 16 ? 6 : -1;
@@ -47,7 +47,7 @@ int64_t dtype_code(const DLDataType& dtype, bool stored) {
   return dtype.bits == 16 ? 0 : dtype.bits == 32 ? 2 : dtype.bits == 64 ? 3 : -1;
 }
 
-// How many elements, or -1 where they don't lie one after the other.
+// Number of elements, or -1 if they are not contiguous.
 int64_t contiguous_numel(const DLTensor& t) {
   int64_t numel = 1;
   for (int32_t d = 0; d < t.ndim; ++d) numel *= t.shape[d];
@@ -61,9 +61,8 @@ int64_t contiguous_numel(const DLTensor& t) {
   return numel;
 }
 
-// A lazy negation, which no field of a tensor shows: parts of conjugated complex numbers have it. It is one bit of a
-// word in torch's own object; where that lies is found out on tensors whose answers are known, since asking takes 40
-// ns.
+// Lazy negation (of parts of conjugated complex tensors), which no field of a tensor shows. It is one bit of a word in
+// torch's C++ object; its position is determined with known tensors, because calling torch takes 40 ns.
 class Negation {
  public:
   // `pairs`: of tensors, and the same negated.
@@ -83,7 +82,7 @@ class Negation {
     return answer.ptr() != Py_False;
   }
   bool is_known() const { return bit_ != 0; }
-  // torch's own object behind a Python tensor, and its dispatch keys, one bit of which is the negation.
+  // torch's C++ object of a Python tensor, and its dispatch keys, one bit of which is the negation.
   const void* object_of(PyObject* tensor) const { return reinterpret_cast<const void* const*>(tensor)[pointer_]; }
   uint64_t keys(const void* object) const { return static_cast<const uint64_t*>(object)[word_]; }
 
@@ -113,13 +112,13 @@ class Negation {
 };
 Negation negation;
 
-// Functions of torch's libraries, by name: C functions of its stable ABI, and two members of C++ classes that have no
-// such twin. A tensor in C++ is one pointer to torch's object.
+// Functions of torch's libraries, by name: C functions of its stable ABI, and two C++ member functions without an
+// equivalent there. A tensor in C++ is one pointer to torch's object.
 class Direct {
  public:
   bool enabled = false;
 
-  // `leaves`: of which some have a gradient. True if all functions are there and answer as DLPack and Python do.
+  // `leaves`: some have a gradient. True if all functions exist and agree with DLPack and Python.
   bool learn(const py::list& leaves) {
     return find(grad_, "libc10.so", "_ZNK3c1010TensorImpl4gradEv") &&
            find(version_, "libtorch_cpu.so", "_ZNK2at10TensorBase8_versionEv") &&
@@ -181,7 +180,7 @@ class Direct {
   int32_t (*numel_)(const void* const*, int64_t*);
   int32_t (*dtype_)(const void* const*, int32_t*);
   int32_t (*is_contiguous_)(const void* const*, bool*);
-  const void* nothing_ = nullptr;  // what stands for no gradient
+  const void* nothing_ = nullptr;  // represents a missing gradient
 };
 Direct direct;
 bool can_read_directly = false;
@@ -244,7 +243,7 @@ Found find_gradient(PyObject* param, const KnownParam& known, bool versioned, Gr
   if (!direct.enabled) {
     const py::object its = gradient(param);
     if (its.is_none()) return Found::kNothing;
-    Reader reader;  // of both, as they must be on one device
+    Reader reader;  // for both, because they must be on one device
     Plain its_param;
     if (!reader.read(param, false, its_param) || !reader.read(its.ptr(), false, found.fields) || is_negated(its.ptr()))
       return Found::kOther;

@@ -1,9 +1,9 @@
-"""What follows the first step makes no host read: shown without a GPU, for everything that a graph captures.
+"""After the first step there are no host reads in anything that a graph captures; tested without a GPU.
 
-Two stand-ins for a device. Fake CUDA tensors (shapes and devices, no values) take every road that depends on
-the device; whoever asks for a value gets an error, as there is none. Real CPU tensors take the short road of
-a repeated step, which hands addresses to the ops, with real good and bad gradients. Over both a dispatch mode
-forbids what makes the host wait: reading a value, sizes that depend on values, and copies between devices.
+Two stand-ins for a device: fake CUDA tensors (shapes and devices, no values) take every path that depends on
+the device; reading a value raises, because there is none. Real CPU tensors take the path of a repeated step,
+which passes addresses to the ops, with finite and non-finite gradients. In both a dispatch mode forbids
+syncs: reading a value, sizes that depend on values, and copies between devices.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ class HostRead(AssertionError):
 
 
 class Watch(TorchDispatchMode):
-    """While ``strict``, an error for what makes the host wait."""
+    """Raise for host syncs while ``strict``."""
 
     READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}
     COPIES = {"_to_copy", "copy_", "_copy_from"}
@@ -138,7 +138,7 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(FakeTensor, "copy_", lambda *a, **k: torch.ops.aten.copy_(*a, **k), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: State.capturing)
-    # Its looks at the scale go through pinned memory and an event, which test_grad_scaler_limits.py guards.
+    # It reads the scale through pinned memory and an event, which test_grad_scaler_limits.py guards.
     monkeypatch.setattr(
         FloorWatch, "forget", lambda watch: vars(watch).update(_at_least=2.0**60, _pending=None)
     )

@@ -1,4 +1,4 @@
-"""FSDP1 on 2 gloo ranks: what would let them drift apart is refused; torch's own scaler is the way out."""
+"""FSDP1 on 2 gloo ranks: calls after which ranks would diverge raise; torch's ShardedGradScaler works."""
 
 import copy
 import math
@@ -136,7 +136,8 @@ def test_on_two_ranks(name, folder):
 
 
 def test_one_process_may_step_what_is_marked():
-    """There is no other rank to drift apart from; but what needs whole tensors still refuses flat ones."""
+    """With one rank there is nothing to diverge from; but optimizers that need whole tensors still raise for
+    flat ones."""
     param = torch.ones(3, requires_grad=True)
     param._fsdp_flattened = True
     scaler, optimizer = GradScaler("cpu", init_scale=4.0), optim.SGD([param], lr=0.25)

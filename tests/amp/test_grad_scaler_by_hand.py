@@ -226,7 +226,7 @@ def test_a_gradient_that_the_factor_makes_infinite_is_an_overflow(kind, factor, 
 @OBEY
 def test_clipping_comes_before_the_factor(kind):
     """As unscale_, clip_grad_norm_ and torch's fused step: the norm is that of the unscaled gradients, and
-    what clipping makes small enough is no overflow."""
+    gradients that clipping makes small enough do not overflow."""
     scaler, (param, optimizer) = started(), one(kind, 2.0**30 * SCALE, lr=2.0**-100)
     optimizer.grad_scale = 2.0**-100
     assert scaler.clip_grad_norm_(optimizer, 1.0) == 2.0**30

@@ -1,6 +1,4 @@
-"""unscale_ on every kind of gradient there is, against the plain product, and on overflow before and after
-it.
-"""
+"""unscale_ on every type of gradient, against the plain product, and on overflow before and after it."""
 
 import pytest
 import torch
@@ -35,7 +33,7 @@ def found(scaler, optimizer):
 
 
 def test_all_dtypes_in_one_call():
-    """FP16 and BF16 gradients, which torch refuses, beside all others; 1/4 is exact in each dtype."""
+    """FP16 and BF16 gradients, which torch does not support, with all others; 1/4 is exact in each dtype."""
     grads = [torch.tensor([4.0, -2.0, 0.0], dtype=dtype) for dtype in DTYPES]
     grads += [torch.tensor([4 + 2j, -2j], dtype=dtype) for dtype in (torch.complex64, torch.complex128)]
     grads += [torch.empty(0), torch.tensor(8.0)]
@@ -146,7 +144,7 @@ def test_overflow_before_unscaling(bad, dtype, position):
 
 
 def test_overflow_made_by_unscaling():
-    """60000 / 0.25 is beyond FP16: torch looked at the inputs only and stepped with inf."""
+    """60000 / 0.25 is beyond FP16: torch checks only the inputs and steps with inf."""
     scaler, optimizer = scaler_at(0.25), optimizer_of(torch.full((3,), 60000.0, dtype=torch.float16))
     scaler.unscale_(optimizer)
     assert found(scaler, optimizer) == {str(HERE): 1.0}

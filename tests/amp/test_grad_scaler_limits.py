@@ -1,4 +1,4 @@
-"""Floor, ceiling and hysteresis: what keeps a scale usable, and what is said at the floor."""
+"""Floor, ceiling and hysteresis of the scale, and messages at the floor."""
 
 import math
 import warnings
@@ -9,7 +9,7 @@ from fusedamp import GradScaler, optim
 from fusedamp.amp.floor import FloorWatch
 from on_device import DEVICE
 
-UPDATES = 1 if DEVICE == "cpu" else 3  # until a look is known; elsewhere one of the next updates finds it
+UPDATES = 1 if DEVICE == "cpu" else 3  # until a reading is known; later updates use it
 
 
 def make(cls=optim.AdamW, **options):
@@ -73,7 +73,7 @@ def test_floor_raises_where_asked_and_the_scaler_goes_on():
 
 @pytest.mark.parametrize("way", ["update", "load_state_dict"])
 def test_floor_is_noticed_after_a_scale_set_by_hand(way):
-    """The scaler skips looks that cannot find anything; a jump to the floor must end that."""
+    """The scaler skips readings that cannot find anything; a jump to the floor must end that."""
     param, scaler, optimizer = make(min_scale=1.0, init_scale=2.0**30, on_floor="raise")
     scales(param, scaler, optimizer, "..")
     if way == "update":
@@ -85,8 +85,8 @@ def test_floor_is_noticed_after_a_scale_set_by_hand(way):
 
 
 def test_looks_at_the_scale_are_rare():
-    """Each look makes the host read the device (on CUDA, later): one in 16 updates from 2**16 to a floor of
-    1.
+    """Each reading copies from the device (on CUDA, asynchronously): one in 16 updates from 2**16 to a floor
+    of 1.
     """
     param, scaler, optimizer = make(min_scale=1.0, init_scale=2.0**16)
     looks, judge = [], scaler._floor._judge

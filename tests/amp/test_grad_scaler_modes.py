@@ -122,7 +122,7 @@ def fake_kinds():
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fake_tensors(make, tail, dtype):
-    """There is no value to look at: every step counts as a good one, and nothing waits for a value."""
+    """Without values, every step counts as a good one, and nothing waits for a value."""
     with FakeTensorMode():
         param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
         scaler, optimizer = GradScaler("cpu", init_scale=SCALE, hysteresis=2), make([param])

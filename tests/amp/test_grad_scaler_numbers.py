@@ -114,7 +114,7 @@ def test_update_refuses_what_is_no_scale(value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, -1.0, 1e39])
 def test_update_with_a_tensor_that_is_no_scale(value):
-    """One on the CPU is refused at once; the host does not look at others, and the scale stays."""
+    """A CPU tensor raises immediately; the host does not read others, and the scale is unchanged."""
     param, scaler, optimizer = make()
     iterate(param, scaler, optimizer)
     new = torch.tensor(value, dtype=torch.float64)

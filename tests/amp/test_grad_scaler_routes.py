@@ -175,7 +175,7 @@ def test_clipping_is_kept(kind, between):
 @each_between
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_an_overflow_is_a_real_skip(kind, between, bad):
-    """Nothing is called that could look at the gradients."""
+    """Nothing that could read the gradients is called."""
     param, scaler = weight(torch.float32, bad), started()
     optimizer, seen = between(kind, [param])
     assert scaler.step(optimizer) is None

@@ -164,7 +164,7 @@ def test_a_run_ends_in_time_on_a_busy_machine(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     budget = timing.Budget(seconds=100, measurements=10, longest=8)
     for _ in range(10):
-        now += 2 * budget.share()  # each is disturbed, and goes on for twice its time
+        now += 2 * budget.share()  # each is disturbed, and takes twice its time
     assert now == pytest.approx(100)
     assert budget.share() == 0
 

@@ -156,7 +156,7 @@ def test_parts_that_fail_or_are_left_out_are_in_the_report(monkeypatch, tmp_path
     assert text.count("the build failed") == len(PARTS) - 1
     outcomes["build"] = {"outcome": "passed"}
     assert run.main(["--out", str(tmp_path), "--limit", "3"]) == 0
-    assert next(tmp_path.glob("x-*.md")).read_text().count("3 s were over") == len(PARTS)
+    assert next(tmp_path.glob("x-*.md")).read_text().count("3 s was reached") == len(PARTS)
     capsys.readouterr()
 
 
@@ -192,7 +192,7 @@ def test_proofs_may_run_together_and_measurements_alone():
 
 
 def test_floors_of_formats():
-    """The bytes of performance tables, by hand: read pass, gradient, weight, remainder, two states."""
+    """The bytes of performance tables, by hand: gradient check, gradient, weight, remainder, two states."""
     assert bandwidth.SPLIT.floor == 2 + (2 + 2 + 2 + 4 + 4) + (2 + 2 + 4 + 4)
     assert bandwidth.SPLIT_BF16.floor == 2 + (2 + 2 + 2 + 2 + 2) + (2 + 2 + 2 + 2)
     assert bandwidth.SPLIT_INT8.floor == 2 + (2 + 2 + 2 + 1 + 1) + (2 + 2 + 1 + 1) + 4 * 4 / 128

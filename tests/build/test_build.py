@@ -55,7 +55,7 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 class Sandbox:
-    """A copy of the sources beside a stand-in torch and stand-in compilers."""
+    """A copy of the sources with a stand-in torch and stand-in compilers."""
 
     def __init__(self, folder, torch="2.13.0", compilers=("g++",)):
         self.folder, self.bin = folder, folder / "bin"
@@ -74,7 +74,7 @@ class Sandbox:
             (folder / "site/torch/version.py").write_text(f"__version__ = '{torch}'\n")
 
     def build(self, **variables):
-        """Exit code, and all that it printed."""
+        """Return the exit code and the output."""
         keep = {
             k: v for k, v in os.environ.items() if not k.startswith(("FUSEDAMP_", "CUDA", "TORCH_", "CXX"))
         }
@@ -103,7 +103,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_one_line_says_what_is_missing(name, tmp_path):
-    """Exit code 1, one line that says what is wrong and how to mend it, no traceback, nothing compiled."""
+    """Exit code 1, one line with the problem and a fix, no traceback, nothing compiled."""
     sandbox_options, variables, what, way_out = REFUSALS[name]
     sandbox = Sandbox(tmp_path, **sandbox_options)
     code, text = sandbox.build(**variables)

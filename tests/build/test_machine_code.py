@@ -41,7 +41,7 @@ pytestmark = [
 
 def dump(option: str) -> str:
     command = [str(CUOBJDUMP), option, str(LIBRARY)]
-    path = f"{Path(command[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # nvdisasm lies beside it
+    path = f"{Path(command[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # nvdisasm is there too
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -36,7 +36,7 @@ def test_gpu_rules(name, version, units, choice):
 
 
 def test_rocm_devices_are_not_judged_by_nvidia_rules(monkeypatch):
-    """torch calls an AMD GPU cuda:0 and 9.4; that is no compute capability."""
+    """torch calls an AMD GPU cuda:0 and 9.4, which is not a compute capability."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     found = gpu_capability(0, "AMD Instinct MI300X", (9, 4))
     assert found.recommended is torch.float32

@@ -79,7 +79,7 @@ def test_info_text(capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_demo_options(arguments, words, capsys, monkeypatch, tmp_path):
-    """Exit code 2 and one line that names the option, what it got, and what is possible."""
+    """Exit code 2 and one line with the option, its value, and valid values."""
     monkeypatch.setattr(options, "EXTRAS", ())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.txt").write_text("small")

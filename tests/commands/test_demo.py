@@ -141,7 +141,7 @@ def test_same_seed_same_curves(digits):
 
 
 def test_whole_run_on_the_gpt(gpt, tmp_path, capsys):
-    """From the first line to the picture: table, findings, exit code; the file is a PNG of readable size."""
+    """Runs the whole demo: table, findings, exit code; the plot is a PNG of readable size."""
     picture = tmp_path / "demo.png"
     code = run_tasks([gpt], Options(tasks=("gpt",), dtypes=("fp16",), picture=picture))
     text = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""``python -m fusedamp repro`` in small: what is trained, what stops, which claims are made of it."""
+"""``python -m fusedamp repro`` at small size: training, stalled values, claims."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ def result(name: str, held_out: float, **options) -> Result:
     ],
 )
 def test_findings(run_, claims, held):
-    """Guards the verdicts: what matches, what falls behind, and that a claim that did not show is said."""
+    """Guards the verdicts: runs that match, runs that fall behind, and a report of claims that were not
+    confirmed."""
     sweep = Sweep("", [result("FP32", 1.70), result("FP32, 2", 1.75), result("FP32, 3", 1.68), run_])
     findings = sweep.findings()
     if claims is None:
@@ -131,7 +132,7 @@ def test_a_stall_of_ours_is_a_failed_claim():
 
 
 def test_whole_run(tmp_path, capsys):
-    """From the first line to the picture: tables, findings, exit code; the file is a PNG of readable size."""
+    """Runs all experiments: tables, findings, exit code; the plot is a PNG of readable size."""
     picture = tmp_path / "repro.png"
     code = run(replace(TINY, picture=picture))
     words = " ".join(capsys.readouterr().out.split())
@@ -162,7 +163,7 @@ def test_whole_run(tmp_path, capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_options(arguments, words, capsys, monkeypatch, tmp_path):
-    """Exit code 2 and one line that says what is possible."""
+    """Exit code 2 and one line with valid values."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(["repro", *arguments]) == 2
     captured = capsys.readouterr()

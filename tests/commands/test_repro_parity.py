@@ -105,7 +105,7 @@ def test_rows():
 
 
 def test_whole_run(tiny, tmp_path, monkeypatch, capsys):
-    """From the command line to the table: every mode a row, a finding for each claim, the exit code."""
+    """Runs the command: one row per mode, a finding per claim, the exit code."""
     monkeypatch.setattr(parity, "gpt_task", lambda data: tiny)
     before = torch.get_num_threads()
     code = cli.main(
@@ -115,7 +115,7 @@ def test_whole_run(tiny, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     words = " ".join(printed.split())
     assert code == int("NO " in words)
-    assert code == 1  # two steps part nothing: weights alone do not fall behind
+    assert code == 1  # after two steps weights without masters do not fall behind yet
     table = (tmp_path / "parity.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith(("| FP32", "| FP16", "| BF16"))]
     assert len(rows) == len(parity.modes())

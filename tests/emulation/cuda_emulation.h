@@ -1,7 +1,7 @@
 // Compiles the project's CUDA kernels with a host C++ compiler and runs them on the CPU. One CUDA thread is one fiber;
 // the fibers of a block meet in barriers and warp functions; the blocks of a grid run one after another, in a shuffled
-// order. What is not declared here (inline PTX, cub, approximate intrinsics, <<<>>>) does not compile: kernels must not
-// use it. What this cannot see is listed in README.md.
+// order. Anything not declared here (inline PTX, cub, approximate intrinsics, <<<>>>) does not compile: kernels must
+// not use it. README.md lists what this cannot detect.
 #pragma once
 #include <cuda_runtime_api.h>  // dim3, cudaStream_t: declarations only, nothing of CUDA is linked
 #include <vector_functions.h>
@@ -43,7 +43,7 @@ void after_atomic(void* address);  // bookkeeping for ThreadSanitizer
 void run_grid(const char* name, unsigned blocks, unsigned threads, void (*entry)(void*), void* argument);
 void note(const void* kernel);  // that it was launched
 void forget_launches();
-unsigned launches(const char* const** names);  // since then, in order: how many, of what names
+unsigned launches(const char* const** names);  // since then, in order: their number and names
 void print_launched(const void* origin);       // "ran", and how far from there each kernel that was launched lies
 void set_schedule(uint64_t seed);              // order of threads and blocks, and preemption
 
@@ -69,7 +69,7 @@ T from_bits(uint64_t bits) {
   return value;
 }
 
-// Relaxed, as CUDA's are: other memory is ordered by fences and barriers alone.
+// Relaxed, as in CUDA: only fences and barriers order other memory.
 template <class T, class Update>
 T atomic_update(T* address, Update update) {
   using Word = std::conditional_t<sizeof(T) == 8, unsigned long long, unsigned>;
@@ -140,7 +140,7 @@ T atomicExch(T* address, T value) {
   return emulation::atomic_update(address, [=](T) -> T { return value; });
 }
 
-// Loads past the L1 cache: what a kernel needs to see another block's results. Not atomic.
+// Loads that bypass the L1 cache, which a kernel needs to see another block's results. Not atomic.
 template <class T>
 T __ldcg(const T* address) {
   return *address;
@@ -156,7 +156,7 @@ using std::min;
 
 namespace fusedamp::cuda {
 
-// The same constants as on a GPU unless the test shrinks them, to have many chunks and packets out of little data.
+// The same constants as on a GPU unless the test shrinks them, to get many chunks and packets from little data.
 #ifndef EMULATED_BLOCK
 #define EMULATED_BLOCK 256
 #define EMULATED_CHUNK 16384

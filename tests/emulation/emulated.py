@@ -1,4 +1,5 @@
-"""Builds the emulated kernels: the same sources as nvcc compiles, with a host compiler, in three kinds."""
+"""Builds the emulated kernels: the sources that nvcc compiles, with a host compiler, in three
+configurations."""
 
 import fcntl
 import functools
@@ -82,7 +83,7 @@ KINDS = {
 
 
 def cuda_include() -> Path | None:
-    """Where CUDA's headers are: beside nvcc, or in NVIDIA's Python wheels."""
+    """Find CUDA's headers: next to nvcc, or in NVIDIA's Python wheels."""
     nvcc = shutil.which("nvcc")
     homes = [
         os.environ.get("CUDA_HOME"),
@@ -150,7 +151,7 @@ def kernel_names(mangled: Iterable[str]) -> set[str]:
 
 
 def kernels_of(library: Path, kind: Kind) -> set[str]:
-    """What a CUDA object registers, whose packets have the size that they have in ``kind``."""
+    """Return the kernels that a CUDA object registers, with the packet size of ``kind``."""
     found = re.findall(rb"\0(_ZN8fusedamp4cuda\w*_kernel\w*)(?=\0)", library.read_bytes())
     names = kernel_names(name.decode() for name in found)
     words, small = kind.geometry[2], kind.geometry[2] * 12 // 100

@@ -1,4 +1,4 @@
-// What the two halves of the emulation share: runtime.cpp runs fibers, meeting.cpp lets them meet.
+// Shared by both parts of the emulation: runtime.cpp runs fibers, meeting.cpp synchronizes them.
 #pragma once
 #include <random>
 #include <vector>
@@ -26,14 +26,14 @@ struct Fiber : Thread {
   int argument, width;
   uint64_t value, result;
   void *asan_stack, *tsan;
-  bool fenced;             // has it executed a fence?
+  bool fenced;             // whether it executed a fence
   unsigned pending_count;  // atomics since its last fence
   void* pending[8];
 };
 
 constexpr unsigned kMaxWarps = 32;
 
-// What ThreadSanitizer sees a block's barriers as. A fresh one for each block: nothing orders blocks.
+// Represents a block's barriers for ThreadSanitizer. A new one per block, because blocks are unordered.
 struct SyncPoints {
   long block[2], warp[kMaxWarps][2];
 };

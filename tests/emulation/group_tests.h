@@ -1,4 +1,4 @@
-// Steps of many groups and rules in one call: which launches they are, and what is sent to the device.
+// Steps of many groups and rules in one call: their launches and uploads.
 #pragma once
 #include <map>
 #include <string>
@@ -19,7 +19,7 @@ inline void test_rules_in_turn(Random& random, bool skipped) {
   run_both(random, step, skipped);
 }
 
-// A device that keeps what was sent, by content, as the ops do.
+// A device that caches uploads by content, as the ops do.
 class KeepingDevice {
  public:
   explicit KeepingDevice(int multiprocessors) : device_(*EmulatedDevice(multiprocessors)) {
@@ -81,7 +81,7 @@ struct Tables {
 };
 inline StepGroups groups_of(const Step& step) { return {step.groups.data(), static_cast<int64_t>(step.groups.size())}; }
 
-// A phase: the check of the gradients, the step with its log, the next scale.
+// A full step: gradient check, step with its log, scale update.
 inline void run_phase(const cuda::Device& device, const Step& step, const Tables& tables, Log& log) {
   std::vector<GradRow> grads;
   for (size_t i = 0; i < tables.grads.size(); ++i) grads.push_back({tables.grads[i], tables.rows[i].numel, DType::f32});
@@ -139,7 +139,7 @@ inline void test_launches(Random& random) {
   }
 }
 
-// What is sent when something of a step changes.
+// Uploads when inputs of a step change.
 inline void test_resident_tables(Random& random) {
   now_testing = "resident tables";
   Step step = plain_step(random, kAdamW, 3, 4);

@@ -3,7 +3,7 @@
 
 namespace emulation {
 
-// Everybody alive waits at a barrier: let them go on, if it is the same one.
+// All live threads wait at a barrier: continue them if it is the same one.
 void try_release_barrier() {
   unsigned waiting = 0;
   const Fiber* first = nullptr;

@@ -1,4 +1,4 @@
-// The read pass and unscale_, against the CPU engine or sums typed out here.
+// The gradient check and unscale_, against the CPU engine or sums computed here.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -74,7 +74,7 @@ inline void expect_stats(const Stats& s, const std::vector<Twins>& grads, float 
   expect(s.found_inf == (bad ? 1.0f : 0.0f), "found_inf is %g, wanted %d", double(s.found_inf), int(bad));
 }
 
-// What both engines conclude. The CPU's numbers are compared with torch's in tests/test_planned_ops.py.
+// Results of both engines' checks. tests/ops/test_planned_ops.py compares the CPU's with torch.
 struct Check {
   float inv_scale = -1.0f, clip_coef = -1.0f, found_inf = -1.0f;
   double norm = -1.0;
@@ -166,7 +166,7 @@ inline void test_reads(Random& random, int64_t largest) {
   for (size_t t = 0; t < grads.size(); ++t) grads[t].expect_equal("grads", t);
 }
 
-// The launch that combines takes several records ahead where a tensor has more chunks than a block has threads.
+// The combining launch loads several records ahead if a tensor has more chunks than a block has threads.
 inline void test_more_chunks_than_threads() {
   now_testing = "more chunks than threads";
   std::vector<Twins> grads;
@@ -179,7 +179,7 @@ inline void test_more_chunks_than_threads() {
   }
 }
 
-// Tensor i is not finite at its element i only, for every i of a chunk and a little more.
+// Tensor i is not finite at its element i only, for every i of a chunk and beyond.
 inline void test_every_position(Random& random) {
   const int64_t length = std::min<int64_t>(cuda::kChunk, 1024) + 9;
   for (const DType dtype : {DType::f16, DType::bf16, DType::f32, DType::f64}) {
@@ -201,7 +201,7 @@ inline void test_every_position(Random& random) {
       cuda::unscale(*EmulatedDevice(4), {{g.cuda(), g.numel(), g.dtype()}}, &inv_scale, &found_inf);
       expect(found_inf == 1.0f, "unscale_, element %ld", long(i));
     }
-    float found_inf = 0.0f;  // which several blocks want to set
+    float found_inf = 0.0f;  // which several blocks set
     std::vector<GradRow> many = rows_of(grads, &Twins::cuda);
     many.resize(64);
     cuda::unscale(*EmulatedDevice(4), many, &inv_scale, &found_inf);

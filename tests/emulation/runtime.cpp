@@ -58,7 +58,7 @@ std::mt19937_64 random_bits;
 
 namespace {
 
-long grid_end;  // orders a grid before what follows it
+long grid_end;  // orders a grid before later work
 
 const char* const kStateNames[] = {"ready", "at a block barrier", "at a warp function", "exited"};
 
@@ -115,7 +115,7 @@ void fiber_main() {
   abort();
 }
 
-// Fresh pages: ThreadSanitizer forgets what the block before did there.
+// Fresh pages, so that ThreadSanitizer forgets accesses by the previous block.
 char* map_pages(char* at, size_t bytes) {
   const int fixed = at ? MAP_FIXED : 0;
   void* p = mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);

@@ -1,4 +1,4 @@
-// Random tensors of a step in every format that their storage may have.
+// Random tensors of a step in every storage format.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -65,7 +65,8 @@ inline RuleStates states_of(RuleId rule) {
   return rules[rule];
 }
 
-// Codes and scales as a step may have left them, and some as none does: a scale of 0 or NaN with any code.
+// Quantized values and scales that a step can produce, and some that it cannot: a scale of 0 or NaN with any quantized
+// value.
 inline void add_codes(StepTensor& t, Random& random, int64_t numel, bool never_negative, int64_t offset) {
   t.states.emplace_back(never_negative ? DType::u8 : DType::i8, numel, offset);
   for (int64_t i = 0; i < numel; ++i)
@@ -78,7 +79,7 @@ inline void add_codes(StepTensor& t, Random& random, int64_t numel, bool never_n
   }
 }
 
-// How a tensor's lists are stored; `master` is f64 where there is none.
+// Storage formats of a tensor's lists; `master` is f64 if there is none.
 struct Mix {
   DType grad, param, master, state;
 };

@@ -43,7 +43,7 @@ inline Shape shape_of(RuleId rule) {
   return shapes[rule];
 }
 
-// All of a step but its scalars: groups one after the other, of any rules.
+// The inputs of a step except its scalars: consecutive groups of any rules.
 struct Step {
   std::vector<StepTensor> tensors;
   std::vector<StepRow> flags;  // of each tensor: what its row has of its group
@@ -69,7 +69,7 @@ struct Step {
     row.maximize = below(random, 2);
     row.stochastic = below(random, 2);
     groups.push_back(group);
-    if (mixes_of != rule) {  // groups of one rule go on with the same ones, so that all occur
+    if (mixes_of != rule) {  // groups of one rule share the iteration, so that all mixes occur
       mixes_of = rule;
       mixes = every_mix(states_of(rule));
       std::shuffle(mixes.begin(), mixes.end(), random);
@@ -113,7 +113,7 @@ struct Step {
           ", states " + kDTypeNames[int(t.state_dtype)] + (flags[i].stochastic ? ", stochastic" : "");
       t.grad.expect_equal("grads", i);
       t.step.expect_equal("steps", i);
-      // Norms are added up in another order. Rounded to FP32, what they make is the same all the same.
+      // Norms are summed in another order; results are equal after rounding to FP32.
       const double doubles_off = shape_of(static_cast<RuleId>(rule)).norms > 0 ? 1e-11 : 0.0;
       t.param.expect_equal("params", i, doubles_off);
       for (const Twins& master : t.master) master.expect_equal("masters", i);
@@ -123,7 +123,7 @@ struct Step {
   }
 };
 
-// A log of its own for one engine.
+// A separate log for one engine.
 struct Log {
   std::vector<int64_t> counts, last_counts;
   int64_t last_step = -1, steps = 6;
@@ -171,7 +171,7 @@ inline void run_both(Random& random, const Step& step, bool skipped) {
   if (logs) on_cuda.expect(skipped);
 }
 
-// Tensors of these sizes, dealt to so many groups.
+// Tensors of these sizes, distributed over a number of groups.
 inline void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, Alignment alignment,
                       bool skipped) {
   Step step;

@@ -13,7 +13,7 @@ namespace {
 using namespace fusedamp;
 using namespace world;
 
-// The last chunk of a tensor with more than 2^32 elements, of which only that chunk has memory.
+// The last chunk of a tensor with more than 2^32 elements; only that chunk has memory.
 void test_beyond_32_bits(Random& random) {
   now_testing = "2^32 elements";
   const int64_t chunk = (int64_t{1} << 32) / cuda::kChunk + 1, first = chunk * cuda::kChunk;
@@ -54,8 +54,8 @@ void test_beyond_32_bits(Random& random) {
   for (const Twins* t : {&grad, &param, &buffer}) t->expect_equal("tensor", 0);
 }
 
-// The same for 8-bit states, on either engine: scales and random numbers go by the index, and the second kKeyElements
-// have other keys. What they become is typed out here.
+// The same for 8-bit states, on either engine: scales and random numbers depend on the index, and the second
+// kKeyElements have other keys. The expected values are computed here.
 void test_compressed_beyond_32_bits(Random& random, bool emulated) {
   now_testing = "2^33 elements, 8-bit states";
   const int64_t chunk = kKeyElements / cuda::kChunk + 1, first = chunk * cuda::kChunk;

@@ -1,5 +1,5 @@
-// The emulation itself. Without an argument: everything that it offers does what CUDA documents. With one: a defect
-// that the emulation or a sanitizer must stop.
+// The emulation itself. Without an argument: every feature works as CUDA documents. With one: a defect that the
+// emulation or a sanitizer must detect.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

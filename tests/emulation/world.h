@@ -91,7 +91,7 @@ class Twins {
     for (int64_t i = 0; i < numel_; ++i) set(i, normal(random, sigma));
   }
 
-  // Equal to the bit, but NaN equals NaN: payloads differ between devices. FP64 may be off by `doubles_off`, of its
+  // Bitwise equal, but NaN equals NaN: payloads differ between devices. FP64 may be off by `doubles_off`, of its
   // magnitude or of 1.
   void expect_equal(const char* what, size_t tensor, double doubles_off = 0.0) const {
     for (int64_t b = 0; b < before_; ++b)

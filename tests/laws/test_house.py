@@ -1,5 +1,4 @@
-"""The laws of the house: which room may know which, names, sizes of files, honest floats, and lists that
-agree."""
+"""The laws of the house: includes, names, file sizes, compiler flags for floats, and consistent lists."""
 
 import inspect
 import re
@@ -46,7 +45,7 @@ def test_arrows_never_point_back(path):
 
 
 def test_kernels_share_no_inline_function():
-    """A standard function compiled for AVX-512 could be the one that the linker keeps for everybody."""
+    """The linker could use a standard function compiled for AVX-512 for all targets."""
     todo, seen = [ROOT / "csrc/engine/cpu/kernels.cpp"], set()
     while todo:
         path = todo.pop()
@@ -60,7 +59,7 @@ def test_kernels_share_no_inline_function():
 
 
 def test_python_reaches_the_ops_through_ops_py_only():
-    """torch.ops.fusedamp is called in the ops' own modules; whoever else wants an op asks fusedamp.ops."""
+    """Only the modules of fusedamp.ops call torch.ops.fusedamp; other code calls fusedamp.ops."""
     for path in files("python", kinds={".py"}):
         if "torch.ops.fusedamp" in path.read_text():
             assert path.parent == ROOT / "python/fusedamp/ops", path

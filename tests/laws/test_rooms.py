@@ -29,7 +29,7 @@ RANKS = {
     "memory": 6,
     "commands": 7,
     "__main__": 8,
-    "__init__": 8,  # the face: everything is behind it, and no room looks at it
+    "__init__": 8,  # the public names: it imports everything, and no room imports it
 }
 
 
@@ -94,7 +94,7 @@ def test_no_circles():
 
 
 def test_the_top_is_small():
-    """What somebody sees first: at most 16 files and folders."""
+    """The package has at most 16 files and folders."""
     top = {p.name for p in PACKAGE.iterdir() if p.suffix != ".so" and not p.name.startswith("__pycache__")}
     assert len(top) <= 16, sorted(top)
 

@@ -147,7 +147,7 @@ def test_frozen_parameters_are_weights_only():
 
 
 def test_dtypes_of_weights_and_gradients():
-    """Guards main_grad, grad_dtype and both arguments; a tensor that is no float keeps its dtype."""
+    """Guards main_grad, grad_dtype and both arguments; a non-float tensor keeps its dtype."""
     params = make_params(torch.bfloat16, [(10,), (10,)])
     params[0].main_grad = torch.zeros(10)
     params[1].grad_dtype = torch.float32
@@ -253,7 +253,7 @@ def test_json(capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_commands(arguments, words, capsys):
-    """Exit code 2 and one line that says what to do."""
+    """Exit code 2 and one line with a fix."""
     assert cli.main(["estimate", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -77,7 +77,7 @@ static void check_never_by_chance() {
   }
 }
 
-// A remainder beside a weight that it was not made for.
+// A remainder with a weight that it does not belong to.
 static void check_written() {
   for (uint32_t weight = 0; weight < 65536; ++weight) {
     for (const int remainder : {-32768, -16384, -5, 0, 1, 16384, 32767}) {
@@ -88,7 +88,7 @@ static void check_written() {
   }
 }
 
-// Vectors of one kind, and (mixed) of all kinds: where one element takes the exact way, so do its neighbours.
+// Vectors of one class of values, and (mixed) of all: if one element takes the exact path, so does its vector.
 static void check_vectors(uint32_t first, bool mixed) {
   constexpr int n = 64;
   float from[n];

@@ -14,7 +14,7 @@ WRONG = [math.nan, math.inf, -math.inf, -1.0, 0.5, 1e30, 2.0**63]
 
 
 def test_counts_go_on_in_float32s_own_steps():
-    """One more up to 2^24, then the next float32 that is larger; a huge count goes on, too."""
+    """One more up to 2^24, then the next larger float32; huge counts increase, too."""
     call = step_call("sgd", [(3,)], torch.float32)
     for start, wanted in ((FROM_2_24[0], FROM_2_24), (2.0**30, [2.0**30, 2.0**30 + 128])):
         call.steps[0].fill_(start)

@@ -12,7 +12,7 @@ CODES = {"exp_avgs": torch.int8, "exp_avg_sqs": torch.uint8, "momentum_buffers":
 
 
 def in_8_bits(variant, shapes, **options):
-    """A call with its states as codes, and their scales."""
+    """A call with quantized states and their scales."""
     call = step_call(variant, shapes, torch.float32, **options)
     scales = []
     for name, states in zip(STATE_NAMES[call.op], call.states, strict=True):
@@ -93,15 +93,15 @@ SCALES = {
     "sparse": bad_value(scale(0, Tensor.to_sparse), "scales[0] is sparse", ".to_dense()"),
     "same": bad_value(same_scales, "scales[2] (shape [3]) shares memory with scales[0]"),
     "inside of a state": bad_value(scales_are_state, "scales[0] (shape [3]) shares memory with exp_avgs[0]"),
-    "signed codes": bad_value(
+    "signed values": bad_value(
         put("exp_avg_sqs", 1, wrong_sign(torch.int8)),
         "exp_avg_sqs[1] is int8; expected float32, bfloat16, or uint8 with scales, because params[1]",
     ),
-    "unsigned codes": bad_value(
+    "unsigned values": bad_value(
         put("exp_avgs", 0, wrong_sign(torch.uint8)),
         "exp_avgs[0] is uint8; expected float32, bfloat16, or int8 with scales, because params[0]",
     ),
-    "wide states": bad_value(
+    "FP32 states": bad_value(
         in_float32,
         "scales[0] has shape [3]; expected none, or an empty tensor, as exp_avgs[0] is float32. Pass scales",
     ),
@@ -149,7 +149,7 @@ def test_scales_and_seeds(refusal, op):
 
 @pytest.mark.parametrize("variant", ["novograd", "nadam"])
 def test_scalars_have_no_scales(variant):
-    """Guards the count: the FP64 scalars of a tensor are no states in 8 bits."""
+    """Guards the count: the FP64 scalars of a tensor are not 8-bit states."""
     call = in_8_bits(variant, [(300,), (5,)])
     call.run()
     extra = [torch.ones(3), torch.ones(1)]
@@ -161,7 +161,7 @@ def test_scalars_have_no_scales(variant):
 
 
 def test_formats_may_differ_between_parameters():
-    """A parameter with wide states beside one with codes: empty scales stand for the former's."""
+    """A parameter with FP32 states and one with quantized states: the former has empty scales."""
     mixed = in_8_bits("adamw", [(300,), (300,)])
     wide = step_call("adamw", [(300,), (300,)], torch.float32)
     for states, exact in zip(mixed.states[:2], wide.states[:2], strict=True):

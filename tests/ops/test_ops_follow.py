@@ -24,7 +24,7 @@ def stepped(weights, masters):
 
 
 def masters_of(dtype):
-    """FP32 masters with split remainders, none of them a tie, beside all 16-bit weights in another order."""
+    """FP32 masters with split remainders, none of them a tie, with all 16-bit weights in another order."""
     random = torch.Generator().manual_seed(0)
     old = every_half(dtype).repeat(REMAINDERS)[torch.randperm(REMAINDERS * 2**16, generator=random)]
     most = 2**15 if dtype == torch.bfloat16 else 2**14  # half a unit
@@ -53,7 +53,7 @@ def test_every_weight_in_both_forms(dtype):
     assert same_numbers(found, wanted[steppable])
     assert same_numbers(found, stepped(weights, remainders))
     kept = found != weights.float()
-    assert 0.8 < kept.double().mean() < 1.0  # not where it was 0, nor beside NaN and infinity
+    assert 0.8 < kept.double().mean() < 1.0  # not where it was 0, nor for NaN and infinity
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -41,7 +41,7 @@ def test_misaligned_steps_touch_only_their_elements(variant, offset):
         assert all(same_bits(a, b) for a, b in zip(written(aligned), written(shifted), strict=True))
         for a, b in zip(aligned.tensors(), shifted.tensors(), strict=True):
             torch.testing.assert_close(a, b, rtol=SUMS, atol=SUMS)
-        assert all(guards() for guards in intact), "written beside a tensor"
+        assert all(guards() for guards in intact), "written outside of a tensor"
 
 
 @pytest.mark.parametrize("offset", range(8))

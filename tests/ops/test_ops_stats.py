@@ -1,4 +1,4 @@
-"""grad_stats: one read pass. Norms of every order against float64, counts and found_inf element by
+"""grad_stats: the gradient check. Norms of every order against float64, counts and found_inf element by
 element."""
 
 import time
@@ -38,7 +38,7 @@ def test_norms_against_float64(p, magnitude):
     inv_scale = scalar(0.75)
     with Unchanged([*grads, inv_scale]):
         stats = ops.grad_stats(grads, inv_scale, p)
-    # x = g * inv_scale is rounded to float32 here too: among subnormals that is no small relative error.
+    # x = g * inv_scale is rounded to float32 here too: for subnormals that is a large relative error.
     scaled = [g * 0.75 if g.dtype == torch.float64 else g.float() * inv_scale for g in grads]
     wanted = torch.stack([power_sum(x, p) for x in scaled])
     assert stats.found_inf.item() == 0.0
@@ -64,7 +64,7 @@ def test_shapes_dtypes_and_defaults():
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_counts_one_bad_element_anywhere(dtype, p):
-    """One tensor for each place and kind, all in one call; each shows its own count, and the good ones stay
+    """One tensor per position and bad value, all in one call; each has its own count, and the good ones stay
     at 0."""
     finite = {torch.float16: 60_000.0, torch.float64: 1e308}.get(dtype, 3e38)
     inv_scale = 2.0**116 if dtype == torch.float16 else 8.0  # 60000 * 2^116 is above 2^128
@@ -79,13 +79,13 @@ def test_counts_one_bad_element_anywhere(dtype, p):
     stats = ops.grad_stats(grads, scalar(inv_scale), p)
     assert stats.counts.tolist() == wanted
     assert ops.grad_stats(grads[:1], scalar(inv_scale), p).found_inf.item() == 0.0
-    for bad in grads[1 :: len(PLACES)]:  # of each kind one, on its own
+    for bad in grads[1 :: len(PLACES)]:  # one per bad value, alone
         assert ops.grad_stats([grads[0], bad], scalar(inv_scale), p).found_inf.item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_counts_add_up(dtype):
-    """Many bad elements, each kind in another number, over several chunks."""
+    """Many bad elements over several chunks, with a different number of each."""
     g = torch.ones(70_000, dtype=dtype)
     places = torch.randperm(g.numel(), generator=torch.Generator().manual_seed(3))
     g[places[:500]] = float("inf")
@@ -112,14 +112,14 @@ def test_norms_show_what_is_not_finite(p, dtype):
 
 
 def test_float16_is_checked_as_float32():
-    """60000 * 4 is no overflow for a step that computes in float32 (unscale_, which stores it, must report
-    it)."""
+    """60000 * 4 is not an overflow for a step that computes in float32 (unscale_, which stores it, must
+    report it)."""
     g = torch.tensor([60_000.0], dtype=torch.float16)
     assert ops.grad_stats([g], scalar(4.0)).found_inf.item() == 0.0
 
 
 def test_total_of_many_tiny_among_one_large():
-    """Squares that vanish beside a large one in float32 still count across tensors: the total is a float64
+    """Squares too small to change a large float32 sum still count across tensors: the total is a float64
     sum."""
     stats = ops.grad_stats([torch.full((1,), 1e4), *[torch.full((1,), 1e-3)] * 1000])
     wanted = torch.tensor(1e4).double() ** 2 + 1000 * torch.tensor(1e-3).double() ** 2

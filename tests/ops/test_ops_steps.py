@@ -157,8 +157,7 @@ def test_each_tensor_counts_its_own_steps(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_to_do(variant):
-    """Empty lists are no error, and neither is a call of empty tensors only; those still count their
-    steps."""
+    """Empty lists and calls with only empty tensors are valid; the latter still count their steps."""
     step_call(variant, [], torch.float32).run()
     call = step_call(variant, [(0,), (3, 0)], HALVES, masters=True, taken=(0, 7))
     call.run()

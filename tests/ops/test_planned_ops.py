@@ -71,7 +71,7 @@ def test_every_op(op):
 @pytest.mark.parametrize("storage", ["fp64", "master", "split", "bf16"])
 @pytest.mark.parametrize("op", SOME)
 def test_every_storage(op, storage):
-    """Also rows of several kinds in one group, and seeds of their own."""
+    """Also rows of several formats in one group, and separate seeds."""
     stochastic = storage == "bf16"
     groups = [
         made(op, storage, stochastic_rounding=stochastic, seeds=[7, 8, 9, 10]),

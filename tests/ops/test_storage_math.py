@@ -1,4 +1,4 @@
-"""Storage formats by value: every FP32 number through split masters, 8-bit codes by their definition."""
+"""Storage formats by value: every FP32 number through split masters, 8-bit values by their definition."""
 
 import itertools
 import platform
@@ -65,7 +65,7 @@ def spread(numel, sigma, seed=0):
 @pytest.mark.parametrize("sigma", [0.0, 1.0, 4.0])
 @pytest.mark.parametrize("numel", SIZES)
 def test_codes_are_neighbours_of_the_value(numel, sigma, nonnegative):
-    """Each code is one of the two around its value, and its block's scale the one that it should be."""
+    """Each quantized value is one of the two nearest to its value, and its block's scale is correct."""
     values = spread(numel, sigma)
     codes, scales = stored(values, nonnegative=nonnegative)
     wanted = values * values if nonnegative else values
@@ -86,7 +86,7 @@ def test_rounding_is_unbiased(nonnegative):
     cell = (above - below) * scales
     up = ((wanted.abs() - below * scales) / cell).clamp(0, 1)
     deviation = cell * (up * (1 - up) / rounds).sqrt()
-    inside = wanted.abs() >= below * scales  # below the lowest code nothing can be unbiased
+    inside = wanted.abs() >= below * scales  # below the smallest quantized value nothing can be unbiased
     error = (total / rounds - wanted).abs()
     # One in 400 draws of a small chance is 20 deviations of it: count those as a cell for each draw.
     assert (error <= 6 * deviation + 6 * cell / rounds)[inside].all()
@@ -131,8 +131,8 @@ def test_lists_draw_apart():
     ("bad", "nonnegative"), [(torch.nan, False), (torch.nan, True), (torch.inf, False), (-torch.inf, False)]
 )
 def test_what_is_not_finite_shows(bad, nonnegative):
-    """A NaN is never hidden by a code, nor an infinity that has a sign: the scale of its block is NaN, and so
-    is what the block holds then."""
+    """Quantization never hides a NaN, nor a signed infinity: the scale of its block is NaN, and so is what
+    the block holds then."""
     values = torch.ones(300)
     values[200] = bad
     codes, scales = stored(values, nonnegative=nonnegative)
@@ -143,8 +143,8 @@ def test_what_is_not_finite_shows(bad, nonnegative):
 
 
 def test_infinity_saturates_where_no_value_is_negative():
-    """A finite gradient whose square overflows: the top code under the largest scale, in the step and in
-    conversions; what is beside it stays positive and finite."""
+    """A finite gradient whose square overflows gives the largest quantized value and scale, in the step and
+    in conversions; the rest of its block stays positive and finite."""
     gradients = torch.ones(300)
     gradients[200] = 1e21
     for codes, scales in (
@@ -155,7 +155,7 @@ def test_infinity_saturates_where_no_value_is_negative():
         assert codes[200].item() == 255
         found = recode.dequantized(codes, scales)
         assert (found > 0).all()
-        assert found[200].item() == (2 - 2**-5) * 2.0**126  # the last of 32 codes below 2
+        assert found[200].item() == (2 - 2**-5) * 2.0**126  # the last of 32 values below 2
         assert (found[129:200] < 2.0**103).all()
 
 
@@ -184,7 +184,7 @@ def test_any_magnitude(nonnegative, exponent):
     values = torch.tensor([1.0, 1.25, 1.9999]).mul(2.0**root) if root > -127 else torch.full((3,), 2.0**root)
     wanted = (values * values if nonnegative else values).double()
     found = recode.dequantized(*stored(values, nonnegative=nonnegative)).double()
-    wanted = wanted.clamp(max=1.9 * 2.0**126)  # where the codes end
+    wanted = wanted.clamp(max=1.9 * 2.0**126)  # the largest quantized value
     assert ((found - wanted).abs() <= wanted / 16 + 2.0**-126).all()
 
 
@@ -228,7 +228,7 @@ def test_split_float16_below_and_above_its_exact_range():
     """As documented: multiples of 2^-39 below 2^-16, to nearest; from 65520 on, infinity."""
     random = torch.rand(2**16, generator=torch.Generator().manual_seed(0))
     steps = torch.arange(2**16).double() / 4  # quarters of 2^-39, with all ties
-    beside = (torch.arange(64).double() + 0.5) * 2.0**15  # and what lies close to the ties between weights
+    beside = (torch.arange(64).double() + 0.5) * 2.0**15  # and values close to the ties between weights
     steps = torch.cat([steps, *(beside + off for off in (-1.0, -0.75, -0.5, 0.0, 0.5, 0.75, 1.0))])
     small = torch.cat(
         [(steps * 2.0**-39).float(), random * 2.0**-16, random * 2.0**-30, torch.tensor([1e-40])]

@@ -22,8 +22,8 @@ def one(dtype=torch.float32, **options):
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_constructors_are_torchs(ours, theirs):
-    """Guards the two-line diff: same arguments, order, kinds and defaults, then keyword-only options of
-    storage.
+    """Guards the two-line diff: same arguments, order, passing modes and defaults, then keyword-only options
+    of storage.
     """
     expected = [(p.name, p.kind, p.default) for p in inspect.signature(theirs).parameters.values()]
     got = [(p.name, p.kind, p.default) for p in inspect.signature(ours).parameters.values()]

@@ -1,4 +1,4 @@
-"""Adafactor and Muon beside torch's: constructors, checkpoints, results, what is ours alone, refusals."""
+"""Adafactor and Muon against torch's: constructors, checkpoints, results, extensions, errors."""
 
 import copy
 import inspect
@@ -139,7 +139,7 @@ def test_keys(case):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", COMPOSED, ids=str)
 def test_exchange_with_torch(case, dtype):
-    """Guards both directions: a checkpoint made here goes on there, and the reverse."""
+    """Guards both directions: training continues from fusedamp's checkpoint in torch, and the reverse."""
     ours, theirs = case.ours, dict(PAIRS)[case.ours]
     for first, second in ((ours, theirs), (theirs, ours)):
         params = make_params(dtype, SHAPES[ours])
@@ -307,7 +307,7 @@ def test_muon_multiplies_on_the_short_side(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", COMPOSED, ids=str)
 def test_parameters_with_gaps(case, dtype):
-    """Guards what is stepped on a dense copy: the result comes back to where the user looks."""
+    """Guards parameters stepped on a dense copy: the result is copied back to the user's tensor."""
     values = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     params = [torch.nn.Parameter(layout(values)) for layout in (with_gaps, torch.clone)]
     for param in params:

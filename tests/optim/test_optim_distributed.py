@@ -58,9 +58,7 @@ def as_dtensors(params, mesh, placement):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", MAIN, ids=str)
 def test_dtensors_step_as_plain_tensors(case, dtype, placement, mesh):
-    """Guards FSDP2: state has the parameter's placement; beside plain parameters, which torch cannot mix
-    in.
-    """
+    """Guards FSDP2: state has the parameter's placement; with plain parameters, which torch cannot mix in."""
     plain = make_params(dtype, [(6, 4), (5,), (3, 3)])
     params = [*as_dtensors(plain[:2], mesh, placement), copy.deepcopy(plain[2])]
     optimizer, expected = case.ours(params, **case.options), case.ours(plain, **case.options)

@@ -1,4 +1,4 @@
-"""Checkpoints with states in 8 bits and split masters: edits that torch's would stand are right or refused by
+"""Checkpoints with 8-bit states and split masters: edits that torch's states allow are correct or raise by
 name, and what stores, copies or reorders tensors changes nothing.
 """
 
@@ -76,11 +76,11 @@ def test_checkpoints_hold_plain_tensors_and_values(dtype):
     assert isinstance(entry["exp_avg"], Quantized)
     assert isinstance(entry["exp_avg_scale"], Scales)
     assert isinstance(entry.get("master"), Remainder) == (dtype != torch.float32)
-    assert saved["state"][1].keys() == entry.keys()  # torch's own code looks for the ones in the others
+    assert saved["state"][1].keys() == entry.keys()  # torch's code indexes one with the keys of the other
 
 
 def test_what_was_removed_is_not_saved():
-    """A state that was dropped to begin anew leaves nothing that a load would stumble over."""
+    """A state that was removed to start over leaves nothing that breaks a load."""
     params, _optimizer = adamw()
     state = optim.SGD(params, lr=0.1, momentum=0.9, **INT8)
     set_grads(params, 0)
@@ -100,7 +100,7 @@ def test_an_order_that_is_none_is_refused():
 
 
 def test_pickles_of_bare_values_are_taken_over():
-    """An optimizer pickled before states in 8 bits were tensors of their own goes on to the bit."""
+    """An optimizer pickled before 8-bit states were tensor subclasses continues bit for bit."""
     params, optimizer = adamw()
     old = copy.deepcopy(optimizer)
     state = old.__getstate__()

@@ -1,7 +1,7 @@
-"""Editing states: what is right for torch's optimizers is right here, or is refused by name, in every format.
+"""Editing states: edits that work for torch's optimizers work here or raise, in every format.
 
-Guards quantized values, block scales and remainders of split masters against being taken for numbers, in live
-state and in checkpoints.
+Guards that quantized values, block scales and remainders of split masters are never treated as numbers, in
+live state and in checkpoints.
 """
 
 import copy
@@ -224,7 +224,7 @@ LATE = {
 @pytest.mark.parametrize(("edit", "wanted"), LATE.values(), ids=LATE)
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_edits_are_seen_by_checkpoints_and_by_the_next_step(edit, wanted, steps):
-    """Whatever a program put in place, before any step has looked at it."""
+    """States that a program replaced, before any step has read them."""
     params = [torch.nn.Parameter(torch.zeros(256)) for _ in range(2)]
     optimizer = optim.SGD(params, lr=1.0, momentum=0.5, dampening=0.5, **INT8)
     for _ in range(steps):
@@ -250,7 +250,7 @@ def test_edits_are_seen_by_checkpoints_and_by_the_next_step(edit, wanted, steps)
 
 @pytest.mark.parametrize("how", ["zero_", ".data", "swap_tensors"])
 def test_a_kept_state_is_changed_between_two_steps(how):
-    """Nothing asks for the state meanwhile, so that the step knows its parameters from the one before."""
+    """Nothing accesses the state in between, so the step reuses the previous step's plan."""
     ends = []
     for assigned in (True, False):
         param = torch.nn.Parameter(torch.ones(256))

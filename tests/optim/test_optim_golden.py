@@ -1,4 +1,4 @@
-"""Checkpoints that an earlier version saved load, and the run goes on with the same bits.
+"""Checkpoints of an earlier version load, and training continues with the same bits.
 
 golden.pt has, for each optimizer with FP32 masters and with split masters and 8-bit states: options, the
 state_dict after 4 steps, the weights then, and after 4 more. It was written by commit 808a531.

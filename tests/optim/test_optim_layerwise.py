@@ -65,7 +65,7 @@ def test_novograd_of_zero_gradients_stands_still():
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 @pytest.mark.parametrize("case", LAYERWISE[1:], ids=str)  # LAMB's second moment is FP32
 def test_squares_neither_overflow_nor_vanish(case, size):
-    """Guards the sums: squares of 1e-30 and 1e30 are no FP32 numbers."""
+    """Guards the sums: FP32 cannot represent squares of 1e-30 and 1e30."""
     weight = torch.full((40_000,), 3.0)
     options = {**case.options, "eps": 0.0, "weight_decay": 0.0}
     expected, _ = one(case.ours, weight, torch.full_like(weight, 2.0**-3), **options)

@@ -11,7 +11,7 @@ SHAPE = (4, 3, 5, 2)
 
 
 def guarded(values: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``values`` at an odd address, and the buffer around it, which nobody may write."""
+    """``values`` at an odd address, and the buffer around it, which must not be written."""
     buffer = torch.full((values.numel() + 2 * offset,), 123.0, dtype=values.dtype)
     view = buffer[offset : offset + values.numel()].view(values.shape)
     view.copy_(values)

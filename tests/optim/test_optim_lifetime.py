@@ -44,7 +44,7 @@ def test_states_are_freed_at_once(options, removal, steps):
     removal(optimizer.state, params[1])
     assert [ref() for ref in dead] == [None] * len(dead)
     set_grads(params, steps)
-    optimizer.step()  # and begins anew
+    optimizer.step()  # and starts over
     assert optimizer.state[params[1]]["step"] == 1
 
 

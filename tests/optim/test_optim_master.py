@@ -58,9 +58,7 @@ def make(case, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)
 def test_master_follows_a_write(case, dtype, write):
-    """Guards users' writes: the next step goes on from them; elements that were not written keep their
-    master.
-    """
+    """Guards users' writes: the next step starts from them; other elements keep their master."""
     model, optimizer = make(case, dtype)
     set_grads(list(model.parameters()), 0)
     optimizer.step()
@@ -122,7 +120,7 @@ def test_checkpoint_loads_in_either_order(dtype, model_first):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_averaged_models_work(dtype):
-    """Guards SWA and EMA: averages of the weights can be swapped in, and training goes on from them."""
+    """Guards SWA and EMA: averages of the weights can be swapped in, and training continues from them."""
     model, optimizer = make(BY_NAME["sgd-nesterov"], dtype)
     swa = torch.optim.swa_utils
     average = swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(0.5))

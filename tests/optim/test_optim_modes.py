@@ -71,7 +71,7 @@ def test_fake_tensors_step(case, with_scaler):
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 5)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lazily_negated_gradients_keep_their_sign(shape, dtype):
-    """A negation that no field shows, first and in every later step, alone and beside others."""
+    """A lazy negation that no field shows, at the first and later steps, alone and with others."""
     ends = []
     for lazy in (False, True):
         params = make_params(dtype, [(4,), shape])

@@ -1,5 +1,5 @@
-"""A repeated step doesn't look at state that nobody else can reach. Guards that whoever was given a part of
-the state, in whatever way, is noticed for as long as it is held, and that what is done with it is seen.
+"""A repeated step doesn't check state without other references. Guards that code with a reference to a part
+of the state, in whatever way, is noticed for as long as it is held, and that what is done with it is seen.
 """
 
 import copy
@@ -42,7 +42,7 @@ def is_private(optimizer):
 @pytest.mark.parametrize("options", STORAGE, ids=["fp32", "split", "int8"])
 @pytest.mark.parametrize("cls", [optim.AdamW, optim.SGD, optim.LAMB, optim.NAdam])
 def test_what_nobody_asked_for_is_private(cls, options):
-    """Otherwise thousands of tensors would be looked at in each step for nothing."""
+    """Otherwise each step would check thousands of tensors for nothing."""
     momentum = {"momentum": 0.9} if cls is optim.SGD else {}
     assert is_private(make(cls, **momentum, **options)[1])
 
@@ -115,7 +115,7 @@ CHANGES = {
 @pytest.mark.parametrize("rest", [0, 1, 2, 7, 20])
 @pytest.mark.parametrize(("take", "change"), CHANGES.values(), ids=CHANGES)
 def test_a_change_by_a_holder_is_seen(take, change, rest):
-    """The optimizer must end where one ends that prepares each step anew."""
+    """The optimizer must give the same result as one that prepares each step from scratch."""
     ends = []
     for repeats in (True, False):
         params, optimizer = make()

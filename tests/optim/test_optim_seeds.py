@@ -1,4 +1,4 @@
-"""Random numbers of stochastic rounding: optimizers draw apart, and each run goes on where it was."""
+"""Random numbers of stochastic rounding: optimizers draw different numbers, and runs resume exactly."""
 
 import copy
 import inspect

@@ -286,7 +286,7 @@ def test_setstate_completes_old_groups():
 
 @pytest.mark.parametrize("how", ["entry", "tensor", "clear", "replaced"])
 def test_state_exchanged_between_steps(how):
-    """Guards what is remembered between steps: exchanged states are used, cleared ones are made anew."""
+    """Guards caches between steps: replaced states are used, cleared ones are recreated."""
     param = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = BY_NAME["sgd"].ours([param], lr=1.0, momentum=0.5)
     param.grad = torch.ones_like(param)

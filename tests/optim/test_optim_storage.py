@@ -100,7 +100,8 @@ def test_split_masters_are_the_masters(case, dtype):
 
 @pytest.mark.parametrize("mode", MODES, ids=name)
 def test_a_skipped_step_changes_no_bit(mode):
-    """Weights, masters, codes, scales and step counts, where the scaler finds an overflow."""
+    """Weights, masters, quantized values, scales and step counts are unchanged if the scaler finds an
+    overflow."""
     params = make_params(torch.bfloat16)
     optimizer, scaler = optim.AdamW(params, **mode), GradScaler(DEVICE, init_scale=4.0)
     scaler.scale(torch.zeros(1))
@@ -141,7 +142,7 @@ def test_checkpoints_convert(mode, other):
 
 
 def test_fp32_checkpoints_become_compressed_and_return():
-    """FP32 to split and 8 bits and back: masters to the bit, moments within half a code."""
+    """FP32 to split and 8 bits and back: masters bit for bit, moments within half a quantization step."""
     params, copies, again = (make_params(torch.bfloat16) for _ in range(3))
     source = optim.AdamW(params, lr=1e-2)
     run(source, params, range(3))
@@ -166,7 +167,7 @@ def test_fp32_checkpoints_become_compressed_and_return():
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("written", [0.0, -0.0, 1.0, 0.3, 60000.0])
 def test_a_written_weight_stays_within_half_a_unit(dtype, written):
-    """Guards split masters: whatever remainder is beside it, a written weight is what steps start from."""
+    """Guards split masters: steps start from a modified weight, for any remainder."""
     param = torch.nn.Parameter(torch.randn(4096).to(dtype))
     optimizer = optim.SGD([param], lr=1e-3, master_weights="split")
     param.grad = torch.randn(4096).to(dtype)
@@ -200,7 +201,11 @@ REFUSED = {
         torch.float32,
         "state_dtype is 'float16'; expected one of",
     ),
-    "masters": (dict(stochastic_rounding=True), torch.bfloat16, "a weight that has a master is its rounding"),
+    "masters": (
+        dict(stochastic_rounding=True),
+        torch.bfloat16,
+        "a weight with a master is rounded to nearest",
+    ),
     "float64": (
         dict(state_dtype="int8"),
         torch.float64,
@@ -227,12 +232,12 @@ def test_steps_made_of_torch_operations_refuse_compression(make):
 
 
 def test_centered_rmsprop_refuses_compressed_states():
-    with pytest.raises(ValueError, match="difference of two roundings"):
+    with pytest.raises(ValueError, match="difference of two rounded states"):
         optim.RMSprop([torch.nn.Parameter(torch.zeros(3))], centered=True, state_dtype="int8")
 
 
 def test_memory_is_what_was_promised():
-    """Split and int8: 2 + 2 + 1 + 1 bytes per parameter and the scales, nothing beside them."""
+    """Split and int8: 2 + 2 + 1 + 1 bytes per parameter and the scales, nothing else."""
     param = torch.nn.Parameter(torch.zeros(128 * 100, dtype=torch.bfloat16))
     param.grad = torch.ones_like(param)
     optimizer = optim.AdamW([param], master_weights="split", state_dtype="int8")
@@ -263,7 +268,7 @@ def test_8_bit_states_follow_the_parameters_layout():
     expected.load_state_dict(saved.state_dict())
     for name in ("exp_avg", "exp_avg_sq"):
         ours, wanted = wide.state[target][name], expected.state[source][name]
-        # Coded once more, to the nearest of 16 codes per octave or 32, in the upper 4 octaves of a block.
+        # Quantized again, to the nearest of 16 or 32 values per octave, in the upper 4 octaves of a block.
         block = wanted.to(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1)
         largest = torch.nn.functional.pad(block, (0, -block.numel() % 128)).view(-1, 128).abs().amax(1)
         largest = largest.repeat_interleave(128)[: block.numel()].view(3, 5, 6, 40).permute(0, 3, 1, 2)

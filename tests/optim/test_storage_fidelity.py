@@ -34,13 +34,13 @@ def test_second_moment_does_not_stall(state_dtype):
     exact = 1 - 0.999**5000
     v = value(optimizer, param, "exp_avg_sq")
     assert abs(v.mean() / exact - 1) < 0.01
-    assert (v / exact - 1).abs().max() < 0.2  # each element wanders by a code or a few
+    assert (v / exact - 1).abs().max() < 0.2  # each element varies by a few quantization steps
     assert abs(value(optimizer, param, "exp_avg").mean() - 1) < 0.01
 
 
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 def test_a_second_moment_decays_to_its_small_gradient(state_dtype):
-    """One large gradient, then small ones beside neighbours that stay large: v falls as in FP32 (rounded to
+    """One large gradient, then small ones in a block with large ones: v decays as in FP32 (rounded to
     nearest, 8 bits never let it fall).
     """
     params = [parameter(torch.zeros(4096)) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""A compressed step needs no memory beside what it steps: no FP32 copies of states, masters or gradients."""
+"""A compressed step needs no temporary memory: no FP32 copies of states, masters or gradients."""
 
 import ctypes
 import gc
@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusedamp import optim
 
-NUMEL = 2**23  # of which an FP32 copy is 32 MiB
+NUMEL = 2**23  # an FP32 copy is 32 MiB
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MODES = [
     dict(master_weights="fp32", state_dtype=torch.float32),
@@ -68,7 +68,7 @@ QUANTIZED = {"master_weights": "none", "state_dtype": "int8"}
 @pytest.mark.parametrize("make", [optim.AdamW, optim.Adagrad], ids=lambda make: make.__name__)
 def test_a_first_step_makes_8_bit_states_as_such(make):
     """Guards the largest tensor of a model, whose states in FP32 for a moment would be 8 times as large: less
-    than 1 byte per element beside the states themselves.
+    than 1 byte per element in addition to the states.
     """
 
     def first(numel):
@@ -84,7 +84,7 @@ def test_a_first_step_makes_8_bit_states_as_such(make):
 
 @pytest.mark.parametrize("target", ["int8", "float32"])
 def test_loading_quantizes_piece_by_piece(target):
-    """FP32 states into 8 bits, and back: less than 1 byte per element beside what is made."""
+    """FP32 states into 8 bits, and back: less than 1 byte per element in addition to the result."""
     source, other = {"int8": ("float32", "int8"), "float32": ("int8", "float32")}[target]
     saved = {}
     for numel in (2**18, NUMEL):

@@ -212,7 +212,7 @@ def set_grads(params: list[torch.nn.Parameter], seed: int, scale: float = 1.0) -
 
 
 def has_fused(kind: type[torch.optim.Optimizer]) -> bool:
-    """Whether torch has a fused ``kind`` for the device of new tensors."""
+    """True if torch has a fused ``kind`` for the device of new tensors."""
     param = torch.zeros(1, requires_grad=True)
     param.grad = torch.zeros_like(param)
     try:

@@ -61,7 +61,7 @@ def check_narrowing(dtype: torch.dtype) -> None:
     ops.sgd_([params], [torch.ones(masters.shape)], [], [masters], [scalar(0.0)], lr=0.0)
     assert same_numbers(params, before.to(dtype)), f"float32 to {dtype}"
     finite = ~before.isnan()
-    assert torch.equal(bits(masters)[finite], bits(before)[finite]), f"masters beside {dtype}"
+    assert torch.equal(bits(masters)[finite], bits(before)[finite]), f"masters of {dtype}"
     payloads = before[before.isnan()]
     for masters in ([], [torch.zeros_like(payloads)]):
         params = torch.zeros(payloads.shape, dtype=dtype)

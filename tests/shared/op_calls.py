@@ -233,7 +233,7 @@ def step_call(
                 states.append(torch.rand((), generator=random, dtype=torch.float64) * 0.9)
                 continue
             state = normal(shape, wide)
-            # More than the square of any mean beside it, whose variance it may be.
+            # More than the square of any mean, because it may be the variance's mean square.
             states.append(state.square() + 2.0 if name in SQUARES else state.clamp(-4, 4) * 0.3)
         call.steps.append(scalar(float(taken[i % len(taken)])))
     return call

@@ -1,5 +1,4 @@
-"""What a refused call must be like: an error of a documented kind, in one line that starts with the op, and
-no changes."""
+"""Checks of failing calls: a documented error type, one line that starts with the op, and no changes."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple

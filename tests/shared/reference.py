@@ -154,7 +154,7 @@ def radam(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> Tensor:
-    """Liu et al. 2020, Alg. 2. As in torch, eps stands beside the root of v, and rho must exceed 5.
+    """Liu et al. 2020, Alg. 2. As in torch, eps is added to the root of v, and rho must exceed 5.
 
     Notes what multiplies m_hat as ``rate``, and as ``condition`` how much larger its relative error is than
     that of the powers of beta2, whose differences it is made of.
@@ -237,7 +237,7 @@ def muon(
 ) -> Tensor:
     """Jordan et al. 2024, in exact arithmetic whatever ``ns_dtype``: the polynomial acts on singular values.
 
-    AdamW with betas 0.9 and 0.95 for what is no matrix.
+    AdamW with betas 0.9 and 0.95 for non-matrix parameters.
     """
     if theta.dim() != 2:
         options = dict(lr=lr, weight_decay=weight_decay, maximize=maximize, betas=(0.9, 0.95))

@@ -1,4 +1,4 @@
-"""What 8-bit states mean, typed anew in float64: what the engine is held to."""
+"""Reference of 8-bit states in float64, written independently of the engine."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ BLOCK = 128
 
 
 def values_of_codes(nonnegative: bool) -> np.ndarray:
-    """The value of each code 0 ... 127 or 255, relative to the block's scale."""
+    """Values of the quantized values 0 ... 127 or 255, relative to the block's scale."""
     per_octave = 32 if nonnegative else 16
     values: list[float] = []
     for octave in range(24 if nonnegative else 20):  # downwards from [1, 2)
@@ -28,7 +28,7 @@ def scale_of(block: np.ndarray, nonnegative: bool) -> float:
 
 
 def neighbours(x: np.ndarray, nonnegative: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The codes' values on both sides of each x >= 0, which is relative to the scale."""
+    """The grid values on both sides of each x >= 0, which is relative to the scale."""
     values = values_of_codes(nonnegative)
     lowest = 1 if nonnegative else 0
     upper = np.clip(np.searchsorted(values, x, side="right"), lowest + 1, len(values) - 1)
@@ -44,7 +44,7 @@ def decoded(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def are_neighbours(codes: Tensor, scales: Tensor, wanted: Tensor) -> bool:
-    """Whether each code is one of the two around its value, and each scale the one that it should be."""
+    """True if each quantized value is one of the two nearest to its value, and each scale is correct."""
     nonnegative = codes.dtype == torch.uint8
     values, found = wanted.flatten().double().cpu().numpy(), decoded(codes, scales).cpu().numpy()
     for b, scale in zip(range(0, values.size, BLOCK), scales.tolist(), strict=True):
@@ -63,7 +63,7 @@ def are_neighbours(codes: Tensor, scales: Tensor, wanted: Tensor) -> bool:
 
 
 def followed(masters: Tensor, weights: Tensor) -> Tensor:
-    """FP32 masters beside 16-bit weights that may have been modified: the remainder is kept where it fits.
+    """FP32 masters after 16-bit weights may have been modified: the remainder is kept if it fits.
 
     BF16 by whole numbers, FP16 in float64.
     """

@@ -117,7 +117,7 @@ def test_columns_of_entries():
 
 @pytest.mark.parametrize("shift", range(-12, 13))
 def test_shared_memory_is_found(shift):
-    """A gradient beside a parameter's memory, and one that begins or ends in it."""
+    """A gradient next to a parameter's memory, and one that begins or ends in it."""
     memory = torch.zeros(64)
     params = [memory[20:24], memory[40:44]]
     spans = _C.spans([addresses.read(params[1:]), addresses.read(params[:1])])

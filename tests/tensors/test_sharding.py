@@ -1,7 +1,7 @@
 """DTensor gradients on a 2-process gloo group: every rank decides alike, whatever it holds itself.
 
-torch's own handler reduces found_inf over the placements of the first gradient only, so that ranks drift
-apart; custom ops get no handler at all.
+torch's own handler reduces found_inf over the placements of the first gradient only, so that ranks diverge;
+custom ops get no handler at all.
 """
 
 import math
@@ -118,7 +118,7 @@ def norms(rank, deferred):
 
 
 def partial_gradient(rank):
-    """Each rank has a summand of the gradient: they are summed before anything looks at them."""
+    """Each rank has a summand of the gradient: they are summed before anything reads them."""
     from torch.distributed.tensor import DTensor, Partial
 
     params, optimizer, scaler, (mesh, replicate, shard) = mixed_world(optim.SGD)
@@ -131,7 +131,7 @@ def partial_gradient(rank):
 
 
 def two_optimizers(rank):
-    """One optimizer is sharded, the other's flag is each rank's own: the one scale must not drift apart."""
+    """One optimizer is sharded, the other's flag is each rank's own: the scale must not diverge."""
     params, _, scaler, layout = mixed_world(optim.SGD)
     fill(params, *layout)
     first, second = optim.SGD(params[:2], lr=0.1), optim.SGD(params[2:], lr=0.1)

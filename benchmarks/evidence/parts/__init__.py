@@ -1,4 +1,4 @@
-"""The parts of the evidence, in the order in which they start: what matters most comes first."""
+"""The parts of the evidence in starting order, the most important first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from operator import itemgetter
 class Part:
     name: str  # of the module
     title: str
-    seconds: int  # that it may take on a GPU
-    proves: bool = False  # so proofs may run beside it; what builds or measures has the machine to itself
+    seconds: int  # time limit on a GPU
+    proves: bool = False  # may run concurrently with other tests; builds and measurements run alone
 
 
 PARTS = {
@@ -26,7 +26,7 @@ PARTS = {
         Part("sanitizer", "compute-sanitizer: memcheck and racecheck", 120, proves=True),
         Part("sync", "No host synchronisation in the tail of a step", 60, proves=True),
         Part("large", "More than 2^31 elements", 90, proves=True),
-        Part("bandwidth", "Bandwidth and time of the optimizer phase", 120),
+        Part("bandwidth", "Bandwidth and time of optimizer steps", 120),
         Part("launches", "Launches per step, host time per tensor", 45),
         Part("training", "A GPT-2-size training step", 75),
         Part("counters", "Nsight Compute: bytes and throughput of each kernel", 45),
@@ -35,7 +35,7 @@ PARTS = {
 
 
 def stages(chosen: Iterable[str]) -> list[list[Part]]:
-    """The chosen parts, in their order; those of one stage may run at the same time."""
+    """Group the chosen parts into stages, in order; those of one stage may run concurrently."""
     parts = [part for name, part in PARTS.items() if name in set(chosen)]
     keys = [0 if part.proves else index for index, part in enumerate(parts, start=1)]
     return [[part for _, part in group] for _, group in groupby(zip(keys, parts, strict=True), itemgetter(0))]

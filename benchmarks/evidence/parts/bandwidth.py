@@ -1,9 +1,9 @@
-"""W1 to W4: the optimizer phase beside torch's, its floor in bytes, and the device's own copy speed.
+"""W1 to W4: optimizer steps against torch, their minimum bytes, and the device's copy speed.
 
-Formats of less memory have no rival: their floor in bytes is what they are held to.
+Compressed formats have no rival: they are compared with their minimum bytes.
 
-Two times each: as a user sees it (from a quiet device, host included), and the device's alone (the host ran
-ahead).
+Two times each: as a user sees it (from an idle device, including the host), and device time only (the host
+ran ahead).
 """
 
 from __future__ import annotations
@@ -49,15 +49,16 @@ TINY: dict[str, Shapes] = {
 
 @dataclass(frozen=True)
 class Format:
-    """How AdamW's masters and states of BF16 weights are kept."""
+    """Storage format of AdamW's masters and states of BF16 weights."""
 
     name: str
     storage: Storage
-    kept: float  # bytes per parameter beside the weight
+    kept: float  # bytes per parameter without the weight
 
     @property
     def floor(self) -> float:
-        """Bytes moved per parameter: the read pass; gradient read, weight and the rest read and written."""
+        """Return the bytes moved per parameter: gradient check; gradient read, weight and the rest read and
+        written."""
         return 2 + 2 + 2 * (2 + self.kept)
 
 
@@ -70,19 +71,19 @@ SPLIT_INT8 = Format(
 )
 NEAREST = Format("no masters, to nearest", Storage(master_weights="none"), 8)
 STOCHASTIC = Format("no masters, stochastic", Storage(master_weights="none", stochastic_rounding=True), 8)
-# The workload, and its rival or, alone, its format.
+# The workload, and its rival or its format.
 PAIRS: list[tuple[str, str | Format]] = [
     *[("W1", what) for what in ("P1", "P3", SPLIT_INT8, "P2", "P4", SPLIT, SPLIT_BF16, NEAREST, STOCHASTIC)],
     *[(workload, rival) for workload in ("W2", "W3") for rival in ("P1", "P3", "P2", "P4")],
     *[("W4 7B", SPLIT_INT8), ("W4 GPT-2 XL", SPLIT_INT8), ("W4 GPT-2 XL", "P3"), ("W4 GPT-2 XL", "P1")],
 ]
 COPY_TARGET = 0.9  # of copy speed, on W1 and W4
-MAKING_STATES = 40  # bytes per element, for a moment
+MAKING_STATES = 40  # temporary bytes per element
 
 
 def bytes_held(row: Row, form: Format | None) -> float:
-    """Per parameter on the device: shared gradients, both sides' weights and states, what torch allocates
-    meanwhile."""
+    """Return device bytes per parameter: shared gradients, both sides' weights and states, torch's
+    temporaries."""
     if form is not None:
         return 2 + 2 + form.kept
     fp32 = row.dtype == "fp32"
@@ -110,7 +111,7 @@ def run(place: Place) -> None:
         if place.device == "cuda":
             torch.cuda.empty_cache()
             need, free = bytes_held(row, form) * numel(shapes), torch.cuda.mem_get_info()[0]
-            if form is not None:  # the first step makes the states in FP32, one tensor at a time
+            if form is not None:  # the first step creates the states in FP32, one tensor at a time
                 need += MAKING_STATES * max(map(prod, shapes))
             if need > 0.95 * free:
                 why = f"needs {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
@@ -133,7 +134,8 @@ def measure(place: Place, clock: Clock, row: Row, shapes: Shapes, copied: float,
     if not alone:
         sides["theirs"] = theirs(row, shapes, place.device, grads)
     calls, before = ({name: getattr(s, what) for name, s in sides.items()} for what in ("phase", "restore"))
-    # Ours reads what theirs has unscaled: the values differ by a power of two, the work does not.
+    # Our side reads gradients that theirs has unscaled: the values differ by a power of two, the work does
+    # not.
     samples = place.sized(15, 1)
     seen = clock.alternate(calls, before, samples, ahead=False)
     device = clock.alternate(calls, before, samples, ahead=True)
@@ -161,7 +163,7 @@ def measure(place: Place, clock: Clock, row: Row, shapes: Shapes, copied: float,
 
 
 def targets(rows: list[dict]) -> dict[str, bool]:
-    """The aims of the project; missing one is a finding, not a failure."""
+    """Return the project's targets and whether they are met; a missed one is a finding, not a failure."""
     met = {}
     for row in rows:
         if "skipped" in row:
@@ -171,5 +173,5 @@ def targets(rows: list[dict]) -> dict[str, bool]:
             met[f"{name}: {COPY_TARGET:.0%} of copy speed"] = row["share_of_copy"] >= COPY_TARGET
         if row["rival"].startswith("P1"):
             wanted = row["rival_bytes"] / row["our_bytes"]
-            met[f"{name}: {wanted:.2f} times as fast as torch fused"] = row["ratio_seen"] >= wanted
+            met[f"{name}: {wanted:.2f} times the speed of torch fused"] = row["ratio_seen"] >= wanted
     return met

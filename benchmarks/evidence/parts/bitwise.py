@@ -1,6 +1,7 @@
-"""Every optimizer, mix of dtypes, storage format and odd size, aligned and not: 12 steps, the CPU's bits.
+"""Every optimizer, combination of dtypes, storage format and odd size, aligned and not: 12 steps, bitwise
+equal to the CPU.
 
-In a rehearsal the CPU plays both sides.
+In a rehearsal both sides run on the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ..place import Place
 SIZES = [(), (0,), (1,), (7,), (255,), (3, 5, 7), (4_097,), (16_383,), (16_384,), (16_385,), (100_003,)]
 TINY_SIZES = [(), (0,), (1,), (7,), (257,)]
 STEPS, SKIPPED, WRITTEN = 12, 5, 8
-# In read passes a thread adds at most this many terms in FP32, on either side, before it goes on in FP64.
+# In gradient checks a thread sums at most this many terms in FP32, on either side, before it continues in
+# FP64.
 STATS_ROUNDINGS = 512
 
 
@@ -54,7 +56,7 @@ def run(place: Place) -> None:
 
 
 def formats(case: cases.Case, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """How the weights of ``dtype`` and their states may be kept."""
+    """Return the storage formats for weights of ``dtype`` and their states."""
     if dtype == torch.float64:
         return {"as is": {}}
     if dtype == torch.float32:
@@ -73,14 +75,14 @@ def same(ones: list[Tensor], others: list[Tensor], when: str) -> None:
 
 @cache
 def drawn(device: str, tiny: bool, steps: int) -> list[list[Tensor]]:
-    """FP32 gradients for the tensors of each step, the same for every call of an op."""
+    """Return FP32 gradients for the tensors of each step, equal for every call of an op."""
     draw = torch.Generator().manual_seed(5)
     sizes = TINY_SIZES if tiny else SIZES
     return [[torch.randn(s, generator=draw).mul_(2.0**7).to(device) for s in sizes] for _ in range(steps)]
 
 
 def steps(place: Place, variant: str, masters: bool, grad_dtype: torch.dtype | None) -> None:
-    """On the device once with aligned tensors and once with misaligned ones."""
+    """Run steps on the device, once with aligned and once with misaligned tensors."""
     dtypes, count = op_calls.HALVES if masters else op_calls.DTYPES, place.sized(STEPS, 3)
     sizes = place.sized(SIZES, TINY_SIZES)
     cpu = op_calls.step_call(variant, sizes, dtypes, masters=masters, grad_dtype=grad_dtype, taken=(0, 3))
@@ -94,7 +96,7 @@ def steps(place: Place, variant: str, masters: bool, grad_dtype: torch.dtype | N
     for step in range(count):
         for call, device in calls.values():
             torch._foreach_copy_(call.grads, drawn(device, place.rehearse, count)[step])
-            if step == WRITTEN:  # a user's write to the weights, which masters follow
+            if step == WRITTEN:  # the user modifies the weights, and masters are updated
                 torch._foreach_mul_(call.params[::2], 0.5)
             call.options["found_inf"] = torch.full((), float(step == SKIPPED), device=device)
             call.run()
@@ -158,7 +160,7 @@ def scale(place: Place) -> None:
 def through_the_scaler(
     place: Place, case: cases.Case, dtype: torch.dtype, storage: dict[str, Any], steps: int = STEPS
 ) -> None:
-    """The public way, without clipping: a norm may differ in its last bits."""
+    """Step through the public API, without clipping: a norm may differ in its last bits."""
     seen, grads, count = [], [], place.sized(steps, 4)
     for device in ("cpu", place.device):
         twins = cases.make_params(dtype)
@@ -173,7 +175,7 @@ def through_the_scaler(
                     twins[5].grad[0, 0] = float("inf")
                 grads.append([twin.grad for twin in twins])
             for param, grad in zip(params, grads[step], strict=True):
-                param.grad = grad.to(device, copy=True, non_blocking=True)  # unscale_ writes it
+                param.grad = grad.to(device, copy=True, non_blocking=True)  # unscale_ modifies it
             if step % 3 == 2:
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)

@@ -1,4 +1,4 @@
-"""Builds in place, for this GPU alone."""
+"""Builds in place, for this GPU only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nsight Compute around one phase: what each of our kernels moved, and how near to the peak it came."""
+"""Nsight Compute on one optimizer step: bytes moved by each of our kernels, and percent of peak bandwidth."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(place: Place) -> None:
     one_phase = [sys.executable, "-m", "benchmarks.evidence.part", "phase", "--device", place.device]
     if place.rehearse:
         done = execute([*one_phase, "--rehearse"], place.seconds_left)
-        place.check("one phase without a profiler", not done.verdict, done.tail)
+        place.check("one step without a profiler", not done.verdict, done.tail)
         return
     tool = find_tool("ncu")
     if tool is None:
@@ -35,7 +35,7 @@ def run(place: Place) -> None:
 
 
 def read(output: str) -> list[dict[str, str]]:
-    """One record per launch from ncu's CSV, which stands among other lines."""
+    """Parse one record per launch from ncu's CSV, which is mixed with other lines."""
     lines = [line for line in output.split("\n") if line.startswith('"')]
     launches: dict[str, dict[str, str]] = {}
     for row in csv.DictReader(lines):

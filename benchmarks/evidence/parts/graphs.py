@@ -1,5 +1,5 @@
-"""One graph holds the whole tail: unscaling, clipping, step, scale update. 12 to 100 replays against eager
-steps, with overflows: the same bits in weights, masters, states, step counts, scale and trackers.
+"""One graph contains unscaling, clipping, step and scale update. 12 to 100 replays are compared with eager
+steps, with overflows: weights, masters, states, step counts, scale and trackers must be bitwise equal.
 
 In a rehearsal a "replay" calls the captured function again.
 """
@@ -20,20 +20,20 @@ from ..place import Place
 
 SHAPES = [(1,), (7,), (33, 31), (257,), (16_385,), (0,), (64, 64)]
 FEEDS = 8
-WARM_UP = 3  # steps before a capture: they make the states, and the calls that are then repeated
+WARM_UP = 3  # steps before a capture: they create the states and the plan
 OVERFLOWS = {0, 1, 9, 17, 18, 19, 40, 77}  # which of the replayed steps
 
 
 @dataclass
 class Training:
-    """Parameters with gradients in fixed places, an optimizer and a scaler."""
+    """Parameters with gradients at fixed addresses, an optimizer and a scaler."""
 
     params: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: GradScaler
     flow: str
     norms: Tensor
-    feeds: list[list[Tensor]]  # gradients to come, in turns
+    feeds: list[list[Tensor]]  # gradients of the next steps, cyclic
 
     def tail(self) -> None:
         if self.flow == "unscale_":
@@ -60,7 +60,7 @@ def training(
     params = [torch.nn.Parameter(p.detach().to(place.device)) for p in params]
     for param in params:
         param.grad = torch.zeros_like(param)
-    lr = torch.tensor(1e-2, device=place.device)  # a schedule moves it between replays
+    lr = torch.tensor(1e-2, device=place.device)  # a schedule changes it between replays
     options = case.options | storage | {"lr": lr}
     if "capturable" in case.ours([torch.zeros(1)], **case.options).defaults:
         options["capturable"] = True
@@ -81,7 +81,7 @@ def feeds(device: str, dtype: torch.dtype) -> list[list[Tensor]]:
 
 
 def feed(model: Training, step: int) -> None:
-    """New gradients, in place, without a copy from the host."""
+    """Write new gradients in place, without a copy from the host."""
     with torch.no_grad():
         torch._foreach_copy_([param.grad for param in model.params], model.feeds[step % FEEDS])
     if step - WARM_UP in OVERFLOWS:
@@ -110,7 +110,7 @@ def compare(
     replay = captured(place, graphed.tail)
     if place.device == "cuda":
         bumped = [p._version > v for p, v in zip(graphed.params, versions, strict=True)]
-        assert all(bumped), "version counters did not move while capturing"
+        assert all(bumped), "version counters did not change during capture"
     steps = place.sized(replays, 6)
     for step in range(WARM_UP, WARM_UP + steps):
         for model, run in ((eager, eager.tail), (graphed, replay)):
@@ -128,7 +128,7 @@ def compare(
 
 
 def run(place: Place) -> None:
-    with place.attempt("two graphs beside each other, and eager steps between their replays"):
+    with place.attempt("two graphs, and eager steps between their replays"):
         interleaved(place)
     main = [*cases.MAIN, *cases.COMPOSED]
     variants = [case for case in cases.CASES if case not in main]
@@ -156,7 +156,7 @@ def formats(case: cases.Case, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
 
 
 def interleaved(place: Place) -> None:
-    """Each graph must keep tables and memory of its own: what eager calls leave behind is reused."""
+    """Check that each graph has its own tables and memory: memory freed by eager calls is reused."""
     case = cases.BY_NAME["adamw"]
     pairs = []
     for flow in ("unscale_", "fused"):
@@ -172,7 +172,7 @@ def interleaved(place: Place) -> None:
             replay()
             feed(eager, step)
             eager.tail()
-        torch.full((100_000,), float("nan"), device=place.device)  # over whatever was freed
+        torch.full((100_000,), float("nan"), device=place.device)  # overwrites freed memory
     for eager, graphed, _ in pairs:
         found = differing(eager.everything(), graphed.everything())
         assert not found, "; ".join(found[:3])

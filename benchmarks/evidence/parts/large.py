@@ -1,6 +1,6 @@
-"""Tensors of more than 2^31 elements, and a list that is longer than that only as a whole.
+"""Tensors of more than 2^31 elements, and a list with more elements only in total.
 
-They repeat a pattern, so the right result repeats that of the pattern, which the CPU computes. Every element
+They repeat a pattern, so the result must repeat the pattern's result, which the CPU computes. Every element
 is compared.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..borrowed import op_calls
 from ..place import Place, Skip
 
-PERIOD, TINY_PERIOD = (1 << 20) + 7, 1_003  # odd: each repetition begins at another alignment
+PERIOD, TINY_PERIOD = (1 << 20) + 7, 1_003  # odd: each repetition has another alignment
 
 
 def repeated(pattern: Tensor, numel: int, device: str) -> Tensor:
@@ -126,4 +126,4 @@ def run(place: Place) -> None:
     place.note("numel", numel)
     place.note("done", done)
     if not done and not place.failures:
-        raise Skip("too little device memory for any of it")
+        raise Skip("too little device memory for any test")

@@ -1,4 +1,4 @@
-"""What a phase costs besides bytes: launches (W2, W3), and host time per tensor (2,000 tensors of 10)."""
+"""Costs of a step besides bytes: launches (W2, W3), and host time per tensor (2,000 tensors of 10)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...workloads import WORKLOADS, Shapes, many_small
 from ..place import Place
 from ..sides import gradients, ours, theirs
 
-PASSES = 2  # the read pass and the step
+PASSES = 2  # the gradient check and the step
 LAUNCHES_PER_PASS = 2
 
 
@@ -37,7 +37,7 @@ def run(place: Place) -> None:
                     "theirs": launches(place, theirs(row, shapes, place.device, grads).phase).total(),
                     "our_kernels": dict(ours_now.most_common(12)),
                 }
-                engine = found[row.name]["ours_engine"] - 1  # without that of the scale
+                engine = found[row.name]["ours_engine"] - 1  # without the scale update
                 few = place.rehearse or engine <= PASSES * LAUNCHES_PER_PASS
                 place.check(f"{row.name}: at most {LAUNCHES_PER_PASS} launches per pass", few, str(ours_now))
     place.note("launches", found)
@@ -46,7 +46,7 @@ def run(place: Place) -> None:
     host: dict[str, dict[str, float]] = {}
     for key in ("P1", "P2", "P3"):
         row = Row("adamw", "host", RIVALS[key])
-        with place.attempt(f"host time beside {key}"):
+        with place.attempt(f"host time against {key}"):
             grads = gradients(shapes, DTYPES[row.dtype], place.device)
             sides = {
                 "ours": ours(shapes, DTYPES[row.dtype], place.device, grads),
@@ -60,11 +60,11 @@ def run(place: Place) -> None:
 
 
 def launches(place: Place, phase: Callable[[], None]) -> Counter[str]:
-    """Kernels of one phase, by name; in a rehearsal the operators that torch ran."""
+    """Count the kernels of one step by name; in a rehearsal torch's operators."""
     for _ in range(3):
         phase()
     if place.device == "cuda":
-        torch.cuda.synchronize()  # what is still queued is no part of the phase
+        torch.cuda.synchronize()  # excludes work that is still queued
     activities = [ProfilerActivity.CPU, *place.sized([ProfilerActivity.CUDA], [])]
     with profile(activities=activities) as recorded:
         phase()
@@ -82,7 +82,7 @@ def launches(place: Place, phase: Callable[[], None]) -> Counter[str]:
 
 
 def host_us(place: Place, phase: Callable[[], None]) -> float:
-    """Microseconds until the host is free again, the device idle before."""
+    """Return the microseconds until the host is free, from an idle device."""
     times = []
     for _ in range(place.sized(40, 3)):
         if place.device == "cuda":

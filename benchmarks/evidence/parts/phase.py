@@ -1,4 +1,4 @@
-"""One optimizer phase on a large BF16 tensor and on many small ones, for a profiler to look at."""
+"""One optimizer step on a large BF16 tensor and on many small ones, to run under a profiler."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ def run(place: Place) -> None:
     for shapes in ([flat], [(5_000,)] * many):
         side = ours(shapes, torch.bfloat16, place.device)
         side.phase()
-        place.check("the weights are numbers", all(bool(w.isfinite().all()) for w in side.weights))
+        place.check("the weights are finite", all(bool(w.isfinite().all()) for w in side.weights))

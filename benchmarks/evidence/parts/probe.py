@@ -1,4 +1,4 @@
-"""What machine this is. Needs torch, but not fusedamp."""
+"""Describes this machine. Needs torch, but not fusedamp."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..place import Place, Skip
 
 
 def driver() -> str:
-    """The driver's version, clocks and temperature, as nvidia-smi says; nothing is set."""
+    """Return the driver's version, clocks and temperature from nvidia-smi; read-only."""
     query = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
@@ -39,4 +39,4 @@ def run(place: Place) -> None:
     place.note("memory_gb", round(about.total_memory / 1e9, 1))
     place.note("l2_mb", round(about.L2_cache_size / 1e6, 1))
     place.note("driver", driver())
-    torch.ones(1, device="cuda").add_(1).item()  # it also works
+    torch.ones(1, device="cuda").add_(1).item()  # check that it works

@@ -1,4 +1,4 @@
-"""Every kernel once, on lists small enough for a sanitizer: odd sizes, misaligned, skips, infinities."""
+"""Runs every kernel once on lists small enough for a sanitizer: odd sizes, misaligned, skips, infinities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..borrowed import COMPRESSED, cases, compressible, copies, differing, mixed
 from ..place import Place
 
 SIZES = [(0,), (), (7,), (257,), (16_385,)]
-# One of each rule: kernels don't know other options apart.
+# One variant per rule: other options use the same kernels.
 RULES = """
     adamw adamw-amsgrad adam adam-amsgrad sgd sgd-momentum lion adagrad radam nadam lamb lars novograd
     rmsprop rmsprop-momentum rmsprop-centered rmsprop-centered-momentum
@@ -37,7 +37,7 @@ def run(place: Place) -> None:
 
 
 def in_format(place: Place, case: cases.Case, name: str, storage: dict[str, Any]) -> None:
-    """A step beside the CPU's; where norms of whole tensors count it only has to stay within memory."""
+    """Compare a step with the CPU's; rules with norms of whole tensors only have to stay within memory."""
     ends: list[list[Tensor]] = []
     for device in ("cpu", place.device):
         params = cases.make_params(torch.bfloat16, SIZES)
@@ -57,9 +57,9 @@ def in_format(place: Place, case: cases.Case, name: str, storage: dict[str, Any]
 
 
 def step(place: Place, variant: str, misaligned: bool) -> None:
-    """Without masters FP64 tensors are among them, which have kernels of their own; and with masters."""
+    """Step with masters, and without, which includes FP64 tensors with their own kernels."""
     for masters, dtypes in ((False, op_calls.DTYPES), (True, op_calls.HALVES)):
-        sizes = SIZES + [SIZES[-1]] * (len(dtypes) - 1)  # one of several chunks in each dtype
+        sizes = SIZES + [SIZES[-1]] * (len(dtypes) - 1)  # one with several chunks per dtype
         wanted = op_calls.step_call(variant, sizes, dtypes, masters=masters)
         call = wanted.map(copies(place.device, misaligned), lambda scalar: scalar.clone().to(place.device))
         for skip in (0.0, 1.0):

@@ -1,4 +1,4 @@
-"""pytest with ``FUSEDAMP_TEST_DEVICE``: every test that does not name a device runs on the GPU."""
+"""Runs pytest with ``FUSEDAMP_TEST_DEVICE``: every test that does not name a device runs on the GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..borrowed import on_device
 from ..place import Place, Skip
 from ..process import execute
 
-SLOWEST = 25  # tests whose times are noted
+SLOWEST = 25  # tests whose times are recorded
 LONGEST_MESSAGE = 300
 TINY = ["tests/ops/test_ops_scale.py", "-k", "hysteresis"]
 
@@ -26,7 +26,7 @@ def run(place: Place) -> None:
         raise Skip("pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += ["-m", "not host", f"--durations={SLOWEST}"]
-    # Modules about the host's side test nothing of the device, and take most of the time.
+    # Modules about the host test nothing on the device, and take most of the time.
     left_out = [f"--ignore-glob=*/{module}.py" for module in on_device.HOST_ONLY.split()]
     whole = ["tests", "--ignore=tests/emulation", *left_out, "--continue-on-collection-errors"]
     command += place.sized(whole, TINY)
@@ -53,7 +53,7 @@ def run(place: Place) -> None:
 
 
 def read(file: Path) -> tuple[dict[str, int], list[dict[str, str]]]:
-    """How many tests ended how, and of each that failed its name, the first line and the place."""
+    """Count the tests by outcome; returns name, first line and place of each failure."""
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     failing = []
     for suite in xml.parse(file).getroot().iter("testsuite"):
@@ -77,7 +77,7 @@ def read(file: Path) -> tuple[dict[str, int], list[dict[str, str]]]:
 
 
 def grouped(failing: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """One entry for each test function: how many of its cases failed, and how the first did."""
+    """Group failures by test function: number of failed cases, and the first one."""
     counts = Counter(case["test"] for case in failing)
     first = {case["test"]: case for case in reversed(failing)}
     return [{"cases": count, **first[test]} for test, count in counts.items()]

@@ -1,4 +1,4 @@
-"""The tail of a step never makes the host wait: torch's own alarm is on, and the device sleeps meanwhile."""
+"""Checks that a step has no host sync: with torch's sync debug mode, and while the device sleeps."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..borrowed import cases
 from ..place import Place
 from .graphs import Training, feed, formats, training
 
-ASLEEP_CYCLES = 400_000_000  # 0.2 s and more
+ASLEEP_CYCLES = 400_000_000  # at least 0.2 s
 
 
 @contextmanager
 def alarmed(place: Place) -> Iterator[None]:
-    """A synchronisation that torch knows of raises."""
+    """Make every synchronisation that torch knows of raise."""
     if place.device != "cuda":
         yield
         return
@@ -37,7 +37,7 @@ def tails(model: Training) -> None:
 
 def run(place: Place) -> None:
     if place.device == "cuda":
-        with place.attempt("the alarm itself"):
+        with place.attempt("the sync debug mode itself"):
             heard = False
             with alarmed(place):
                 try:
@@ -57,7 +57,7 @@ def run(place: Place) -> None:
     for case, dtype, name, storage, flow in place.all_in_time(flows):
         with place.attempt(f"{case.name} {dtype} {name} {flow}"):
             model = training(place, case, dtype, storage, flow)
-            for step in range(place.sized(6, 4)):  # the first makes states, later ones repeat it
+            for step in range(place.sized(6, 4)):  # the first creates states, later ones repeat it
                 feed(model, step)
                 with alarmed(place):
                     tails(model)
@@ -65,7 +65,7 @@ def run(place: Place) -> None:
 
 
 def free_host(place: Place) -> float:
-    """Milliseconds of host time of a tail that is queued behind a long sleep; catches waits of any kind."""
+    """Return the host milliseconds of a step queued after a long sleep; detects any kind of wait."""
     model = training(place, cases.BY_NAME["adamw"], torch.bfloat16, {}, "fused")
     for step in range(5):
         feed(model, step)

@@ -1,4 +1,4 @@
-"""A GPT-2-size training step beside torch AMP: time, peak memory, and the losses that both reach."""
+"""A training step of GPT-2 size against torch AMP: time, peak memory and losses."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Recipe:
     name: str
     amp: Callable[..., Any]  # the scaler
     optimizer: Callable[..., torch.optim.Optimizer]
-    autocast: bool  # else the model itself is 16-bit, with FP32 masters
+    autocast: bool  # otherwise the model is 16-bit, with FP32 masters
     dtype: torch.dtype
     clip: Callable[[Any, Any, list[Tensor]], object]
 
@@ -206,7 +206,7 @@ def run(place: Place) -> None:
         place.note("runs", runs)
     by_name = {run["recipe"]: run for run in runs}
     pair = [by_name[recipe.name] for recipe in RECIPES[:2] if recipe.name in by_name]
-    if len(pair) == 2:  # the same weights, tokens and formats: only roundings differ
+    if len(pair) == 2:  # the same weights, tokens and formats: only rounding differs
         gap = max(abs(a - b) for a, b in zip(*(p["losses"] for p in pair), strict=True))
         place.note("loss_gap_to_torch_amp", gap)
         place.check("the losses of torch AMP", gap < 0.05, f"they differ by up to {gap:.4f}")

@@ -1,5 +1,5 @@
-// Blocks of any element type to and from blocks of float or double. Hardware conversions for FP16 where the target has
-// them; everything else is plain code that the compiler vectorises. The bits are the same on every target.
+// Converts blocks of any element type to and from blocks of float or double. Uses hardware conversions for FP16 if the
+// target has them; the rest is plain code that the compiler vectorises. Results are bitwise equal on every target.
 #pragma once
 #include "../../math/rounding.h"
 #include "../dtype.h"
@@ -36,9 +36,9 @@ FUSEDAMP_FN void narrow_f16(const float* from, uint16_t* to, int64_t n) {
   for (; i < n; ++i) to[i] = float_to_f16(from[i]);
 }
 
-// Stochastically. A normal half is the bits and the random ones, cut off. Where one comes out that is not normal, or is
-// the largest, which others are cut to, its vector takes the exact way. (The least normal half is right even from below
-// it, where the exact way takes at least as much chance.)
+// Stochastic rounding. For normal halves: add random bits, then truncate. If a result is not normal, or is the largest
+// half (to which larger values truncate), its vector takes the exact path. (The least normal half is correct even from
+// below, where the exact path rounds up with at least the same probability.)
 FUSEDAMP_FN void narrow_f16(const float* from, uint16_t* to, int64_t n, const uint16_t* random) {
   const auto exactly = [=](int64_t begin, int64_t end) {
 #pragma omp simd
@@ -86,7 +86,7 @@ FUSEDAMP_FN void narrow_bf16(const float* from, uint16_t* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = float_to_bf16(from[i]);
 }
 
-// Whether narrowing gives other bits than these anywhere.
+// True if narrowing gives different bits for any element.
 FUSEDAMP_FN bool narrows_otherwise_f16(const float* from, const uint16_t* to, int64_t n) {
   int64_t i = 0;
   uint32_t differ = 0;
@@ -125,7 +125,7 @@ FUSEDAMP_FN void cast(const From* from, To* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
 }
 
-// 16-bit halves of either kind.
+// 16-bit elements, FP16 or BF16.
 FUSEDAMP_FN void widen(DType dtype, const uint16_t* from, float* to, int64_t n) {
   dtype == DType::f16 ? widen_f16(from, to, n) : widen_bf16(from, to, n);
 }
@@ -137,13 +137,13 @@ FUSEDAMP_FN bool narrows_otherwise(DType dtype, const float* from, const uint16_
 }
 
 constexpr int64_t kBlock =
-    128;  // elements that are staged through the L1 cache at a time; few, so that arithmetic overlaps with loads
+    128;  // elements staged through the L1 cache at a time; few, so that arithmetic overlaps with loads
 
 FUSEDAMP_FN const void* element(const void* base, DType dtype, int64_t index) {
   return static_cast<const char*>(base) + index * size_of(dtype);
 }
 
-// Up to kBlock elements as V: in place where the type is V already, else converted into `staging`.
+// Up to kBlock elements as V: in place if the type is V, else converted into `staging`.
 FUSEDAMP_FN const float* load(const void* from, DType dtype, int64_t n, float* staging) {
   if (dtype == DType::f32) return static_cast<const float*>(from);
   if (dtype == DType::f64) {

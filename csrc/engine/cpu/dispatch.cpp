@@ -1,4 +1,4 @@
-// Which instruction set runs: chosen once, at the first call.
+// Selects the instruction set once, at the first call.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -11,7 +11,7 @@ namespace {
 
 struct Candidate {
   const Kernels* kernels;
-  bool here;  // does this processor have it?
+  bool here;  // whether this processor supports it
 };
 
 const Kernels& choose() {

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kChunk = 32 * 1024;
 static_assert(kKeyElements % kChunk == 0, "elements of a chunk share their random keys");
 
-// units[u] .. units[u + 1] are the chunks that one thread takes at once: about kChunk elements.
+// Chunks units[u] .. units[u + 1] are one unit of work for a thread: about kChunk elements.
 struct Plan {
   std::vector<Chunk> chunks;
   std::vector<int64_t> units = {0};
@@ -48,13 +48,13 @@ Norm norm_of(double norm_type) {
   return Norm::kGeneral;
 }
 
-// Sums, or the larger; NaN wins.
+// Sum or maximum; propagates NaN.
 double combine(Norm norm, double a, double b) {
   if (norm != Norm::kMax) return a + b;
   return a >= b || a != a ? a : b;
 }
 
-// kMaxNorms sums of squares for each row; empty where the rule measures nothing.
+// kMaxNorms sums of squares per row; empty if the rule has no norms.
 std::vector<double> measure(int32_t rule, const StepPass& pass, const Plan& p, const Parallel& parallel) {
   const auto measure_chunk = kernels().measure[rule];
   if (!measure_chunk) return {};
@@ -62,7 +62,7 @@ std::vector<double> measure(int32_t rule, const StepPass& pass, const Plan& p, c
   parallel(p.unit_count(), [&](int64_t u) {
     for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c) measure_chunk(pass, p.chunks[c], &found[kMaxNorms * c]);
   });
-  for (size_t c = 0; c < p.chunks.size(); ++c)  // in the order of the chunks, whoever measured them
+  for (size_t c = 0; c < p.chunks.size(); ++c)  // in chunk order, for any assignment of chunks to threads
     for (int j = 0; j < kMaxNorms; ++j) squares[kMaxNorms * p.chunks[c].row + j] += found[kMaxNorms * c + j];
   return squares;
 }
@@ -102,7 +102,7 @@ void grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_t
   std::fill_n(out.per_tensor, rows.size(), 0.0);
   std::fill_n(out.counts, 3 * rows.size(), int64_t{0});
   bool found_inf = false;
-  for (size_t c = 0; c < found.size(); ++c) {  // in the order of the chunks, whoever computed them
+  for (size_t c = 0; c < found.size(); ++c) {  // in chunk order, for any assignment of chunks to threads
     const int64_t r = p.chunks[c].row;
     out.per_tensor[r] = combine(job.norm, out.per_tensor[r], found[c].power_sum);
     out.counts[3 * r] += found[c].infs;

@@ -1,5 +1,5 @@
-// The loop bodies for one instruction set. Compiled several times: FUSEDAMP_TARGET names the set, the compiler's flags
-// allow it. Includes nothing that could leave a shared inline function compiled for it (no standard library).
+// The loop bodies for one instruction set. Compiled several times, with FUSEDAMP_TARGET and compiler flags for the set.
+// Includes nothing that could emit a shared inline function for it (no standard library).
 #include "kernels.h"
 
 #include "../lane.h"

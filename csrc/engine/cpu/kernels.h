@@ -1,4 +1,4 @@
-// What one instruction set offers: functions over chunks. kernels.cpp is compiled once per instruction set.
+// Functions over chunks for one instruction set. kernels.cpp is compiled once per instruction set.
 #pragma once
 #include "../../math/rules.h"
 #include "../table.h"
@@ -12,7 +12,7 @@ struct Chunk {
 
 enum class Norm : int { kTwo, kOne, kMax, kGeneral };
 
-// What a read pass finds in one chunk.
+// Result of the gradient check of one chunk.
 struct ChunkStats {
   double power_sum;               // sum |g * inv_scale|^p; the maximum for kMax
   int64_t infs, nans, overflows;  // overflows: finite, but infinite after the multiplication
@@ -33,14 +33,14 @@ struct StepPass {
 
 struct Kernels {
   const char* name;
-  // squares: kMaxNorms sums for each row, of what the rule measures; null for rules that measure nothing.
+  // squares: kMaxNorms sums of squares per row; null for rules without norms.
   void (*step[kRuleCount])(const StepPass& pass, const Chunk* chunks, int64_t chunk_count, const double* squares);
-  // Those sums over one chunk. Null for rules that measure nothing.
+  // Those sums over one chunk. Null for rules without norms.
   void (*measure[kRuleCount])(const StepPass& pass, const Chunk& chunk, double* squares);
-  // Step counts and scalars of rows that have taken their step.
+  // Updates step counts and scalars of rows after their step.
   void (*advance[kRuleCount])(const StepPass& pass, const double* squares);
   void (*stats)(const GradRow* rows, const Chunk& chunk, const StatsJob& job, ChunkStats* out);
-  bool (*unscale)(const GradRow* rows, const Chunk& chunk, float inv_scale);  // true: something is non-finite
+  bool (*unscale)(const GradRow* rows, const Chunk& chunk, float inv_scale);  // true: an element is not finite
   void (*recode)(const Recoding& job, int64_t first, int64_t count);          // `first`: a multiple of a scale block
 };
 
@@ -50,8 +50,8 @@ extern const Kernels kKernels_avx2;
 extern const Kernels kKernels_avx512;
 #endif
 
-// The best set that this processor has, or the one that FUSEDAMP_CPU_TARGET names. Chosen once.
-// Throws std::runtime_error where the variable names one that is unknown or that the processor lacks.
+// The best set that this processor supports, or the one that FUSEDAMP_CPU_TARGET names. Chosen once.
+// Throws std::runtime_error if the variable names a set that is unknown or unsupported by the processor.
 const Kernels& kernels();
 
 }  // namespace fusedamp::cpu

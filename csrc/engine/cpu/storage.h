@@ -1,6 +1,7 @@
-// How a step reads and writes weights and states, a block at a time: in place where they are stored in the type of the
-// arithmetic, else through the L1 cache. `at` is the block's first element, a multiple of kBlock; n its length.
-// What knows the formats is not inlined: a rule for each would compile it dozens of times, and a block hides the call.
+// Reads and writes weights and states for a step, a block at a time: in place if they are stored in the arithmetic
+// type, else through the L1 cache. `at` is the block's first element, a multiple of kBlock; n its length.
+// Functions with branches on formats are not inlined: they would be compiled dozens of times, and the call is cheap per
+// block.
 #pragma once
 #include "../../math/follow.h"
 #include "../../math/quantize.h"
@@ -10,9 +11,9 @@
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
-static_assert(kBlock % kScaleBlock == 0, "a block has whole scale blocks");
+static_assert(kBlock % kScaleBlock == 0, "a block consists of whole scale blocks");
 
-// master[i] = tried[i] where that rounds to the weight, else the weight. `tried` may be `master`.
+// master[i] = tried[i] if that rounds to the weight, else the weight. `tried` may be `master`.
 FUSEDAMP_FN void take_fitting(DType dtype, const uint16_t* param, const float* tried, float* master, int64_t n) {
   alignas(64) uint16_t rounded[kBlock];
   alignas(64) float weight[kBlock];
@@ -37,7 +38,7 @@ FUSEDAMP_FN void move(DType dtype, const uint16_t* param, const float* master, u
   for (int64_t i = 0; i < n; ++i) moved[i] = f16_moved(master[i], was[i], weight[i]);
 }
 
-// Where a 16-bit weight is not its master rounded, it was modified, and the master follows it.
+// If a 16-bit weight differs from its rounded master, it was modified, and the master is updated (math/follow.h).
 FUSEDAMP_FN void follow(DType dtype, const uint16_t* param, float* master, int64_t n) {
   if (!narrows_otherwise(dtype, master, param, n)) return;
   alignas(64) uint16_t rounded[kBlock];
@@ -76,7 +77,7 @@ FUSEDAMP_FN void split(DType dtype, const float* master, uint16_t* param, int16_
   for (int64_t i = 0; i < n; ++i) remainder[i] = f16_remainder(master[i], wide[i]);
 }
 
-// 16 random bits for each element of a block, as they lie in the words of its pairs.
+// 16 random bits per element of a block, in the order of its pairs' words.
 static __attribute__((noinline)) void draw(RandomKey key, int64_t first, int64_t n, uint16_t* halves) {
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the lower half of a word comes first");
   const auto pair = static_cast<uint32_t>(first / 2), pairs = static_cast<uint32_t>(n + 1) / 2;
@@ -87,7 +88,7 @@ static __attribute__((noinline)) void draw(RandomKey key, int64_t first, int64_t
   }
 }
 
-// As narrow(), stochastically.
+// Like narrow(), with stochastic rounding.
 FUSEDAMP_FN void narrow(DType dtype, const float* from, uint16_t* to, int64_t n, const uint16_t* random) {
   if (dtype == DType::f16) return narrow_f16(from, to, n, random);
   uint32_t largest = 0;
@@ -97,7 +98,7 @@ FUSEDAMP_FN void narrow(DType dtype, const float* from, uint16_t* to, int64_t n,
     largest = largest > magnitude ? largest : magnitude;
     to[i] = static_cast<uint16_t>((u + random[i]) >> 16);
   }
-  if (largest < 0x7f7f0000u) return;  // what was added cannot have reached infinity
+  if (largest < 0x7f7f0000u) return;  // the added bits cannot have reached infinity
   for (int64_t i = 0; i < n; ++i) to[i] = float_to_bf16(from[i], random[i]);
 }
 
@@ -135,7 +136,7 @@ FUSEDAMP_FN void quantize(const float* from, C* codes, float* scales, int64_t n,
   }
 }
 
-// What is stepped: the master where there is one, else the weight.
+// The value to step: the master if there is one, else the weight.
 FUSEDAMP_FN double* load_weight(const StepRow& row, int64_t at, int64_t, double*) {
   return static_cast<double*>(row.param) + at;
 }
@@ -202,7 +203,7 @@ static __attribute__((noinline)) void store_state(const StepRow& row, int j, int
   }
 }
 
-// Calls visit(j, constant) for each state, with a constant that says whether it is never negative.
+// Calls visit(j, constant) for each state; the constant is true if the state is never negative.
 template <bool kYes>
 struct NonNegative {
   static constexpr bool value = kYes;

@@ -48,8 +48,8 @@ Table<Row> place(const Device& device, const std::vector<Row>& rows) {
   return gathered.on(device);
 }
 
-// Launches a kernel whose blocks take every gridDim-th of `units`: as many blocks as run at the same time. Were there
-// more, the last ones would have the device to themselves and leave its memory idle.
+// Launches a kernel whose blocks process every gridDim-th of `units`, with as many blocks as run concurrently. With
+// more, the last ones would run alone and leave memory bandwidth idle.
 template <class... Parameters, class... Arguments>
 void launch_over(int64_t units, const Device& device, const char* name, void (*kernel)(Parameters...),
                  const Arguments&... arguments) {
@@ -58,8 +58,8 @@ void launch_over(int64_t units, const Device& device, const char* name, void (*k
   launch(name, kernel, blocks, kBlock, device.stream, arguments...);
 }
 
-// The row that holds `chunk`: the last one that starts at or before it. Every thread of the block calls it; `hint` is
-// the result of the call before, or -1. A round divides the rows left by the number of threads.
+// Returns the row of `chunk`: the last one that starts at or before it. All threads of the block must call it; `hint`
+// is the previous result, or -1. A round divides the remaining rows by the number of threads.
 template <class Row>
 __device__ __forceinline__ int64_t find_row(const Table<Row>& table, int64_t chunk, int64_t hint) {
   if (hint >= 0 && (hint + 1 == table.row_count || table.rows[hint + 1].first_chunk > chunk)) return hint;
@@ -85,7 +85,7 @@ __device__ __forceinline__ Span span_of(const Placed<Row>& placed, int64_t chunk
   return {first, static_cast<int>(left < kChunk ? left : kChunk)};
 }
 
-// The combination of every thread's x, in an order that depends on the block's size alone; every thread gets it.
+// Combines every thread's x, in an order that depends only on the block size; every thread gets the result.
 template <class T, class Combine>
 __device__ __forceinline__ T block_reduce(T x, Combine combine) {
   FUSEDAMP_SHARED(T, of_warp, 32);
@@ -95,7 +95,7 @@ __device__ __forceinline__ T block_reduce(T x, Combine combine) {
   __syncthreads();
   x = of_warp[0];
   for (int w = 1; w < warps; ++w) x = combine(x, of_warp[w]);
-  __syncthreads();  // before anybody writes of_warp again
+  __syncthreads();  // before of_warp is written again
   return x;
 }
 

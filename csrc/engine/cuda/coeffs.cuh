@@ -1,4 +1,5 @@
-// A step's coefficients, one set per tensor, made on the device: step counts, learning rate and scale live there.
+// Computes a step's coefficients, one set per tensor, on the device, because step counts, learning rate and scale are
+// there.
 #pragma once
 #include "element.cuh"
 #include "groups.cuh"
@@ -18,7 +19,7 @@ __device__ __forceinline__ typename Rule::Hyper hyper_of(const StepGroup& group)
   return hyper;
 }
 
-// Of one tensor, by one thread. `squares` may be null: they are to be measured yet.
+// For one tensor, by one thread. `squares` may be null: not measured yet.
 template <class Rule, class V>
 __device__ __forceinline__ CoeffsOf<Rule, V> coeffs_for(const StepRow& row, const StepGroup& group,
                                                         const double* squares) {
@@ -27,8 +28,8 @@ __device__ __forceinline__ CoeffsOf<Rule, V> coeffs_for(const StepRow& row, cons
   return round_coeffs<Rule::template Coeffs, V>(exact);
 }
 
-// One thread per tensor. The first launch of a step keeps its log. Rules that measure norms take their step count on
-// afterwards, in measure.cuh.
+// One thread per tensor. The first launch of a step updates its log. Rules with norms update the step count later, in
+// measure.cuh.
 template <class Rule, class V>
 __global__ void __launch_bounds__(kBlock)
     prepare_kernel(const StepRows table, const __grid_constant__ GroupPacket packet, const StepScalars scalars,

@@ -1,7 +1,7 @@
-// Steps of tensors with split masters, 16- or 8-bit states, or stochastically rounded weights: one loop for every mix
-// of formats. A warp takes a scale block, so that the largest magnitude of a block is found within the warp, and a lane
-// four neighbours, which move by one access: 16 bytes of the widest list. Formats are branches that a block takes
-// together, once for all four.
+// Steps of tensors with split masters, 16- or 8-bit states, or stochastically rounded weights: one loop for all
+// combinations of formats. A warp processes a scale block, so its maximum is a warp reduction. A lane processes four
+// adjacent elements with one access per list: 16 bytes of the widest one. Branches on formats are uniform across a
+// block and taken once per four elements.
 #pragma once
 #include "coeffs.cuh"
 
@@ -10,7 +10,7 @@
 namespace fusedamp::cuda {
 
 constexpr int kPerLane = static_cast<int>(kScaleBlock) / 32;
-static_assert(kChunk % kScaleBlock == 0, "chunks have whole scale blocks");
+static_assert(kChunk % kScaleBlock == 0, "chunks consist of whole scale blocks");
 static_assert(kKeyElements % kChunk == 0, "elements of a chunk share their random keys");
 
 inline bool is_compressed(const StepRow& row) {
@@ -20,12 +20,12 @@ inline bool is_compressed(const StepRow& row) {
   return split || dithered || row.state_dtype != DType::f32;
 }
 
-// A lane's elements as they lie in memory: the first one, two or four words, by their size. What is loaded is not
-// looked at before every list is under way: the first use waits for memory.
+// A lane's elements in their memory format: one, two or four words, by element size. No loaded value is used before the
+// loads of all lists are issued, because the first use waits for memory.
 struct Words {
   uint32_t v[kPerLane];
 };
-// The same elements, one to a word; those past the end are 0.
+// The same elements, one per word; those past the end are 0.
 struct Stored {
   uint32_t v[kPerLane];
 };
@@ -34,7 +34,7 @@ static_assert(kPerLane == 4, "a list of R has sizeof(R) words of 4 bytes in a la
 __device__ __forceinline__ bool is_aligned(const void* list, DType dtype) {
   return reinterpret_cast<uintptr_t>(list) % static_cast<uintptr_t>(kPerLane * size_of(dtype)) == 0;
 }
-// Whether every whole lane of every list moves by one access.
+// True if every whole lane of every list needs one access.
 template <class Rule>
 __device__ __forceinline__ bool is_aligned(const StepRow& row, const void* grad) {
   bool aligned = is_aligned(grad, row.grad_dtype) && is_aligned(row.param, row.param_dtype) &&
@@ -83,7 +83,7 @@ __device__ __forceinline__ void put(void* list, int64_t at, int count, const Sto
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e)
       words[e * kSize / 4] |= static_cast<uint32_t>(static_cast<R>(stored.v[e])) << 8 * kSize * e % 32;
-    // By intrinsic: an ordinary store the compiler splits, to share its parts with other branches'.
+    // Intrinsic, because the compiler would split an ordinary store to share its parts with other branches.
     if constexpr (kSize == 4) __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
     if constexpr (kSize == 2) __stwb(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
     if constexpr (kSize == 1) __stwb(reinterpret_cast<unsigned*>(to), words[0]);
@@ -94,7 +94,7 @@ __device__ __forceinline__ void put(void* list, int64_t at, int count, const Sto
   }
 }
 
-// A lane's elements as numbers. What reads and writes them takes one branch for all of them.
+// A lane's elements as numbers. Reads and writes take one branch for all of them.
 struct Numbers {
   float v[kPerLane];
 };
@@ -119,7 +119,7 @@ __device__ __forceinline__ Numbers widened(const Words& words, DType dtype) {
   return widened<DType::f16>(words);
 }
 
-// What is stepped, from halves and the masters or remainders beside them.
+// Computes the values to step from 16-bit weights and their masters or remainders.
 template <DType kHalf, bool kSplit>
 __device__ __forceinline__ Numbers joined(const Words& halves, const Words& masters) {
   const Stored half = unpacked<uint16_t>(halves);
@@ -135,7 +135,8 @@ __device__ __forceinline__ Numbers joined(const Words& halves, const Words& mast
     }
     const float weight = widen<float>(bits, kHalf);
     const float master = kSplit ? f16_joined(weight, remainder) : float_of(kept.v[e]);
-    // A weight that is not its master rounded was modified: the master follows it, a split one by its form.
+    // A weight that differs from its rounded master was modified: the master is updated; a split one is by
+    // construction.
     const auto rounded = narrow<uint16_t>(master, kHalf);
     const float other = kSplit ? weight : followed(master, rounded, bits, kHalf);
     x.v[e] = rounded == bits ? master : other;
@@ -150,7 +151,7 @@ __device__ __forceinline__ Numbers weights_of(const StepRow& row, const Words& p
   return split ? joined<DType::f16, true>(params, masters) : joined<DType::f16, false>(params, masters);
 }
 
-// 16 random bits for each of the elements from `at`, which is even.
+// 16 random bits per element from `at`, which is even.
 __device__ __forceinline__ Stored draw(RandomKey key, int64_t at) {
   const auto pair = static_cast<uint32_t>(at / 2);
   Stored random;
@@ -210,7 +211,7 @@ __device__ __forceinline__ Numbers states_of(const Words& words, DType dtype, fl
   return x;
 }
 
-// Every lane of the warp calls it.
+// All lanes of the warp must call it.
 template <bool kWhole, bool kNonNegative>
 __device__ __forceinline__ void put_states(void* list, DType dtype, int64_t at, int count, const Numbers& state,
                                            RandomKey key, float* scale_at) {
@@ -247,7 +248,7 @@ __device__ __forceinline__ void for_each_state(Visit visit) {
 }
 
 // act(weight, gradient, states) for a lane's elements of one scale block; the results are stored where Action::kStores.
-// Every lane of the warp calls it. `keys`: of the lists' random numbers.
+// All lanes of the warp must call it. `keys`: of the lists' random numbers.
 template <bool kWhole, class Rule, class Action>
 __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grads, int64_t at, int left, Action& act,
                                            const RandomKey* keys) {
@@ -255,7 +256,7 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grad
   const int count = kWhole || left > kPerLane ? kPerLane : left < 0 ? 0 : left;
   const int64_t block = at / kScaleBlock;
 
-  const StepRow lists = row;  // one wait for all addresses, before the loads that need them
+  const StepRow lists = row;  // loads all addresses before the accesses that need them
   const Words grad_words = fetch<kWhole>(grads, lists.grad_dtype, at, count);
   const Words param_words = fetch<kWhole>(lists.param, lists.param_dtype, at, count);
   Words master_words = {}, state_words[kStates];
@@ -265,7 +266,7 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grad
     state_words[j] = fetch<kWhole>(lists.states[j], lists.state_dtype, at, count);
     scales[j] = lists.state_dtype == DType::i8 ? lists.scales[j][block] : 0.0f;
   });
-  __syncwarp();  // every lane has the scale before one writes it, and sees the keys
+  __syncwarp();  // all lanes have read the scale before one writes it, and see the keys
 
   const Numbers grad = widened(grad_words, lists.grad_dtype);
   Numbers weight = weights_of(lists, param_words, master_words), state[kStates];
@@ -280,7 +281,7 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grad
     for_each_state<Rule>([&](auto j) { state[j].v[e] = s[j]; });
   }
   if constexpr (!Action::kStores) return;
-  // By `row`: addresses that are read again take no registers meanwhile.
+  // Through `row`: addresses are read again instead of occupying registers.
   put_weights<kWhole>(row, at, count, weight, row.stochastic, keys[kWeightList]);
   for_each_state<Rule>([&](auto j) {
     put_states<kWhole, kNeverNegative<Rule, j>>(row.states[j], row.state_dtype, at, count, state[j], keys[j],
@@ -295,11 +296,11 @@ __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, void*
   constexpr int kBlockSize = static_cast<int>(kScaleBlock);
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  // A chunk has one key for each list; every warp makes its own, so that none waits for another.
+  // A chunk has one key per list; every warp computes its own copy, without synchronization between warps.
   FUSEDAMP_SHARED(RandomKey, all_keys, kBlock / 32 * (kWeightList + 1));
   RandomKey* keys = all_keys + warp * (kWeightList + 1);
   if constexpr (Action::kStores) {
-    __syncwarp();  // nobody needs those of the chunk before
+    __syncwarp();  // the previous chunk's keys are no longer in use
     if (lane <= kWeightList) keys[lane] = random_key(stream, lane, span.first);
   }
 

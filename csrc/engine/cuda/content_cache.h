@@ -1,5 +1,5 @@
-// Values that are found again by the content that they were made from: stale content is other content and cannot be
-// mistaken for it.
+// Caches values by the content that they were computed from; changed content is a different key, so values are never
+// stale.
 #pragma once
 #include <algorithm>
 #include <list>
@@ -9,13 +9,13 @@
 
 namespace fusedamp::cuda {
 
-// Keeps the values used last, of contents of at most `most_bytes` in all (or one of any size).
+// Keeps the most recently used values, with at most `most_bytes` of content in total (or one of any size).
 template <class Value>
 class ContentCache {
  public:
   explicit ContentCache(size_t most_bytes) : most_bytes_(most_bytes) {}
 
-  // What make() gave earlier for the same stream, device and content, or gives now.
+  // Returns the cached result of make() for the same stream, device and content, or calls it.
   template <class Make>
   Value get(const void* stream, int device, std::string_view content, Make make) {
     const Key key = {stream, device, content};
@@ -44,7 +44,7 @@ class ContentCache {
       return stream == other.stream && device == other.device && content == other.content;
     }
   };
-  struct Hash {  // of a table of addresses, the first row and the last are enough to tell nearly all apart
+  struct Hash {  // for tables of addresses, the first and last rows distinguish nearly all
     size_t operator()(const Key& key) const {
       const size_t n = key.content.size(), part = std::min<size_t>(n, 64);
       const std::hash<std::string_view> hash;

@@ -1,6 +1,6 @@
 // Elements in memory and in registers. A list's elements are read as unsigned integers of their size, several at a
-// time; whether 16 bits are FP16 or BF16 is decided afterwards, by a branch that a whole block takes together. So one
-// loop per size serves every mix of types, and loads never wait for that branch.
+// time. A block-uniform branch then decides whether 16 bits are FP16 or BF16. So one loop per size serves all
+// combinations of types, and loads never wait for that branch.
 #pragma once
 #include <type_traits>
 
@@ -29,7 +29,7 @@ struct RawOf<8> {
 template <class V>
 using Raw = typename RawOf<sizeof(V)>::type;
 
-// N neighbours, moved by one access.
+// N adjacent elements, loaded or stored by one access.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T v[N];
@@ -62,7 +62,7 @@ __device__ __forceinline__ V widen(uint64_t raw, DType) {
   return static_cast<V>(x);
 }
 
-// To nearest, ties to even, where R is narrower than the value.
+// Rounds to nearest, ties to even, if R is narrower than the value.
 template <class R>
 __device__ __forceinline__ R narrow(float x, DType dtype) {
   if constexpr (sizeof(R) == 4) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ R narrow(double x, DType) {
   return raw;
 }
 
-// What a master becomes whose weight was modified: `rounded` is the master's rounding, `bits` the weight.
+// Returns the master for a modified weight: `rounded` is the old master rounded, `bits` the weight.
 __device__ __forceinline__ float followed(float master, uint16_t rounded, uint16_t bits, DType dtype) {
   const float weight = widen<float>(bits, dtype);
   const float moved = dtype == DType::bf16 ? bf16_moved(master, rounded, bits)
@@ -98,15 +98,15 @@ __device__ __forceinline__ V value_at(const void* list, DType dtype, int64_t i) 
   }
 }
 
-// How many elements lie before the first N-element boundary.
+// Number of elements before the first N-element boundary.
 template <int N, class T>
 __device__ __forceinline__ int elements_to_boundary(const T* list) {
   return static_cast<int>((N - reinterpret_cast<uintptr_t>(list) / sizeof(T) % N) % N);
 }
 
-// Calls visit(i, width) over 0 .. n - 1 by all threads of the block. `head` elements come one by one, then N at a time,
-// then the rest one by one. head = n where the lists share no boundary. `width` holds N or 1 as a constant.
-// kAhead: how many loads of N a thread may have under way, where visit() stores nothing.
+// Calls visit(i, width) over 0 .. n - 1 by all threads of the block: `head` elements one by one, then N at a time, then
+// the rest one by one. head = n if the lists have no common alignment. `width` is N or 1 as a constant.
+// kAhead: number of loads of N that a thread may have in flight if visit() does not store.
 template <int N>
 using Width = std::integral_constant<int, N>;
 template <int N, int kAhead = 1, class Visit>

@@ -1,4 +1,4 @@
-// Which kernels an op runs: one table entry per update rule, and the small kernels that need no file of their own.
+// Kernels of each op: one table entry per update rule, and the small kernels without a file of their own.
 #include "chunks.cuh"
 
 #include "../passes.h"
@@ -16,7 +16,7 @@ void step_with(const Device& device, const StepTable& table, const StepGroups& g
 
 namespace {
 
-// The log of a step that has no rows; else the first launch keeps it.
+// Updates the log of a step without rows; otherwise the first launch does it.
 __global__ void __launch_bounds__(kBlock) log_kernel(const StepLog log, const float* found_inf) {
   keep_log(log, overflowed(found_inf), threadIdx.x, blockDim.x);
 }

@@ -1,5 +1,5 @@
-// The passes over lists of tensors on CUDA. Nothing here waits for the device; everything is queued on one stream and
-// may be captured in a graph. Tables that stay the same are on the device already; then a pass is one or two launches.
+// Passes over lists of tensors on CUDA. Nothing here syncs; all work is queued on one stream and may be captured in a
+// graph. Unchanged tables are already on the device; then a pass is one or two launches.
 #pragma once
 #include <functional>
 #include <vector>
@@ -18,20 +18,20 @@ struct Device {
   int multiprocessors;
   // Device memory for the kernels that this call queues, aligned to 16 bytes, not initialised.
   std::function<void*(int64_t bytes)> scratch;
-  // The address of a device copy of `table`: an earlier one with the same content, or one that `upload` fills now.
+  // The address of a device copy of `table`: a cached one with equal content, or a new one that `upload` fills.
   std::function<const void*(const void* table, int64_t bytes)> resident;
 };
 
-// One step of all groups, in which the groups of one rule that follow each other share their launches. All addresses
-// in the tables and scalars are on the device; the tables themselves are not, and may go when this returns.
+// One step of all groups; consecutive groups of one rule share launches. All addresses in the tables and scalars are on
+// the device; the tables are on the host and may be freed after the call.
 void step(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
           StepLog log);
 
-// inv_scale may be null, for 1. What is written lies on the device.
+// inv_scale may be null, for 1. Outputs are on the device.
 void grad_stats(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, double norm_type,
                 const StatsOutputs& out);
 
-// The same, and what follows from it, in as many launches.
+// The same, and the results derived from it, with the same number of launches.
 void check_grads(const Device& device, const std::vector<GradRow>& rows, const GradCheck& check);
 
 void unscale(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, float* found_inf);
@@ -43,8 +43,8 @@ void recode(const Device& device, const Recoding& job);
 void update_scale(const Device& device, const LossScaleRule& rule, float* scale, int32_t* growth_tracker,
                   int32_t* budget, const float* found_inf);
 
-// Copies `bytes` (a multiple of 8) to the device inside kernel parameters, so the host's copy may go at once, also
-// while a graph is captured.
+// Copies `bytes` (a multiple of 8) to the device inside kernel parameters, so the host copy may be freed immediately,
+// also during graph capture.
 void upload(CUstream_st* stream, void* to, const void* from, int64_t bytes);
 
 }  // namespace fusedamp::cuda

@@ -1,5 +1,5 @@
-// The pass before the step of rules that know norms of whole tensors: one launch measures sums of squares per chunk,
-// one adds them up per tensor in a fixed order, without atomics, and makes the step's coefficients of them.
+// The pass before the step of rules with norms of whole tensors: one launch measures sums of squares per chunk; one
+// sums them per tensor in a fixed order, without atomics, and computes the step's coefficients.
 #pragma once
 #include "visit.cuh"
 
@@ -9,7 +9,7 @@ struct ChunkSquares {
   double sums[kMaxNorms];
 };
 
-// In double, so that no square of a float overflows or vanishes.
+// In double, so that no square of a float overflows or underflows.
 template <class Rule, class V>
 struct MeasureAction {
   static constexpr bool kStores = false;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// `coeffs` are those of tensors without norms, and afterwards the step's.
+// `coeffs`: in: coefficients without norms; out: those of the step.
 template <class Rule, Kind kKind, class V = ValueOf<kKind>>
 void measure(const Device& device, const std::vector<Placed<StepRow>>& rows, const StepRows& table,
              const StepGroups& groups, const StepScalars& scalars, CoeffsOf<Rule, V>* coeffs) {

@@ -1,5 +1,5 @@
-// The only file here that knows whether nvcc compiles the kernels for a GPU or a host compiler for the emulation that
-// tests run on a CPU; tests/emulation/README.md has the rules that keep both possible.
+// The only file here that depends on the compiler: nvcc for a GPU, or a host compiler for the CPU emulation in tests;
+// tests/emulation/README.md has the rules for both.
 #pragma once
 #if defined(__CUDACC__)
 
@@ -16,18 +16,18 @@ namespace fusedamp::cuda {
 
 constexpr int kBlock = 256;        // threads of a block
 constexpr int64_t kChunk = 16384;  // elements that a block takes at a time
-// What one launch carries in its parameters, in words of 8 bytes: up to 32,764 bytes from CUDA 12.1 on. A small table
-// goes in a small packet.
+// Size of one launch's parameters, in words of 8 bytes: up to 32,764 bytes from CUDA 12.1. A small table uses a small
+// packet.
 constexpr int kPacketWords = 4000, kSmallPacketWords = 480;
 
-// An address that was read from memory, of which the compiler does not know that it lies in global memory.
+// An address read from memory; tells the compiler that it is in global memory.
 template <class T>
 __device__ __forceinline__ T* in_global(T* address) {
   __builtin_assume(__isGlobal(address));
   return address;
 }
 
-// The largest of a warp's numbers; every lane calls it and gets it.
+// The maximum over a warp; all lanes must call it.
 __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
 #if __CUDA_ARCH__ >= 800
   return __reduce_max_sync(0xffffffffu, x);
@@ -37,7 +37,7 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t x) {
 #endif
 }
 
-// How many blocks of kBlock threads a multiprocessor runs at the same time. 0 where that is an error: so is the launch.
+// Number of blocks of kBlock threads that a multiprocessor runs concurrently. 0 on an error, which the launch repeats.
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...)) {
   int blocks = 0;

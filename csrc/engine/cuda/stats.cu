@@ -1,5 +1,6 @@
-// The read pass: norms, and which tensor holds how many infinities, NaNs and overflows-to-be. One launch reads every
-// gradient once and writes one record per chunk; another combines them in a fixed order, so results are reproducible.
+// The gradient check: norms, and each tensor's counts of infinities, NaNs and elements that overflow when unscaled. One
+// launch reads every gradient and writes one record per chunk; another combines them in a fixed order, so results are
+// reproducible.
 #include <cmath>
 
 #include "chunks.cuh"
@@ -37,7 +38,7 @@ struct Sum {
     return a + b;
   }
 };
-struct Combine {  // of power sums; NaN wins
+struct Combine {  // of power sums; propagates NaN
   Norm norm;
   __device__ __forceinline__ double operator()(double a, double b) const {
     return norm == Norm::kMax ? maximum(a, b) : a + b;
@@ -52,12 +53,12 @@ __device__ __forceinline__ float accumulate(float sum, float x) {
   return float_of(max(bits_of(sum), magnitude));  // as integers, NaN > infinity > finite: nothing bad is lost
 }
 
-// What one thread finds of a chunk in float; `nonzero`: whether it met anything but zeros.
+// One thread's result for a chunk in float; `nonzero`: whether an element is not 0.
 struct FastSum {
   float sum;
   uint32_t nonzero;
 };
-// kDType is a constant here: a branch on it would keep the loads of one iteration from passing those before.
+// kDType is a constant: a branch on it would order the loads of one iteration after those of the previous one.
 template <Norm kNorm, class G, DType kDType>
 __device__ __forceinline__ FastSum fast_sum(const GradRow& row, Span span, float inv_scale) {
   constexpr int kVector = 16 / sizeof(G);
@@ -90,7 +91,7 @@ __device__ __forceinline__ double power(const Job& job, double a) {
   return job.norm == Norm::kTwo ? a * a : a;
 }
 
-// In double with counts, element by element: where the fast sum says nothing, for float64, and for norms of any order.
+// In double with counts, element by element: if the fast sum is inconclusive, for float64, and for norms of any order.
 template <class V, bool kGeneral>
 __device__ __forceinline__ ChunkStats exact_stats(const GradRow& row, Span span, float inv_scale, const Job& job) {
   const Combine combine = {job.norm};
@@ -123,7 +124,8 @@ __device__ __forceinline__ ChunkStats chunk_stats(const GradRow& row, Span span,
                          : job.norm == Norm::kOne ? fast_sum<Norm::kOne>(row, span, inv_scale)
                                                   : fast_sum<Norm::kMax>(row, span, inv_scale);
     const double sum = block_reduce(static_cast<double>(mine.sum), Combine{job.norm});
-    // A finite sum of magnitudes proves every element finite. Squares that sum to less may have lost bits to underflow.
+    // A finite sum of magnitudes proves every element finite. If squares sum to less, bits may have been lost to
+    // underflow.
     constexpr double kSmall = 0x1p-100;
     const bool lossy = job.norm == Norm::kTwo && sum < kSmall && __syncthreads_or(mine.nonzero != 0);
     if (sum - sum == 0.0 && !lossy) return {sum, 0, 0, 0};
@@ -131,7 +133,7 @@ __device__ __forceinline__ ChunkStats chunk_stats(const GradRow& row, Span span,
   return exact_stats<float, kGeneral>(row, span, inv_scale, job);
 }
 
-// What gradients are multiplied by: *inv_scale, or 1 / *scale, or 1 where both are null.
+// The factor of gradients: *inv_scale, or 1 / *scale, or 1 if both are null.
 struct Factor {
   const float *inv_scale, *scale;
   __device__ __forceinline__ float value() const { return inv_scale ? *inv_scale : scale ? reciprocal(*scale) : 1.0f; }
@@ -140,7 +142,7 @@ struct Factor {
 template <bool kGeneral>
 __global__ void __launch_bounds__(kBlock) stats_kernel(const Table<GradRow> table, const Factor factor, const Job job,
                                                        ChunkStats* records, unsigned* finished) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;  // for the launch that follows
+  if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;  // for the next launch
   const float inv_scale = factor.value();
   int64_t r = -1;
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(kBlock) stats_kernel(const Table<GradRow> tabl
   }
 }
 
-// Blocks take tensors; the block that finishes last takes the total, and concludes where `check` has a scale.
+// Blocks process tensors; the last block to finish computes the total, and finishes the check if `check` has a scale.
 __global__ void __launch_bounds__(kBlock)
     combine_kernel(const Table<GradRow> table, const Norm norm, const ChunkStats* records, unsigned* finished,
                    const StatsOutputs out, const GradCheck check) {
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kBlock)
     double power_sum = 0.0;
     int64_t infs = 0, nans = 0, overflows = 0;
     for (int64_t c = table.rows[r].first_chunk + threadIdx.x; c < end; c += kAhead * blockDim.x) {
-      ChunkStats ahead[kAhead];  // all under way before the first is looked at
+      ChunkStats ahead[kAhead];  // all loads are issued before the first use
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
         const int64_t at = c + a * blockDim.x;

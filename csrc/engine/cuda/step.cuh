@@ -1,12 +1,12 @@
-// The step over a list of tensors, for any update rule: one launch counts steps and derives the coefficients, one
-// updates every float-computed tensor, whatever its types are; compressed tensors and float64 tensors take pairs of
-// their own.
+// The step over a list of tensors, for any update rule: one launch updates step counts and computes the coefficients,
+// one updates all tensors with float arithmetic, for all combinations of types. Compressed and float64 tensors use
+// separate pairs of launches.
 #pragma once
 #include "measure.cuh"
 
 namespace fusedamp::cuda {
 
-// What happens to an element: act(weight, gradient, states). kStores: whether the results are to be kept.
+// The update of an element: act(weight, gradient, states). kStores: whether to store the results.
 template <class Rule, class V>
 struct StepAction {
   static constexpr bool kStores = true;
@@ -17,7 +17,7 @@ struct StepAction {
   }
 };
 
-// Blocks per multiprocessor that registers must leave room for: as many as go without spilling.
+// Minimum blocks per multiprocessor for register allocation: as many as possible without spilling.
 template <class Rule, Kind kKind>
 constexpr int kResidentBlocks = kKind == Kind::kDouble ? 2 : (kKind == Kind::kCompressed ? 4 : 3) - (Rule::kStates > 2);
 
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kBlock, kResidentBlocks<Rule, kKind>)
   }
 }
 
-// The rows of one kind, on the host.
+// The rows of one pass, on the host.
 struct StepList : Gathered<StepRow> {
   std::vector<void*> grads;
 
@@ -61,10 +61,10 @@ void step_as(const Device& device, const StepList& list, const StepGroups& group
   const int64_t blocks = (table.row_count + kBlock - 1) / kBlock;
   for_each_packet(list.rows, groups, [&](const GroupPacket& packet) {
     launch("prepare", &prepare_kernel<Rule, V>, blocks, kBlock, device.stream, table, packet, scalars, log, coeffs);
-    log = {};  // it has been kept
+    log = {};  // it is updated already
   });
   if constexpr (Rule::kNorms > 0) measure<Rule, kKind>(device, list.rows, table, groups, scalars, coeffs);
-  if (table.chunk_count == 0) return;  // every tensor is empty: a step was taken all the same
+  if (table.chunk_count == 0) return;  // all tensors are empty, but the step counts
   launch_over(table.chunk_count, device, "step", &step_kernel<Rule, kKind>, table, scalars,
               static_cast<const Coeffs*>(coeffs));
 }

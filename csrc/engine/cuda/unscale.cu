@@ -1,12 +1,12 @@
-// unscale_: grads *= inv_scale in place, and whether anything is non-finite before, or after as it is stored.
+// unscale_: grads *= inv_scale in place; the flag tells if an element is not finite before, or after as stored.
 #include "chunks.cuh"
 #include "element.cuh"
 
 namespace fusedamp::cuda {
 namespace {
 
-// G: the raw type; V: what it is multiplied in. A non-finite value stays so when multiplied and rounded (infinity times
-// zero is NaN), so the stored value tells all.
+// G: the raw type; V: the arithmetic type. A non-finite value stays non-finite when multiplied and rounded (infinity
+// times zero is NaN), so checking the stored value is enough.
 template <class V, class G>
 __device__ __forceinline__ bool unscale_chunk(const GradRow& row, Span span, V inv_scale) {
   constexpr int kVector = 16 / sizeof(G);

@@ -1,4 +1,4 @@
-// Every element of a chunk with its weight, gradient and states as they are stored, whatever their types are.
+// Visits every element of a chunk with weight, gradient and states in their stored types.
 #pragma once
 #include "compressed.cuh"
 
@@ -8,7 +8,7 @@ namespace fusedamp::cuda {
 // G and P are the raw types of gradient and parameter; kMaster: the weight is a float master beside `param`.
 template <class Rule, class V, class G, class P, bool kMaster, class Action>
 __device__ __forceinline__ void visit_chunk(const StepRow& row, const void* grad, Span span, Action& act) {
-  constexpr bool kWide = kMaster || Rule::kStates > 0;  // is there a list of V?
+  constexpr bool kWide = kMaster || Rule::kStates > 0;  // whether there is a list of V
   constexpr int kWidest = kWide ? sizeof(V) : sizeof(G) > sizeof(P) ? sizeof(G) : sizeof(P);
   constexpr int kVector = 16 / kWidest;  // the widest list moves 16 bytes at a time
   constexpr int kStates = kStateRoom<Rule>;
@@ -39,7 +39,7 @@ __device__ __forceinline__ void visit_chunk(const StepRow& row, const void* grad
     for (int e = 0; e < N; ++e) {
       V weight, s[kStates];
       if constexpr (kMaster) {
-        // A weight that is not its master rounded was modified: the master follows it.
+        // A weight that differs from its rounded master was modified: the master is updated.
         const P rounded = narrow<P>(master.v[e], param_dtype);
         weight = rounded == param.v[e] ? master.v[e] : followed(master.v[e], rounded, param.v[e], param_dtype);
       } else {
@@ -80,7 +80,8 @@ __device__ __forceinline__ void visit_any_chunk(const StepRow& row, const void* 
   }
 }
 
-// Which of a call's tensors a launch takes: those computed in float and stored as they are, or compressed; float64.
+// Which of a call's tensors a launch processes: float arithmetic with uncompressed storage, float arithmetic with
+// compressed storage, or float64.
 enum class Kind { kSingle, kCompressed, kDouble };
 template <Kind kKind>
 using ValueOf = std::conditional_t<kKind == Kind::kDouble, double, float>;
@@ -88,7 +89,7 @@ using ValueOf = std::conditional_t<kKind == Kind::kDouble, double, float>;
 template <class Rule, Kind kKind, class Action>
 __device__ __forceinline__ void visit(const StepRow& row, void* const& grad, Span span, Action& act) {
   if constexpr (kKind == Kind::kCompressed) {
-    const int64_t t = step_number(*row.step);  // of this step, which is counted before it is taken
+    const int64_t t = step_number(*row.step);  // of this step; the count is updated before the step
     visit_compressed_chunk<Rule>(row, grad, span, act, random_stream(row.seed, t));
   } else {
     visit_any_chunk<Rule, ValueOf<kKind>>(row, grad, span, act);

@@ -200,7 +200,7 @@ class LossScale(torch.amp.GradScaler):
             raise AssertionError("No inf checks were recorded prior to update.")
         found_inf = combine(flags, device)
         sharded_over = {state.get("sharded_over", ()): None for state in states}
-        if len(sharded_over) > 1:  # optimizers on different meshes: without this, ranks' scales drift apart
+        if len(sharded_over) > 1:  # optimizers on different meshes: without this, ranks' scales diverge
             found_inf = found_inf.clone()
             all_reduce_(found_inf, dict.fromkeys(dim for dims in sharded_over for dim in dims), "max")
         return found_inf

@@ -85,7 +85,7 @@ def table(outcome: Outcome) -> Table:
         "train",
         "skip-\nped",
         "bytes/\nparam",
-        "speed-\nup",
+        "fas-\nter",
     )
     for head in heads:
         grid.add_column(head, justify="right", no_wrap=True)
