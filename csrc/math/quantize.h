@@ -68,7 +68,7 @@ struct Codes {
     if (kNonNegative) return code > 1 ? code : 1;
     return negative ? -code : code;
   }
-  // The nearest code. In a block whose scale is NaN all values are, whatever their codes: those of 0.
+  // The nearest code. In a block whose scale is NaN all values are, so each is stored as 0.
   FUSEDAMP_FN static int32_t nearest(float value, float scale, float inverse) {
     return code(scale == scale ? value : 0.0f, inverse, 0x8000u);
   }

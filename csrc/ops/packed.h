@@ -14,7 +14,7 @@ struct PlannedStep {
   StepTable table;
   StepGroups groups;
 };
-// Looks at what the tables say together, not at each row, which _check_plan has done.
+// Checks the tables as a whole. _check_plan has checked each row.
 PlannedStep planned_step(const Tensor& rows, const Tensor& grads, const Tensor& groups);
 
 StepLog step_log(const std::string& op, const Tensor& like, const OptionalTensor& counts,

@@ -20,7 +20,7 @@ struct GroupFlags {
   bool maximize, stochastic;
 };
 
-// A step's tables. The rows' gradients stand beside them.
+// A step's tables: rows, and the gradients' addresses in a column of their own.
 struct StepRows {
   std::vector<StepRow> rows;
   std::vector<void*> grads;

@@ -1,4 +1,4 @@
-"""Ops over gradients: unscaling, and one pass that reads them."""
+"""Ops over gradients: unscaling and gradient checks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from .inputs import GradientTable
 
 
 class GradStats(NamedTuple):
-    """What one read pass over n gradients finds. All tensors are on the gradients' device."""
+    """Results of a gradient check of n tensors. All are on the gradients' device."""
 
     found_inf: Tensor
     """float32, 0-dim: 1 if an element is not finite before or after unscaling, else 0."""
@@ -81,8 +81,7 @@ def grad_stats(
     inv_scale: Tensor | None = None,
     norm_type: float = 2.0,
 ) -> GradStats:
-    """Finite check before and after unscaling, total and per-tensor norms and non-finite counts, in one read
-    pass.
+    """Check that gradients are finite before and after unscaling; norms and non-finite counts, total and each.
 
     The norm is ``total ** (1 / norm_type)`` (for inf: ``total``). The check is made in fp32 (fp64 for fp64
     gradients). Results are deterministic and do not depend on the number of threads or on the instruction

@@ -71,7 +71,7 @@ class AmpInputs:
 
     per_device: dict[torch.device, DeviceInputs]
     optimizer: Any = None
-    table: GradientTable | None = None  # which the scaler has looked at for this very step
+    table: GradientTable | None = None  # that the scaler has just checked for this step
     consumed: bool = False  # whether its step has begun
     logged: bool = False  # whether it has noted itself in the log
 
@@ -132,7 +132,7 @@ def begin_step(optimizer: Any) -> None:
 def by_hand(optimizer: Any) -> tuple[Number | None, Number | None]:
     """The attributes ``found_inf`` and ``grad_scale`` that a program has set on ``optimizer``.
 
-    Raises: TypeError or ValueError naming the one that is unusable. Values on a device are not looked at.
+    Raises: TypeError or ValueError naming the one that is unusable. Values on a device are not read.
     """
     found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
     for name, value in (("found_inf", found_inf), ("grad_scale", grad_scale)):

@@ -42,7 +42,7 @@ for _name in ("unscale_", "update_scale_", "_recode_", "_check_step", *STEP_OPS)
 
 def _nothing_shared(tensors: list[torch.Tensor], written: int) -> tuple[int, int]:
     _need_one_kind(tensors)
-    return -1, -1  # there are no addresses to look at
+    return -1, -1  # there are no addresses to compare
 
 
 def _grad_stats_shapes(

@@ -62,7 +62,7 @@ def quantized(
 
 
 def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
-    """The FP32 values of a state in 8 bits (int8 or uint8; fp32 scales), with its strides."""
+    """Return the FP32 values of an 8-bit state (int8 or uint8; fp32 scales), with its strides."""
     values = memory_like(codes, torch.float32)
     _recode(codes, values, None, scales)
     return values

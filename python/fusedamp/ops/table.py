@@ -54,7 +54,7 @@ class StepTable:
         self.fields = rows(grads)  # the same memory
         self._column = self.fields[0]
         self.device = self.params[0].device
-        self._like = torch.empty(0, device=self.device)  # without a gradient: autograd has nothing to look at
+        self._like = torch.empty(0, device=self.device)  # requires no gradient, so autograd does nothing
         self.parts: list[_Part] = []
         memory = bytearray(len(calls) * _GROUP_WORDS * WORD)
         self._numbers, self._words = memoryview(memory).cast("d"), memoryview(memory).cast("q")

@@ -19,7 +19,7 @@ CODES = (torch.int8, torch.uint8)  # of signed states, and of those that are nev
 
 
 class Storage(TypedDict, total=False):
-    """The options that say how masters and states are kept; every optimizer has them."""
+    """The options of storage of masters and states; every optimizer has them."""
 
     master_weights: str
     state_dtype: torch.dtype | str
@@ -73,7 +73,7 @@ def scale_name(state: str) -> str:
 
 
 def numel_name(state: str) -> str:
-    """The key in a checkpoint of the number of elements of a state whose bits are no numbers."""
+    """Return the key in a checkpoint of the number of elements of an encoded state."""
     return f"{state}_numel"
 
 
@@ -319,7 +319,7 @@ def check_master(value: Any, param: Tensor) -> None:
         raise ValueError(
             f"has a master of dtype {value.dtype}; expected floating-point values, or the int16 remainder of "
             "a split "
-            'master. Remove state["master"]: it is made anew from the weight.'
+            'master. Remove state["master"]: it is recreated from the weight.'
         )
 
 
