@@ -81,7 +81,7 @@ def grad_stats(
     inv_scale: Tensor | None = None,
     norm_type: float = 2.0,
 ) -> GradStats:
-    """Check that gradients are finite before and after unscaling; norms and non-finite counts, total and each.
+    """Check that gradients are finite before and after unscaling; norms and counts of all and each.
 
     The norm is ``total ** (1 / norm_type)`` (for inf: ``total``). The check is made in fp32 (fp64 for fp64
     gradients). Results are deterministic and do not depend on the number of threads or on the instruction
