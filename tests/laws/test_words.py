@@ -51,7 +51,6 @@ LATER = (
     "python/fusedamp/ops",
     "python/fusedamp/optim/state/recoding.py",
     "python/fusedamp/optim/state/formats.py",
-    "tests/mutants.toml",
 )
 NEVER = ("benchmarks/results", "benchmarks/partial", "tests/laws/test_words.py")
 TEXTS = {".py", ".h", ".cuh", ".cu", ".cpp", ".inc", ".def", ".md", ".toml"}
