@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Shared fixtures."""
 
 import os
 

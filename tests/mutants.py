@@ -100,7 +100,7 @@ class Workshop:
         return self.run("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments, timeout=timeout)
 
     def try_out(self, mutant: Mutant) -> tuple[str, str]:
-        """What became of a mutant, and the test that noticed or what went wrong."""
+        """Result for a mutant, and the test that failed or the problem."""
         path, compiled = self.folder / mutant.file, mutant.file.startswith("csrc/")
         try:
             intact, broken = mutant.texts(self.folder)

@@ -53,7 +53,8 @@ FORMATS = MASTERS | COMPRESSED
 
 
 def formats_of(name):
-    """What this optimizer takes: a centered variance needs FP32 states, composed ones FP32 masters too."""
+    """Storage options of this optimizer: a centered variance needs FP32 states, composed ones FP32 masters
+    too."""
     if name in COMPOSED:
         return MASTERS
     return {key: s for key, s in FORMATS.items() if "centered" not in name or "state_dtype" not in s}

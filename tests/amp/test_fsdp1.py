@@ -33,7 +33,7 @@ def agreed(value):
 
 
 def model(**options):
-    """Of whose one weight each rank holds one half."""
+    """A model with one weight; each rank has half of it."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     net = nn.Linear(4, 1, bias=False)

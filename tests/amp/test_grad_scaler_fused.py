@@ -136,7 +136,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("then_unscale", [False, True])
 def test_gradients_that_change_after_clipping_are_read_and_clipped_anew(change, then_unscale):
-    """What is stepped never exceeds max_norm, and an overflow that came later is seen."""
+    """Stepped gradients never exceed max_norm, and a later overflow is detected."""
     results = []
     for change_first in (True, False):
         params, optimizer, scaler = make(lambda p: optim.SGD(p, lr=1.0), dtypes=[torch.float32] * 4)

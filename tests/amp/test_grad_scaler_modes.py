@@ -51,7 +51,7 @@ def gradient(dtype, value, gaps):
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inference_gradients_step_as_ordinary_ones(kind, tail, inside, gaps, dtype):
-    """Also where the first step, or each, is inside the mode; overflows too."""
+    """Also if the first step, or each, is inside the mode; with overflows."""
     ends = []
     for inference in (False, True):
         param = torch.ones(3, dtype=dtype, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What programs in the wild do to a scaler's insides."""
+"""Accesses of real programs to a scaler's private attributes."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_found_inf_replaced(make_optimizer, value):
 @each_optimizer
 @pytest.mark.parametrize("value", [float("nan"), 1.0])
 def test_two_devices(make_optimizer, value):
-    """Where both overflow, torch adds the flags to 2 and steps with NaN, its step count going back by 1."""
+    """If both overflow, torch adds the flags to 2 and steps with NaN, and its step count decreases by 1."""
     param, scaler, optimizer = make(make_optimizer)
     scaler.step(optimizer)
     scaler.update(8.0)

@@ -1,4 +1,4 @@
-"""Who overflowed, how, and when; and what it costs to keep that."""
+"""Overflow reports: parameters, counts, steps, and cost of recording."""
 
 import gc
 import math
@@ -129,7 +129,7 @@ def test_a_report_dies_with_its_optimizer():
 
 @pytest.mark.parametrize("cleared", [False, True])
 def test_gradients_unscaled_on_a_device_are_counted_when_asked(cleared):
-    """Where reading the flag would mean waiting, an explicit unscale_ leaves the counting to the report."""
+    """If reading the flag would sync, an explicit unscale_ leaves counting to the report."""
     params, _, optimizer = make()
     params["head.bias"].grad = torch.tensor([1.0, math.inf, math.nan, 1.0])
     log = OverflowLog(optimizer, HERE)

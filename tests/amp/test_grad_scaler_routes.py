@@ -1,5 +1,5 @@
-"""What stands between the scaler and a step: wrappers, subclasses, hooks and replaced steps see unscaled,
-clipped gradients and a real skip.
+"""Code between the scaler and a step: wrappers, subclasses, hooks and replaced steps see unscaled, clipped
+gradients and a real skip.
 """
 
 import functools
@@ -117,7 +117,7 @@ def decorated_schedule(kind, params):
 
 
 def step_of_another(kind, params):
-    """An optimizer whose step is another object's."""
+    """An optimizer with the step of another object."""
     made, other = kind(params, lr=0.0), kind(params, lr=0.1)
     made.step = other.step
     return made, None

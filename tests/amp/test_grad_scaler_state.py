@@ -12,7 +12,7 @@ from on_device import DEVICE
 
 
 def iterate(scaler, optimizer, factor=1.0):
-    """One whole iteration whose gradients are all ``factor``."""
+    """Run one iteration; all gradients are ``factor``."""
     optimizer.zero_grad()
     params = optimizer.param_groups[0]["params"]
     scaler.scale(sum(p.float().sum() for p in params) * factor).backward()

@@ -247,7 +247,7 @@ def test_without_a_compiler_the_stream_says_so(monkeypatch):
 
 
 def test_cliffs_have_two_sides_that_run():
-    """Every row's work and what it is compared with; the row of 100 groups has as many."""
+    """Every row's work equals its reference's; the row of 100 groups has 100."""
     rows = list(cliffs.pairs(quick=True))
     assert len({(row, dtype, place) for row, dtype, place, _, _ in rows}) == len(rows) == 16
     for _, _, _, elements, (tried, plain) in rows:

@@ -1,4 +1,4 @@
-"""What setup.py decides, without compiling: stand-ins for the compilers record how they were called.
+"""Decisions of setup.py, without compiling: stand-ins for the compilers record their arguments.
 
 And what the installed build says of itself and links to.
 """

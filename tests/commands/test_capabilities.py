@@ -1,4 +1,4 @@
-"""What `fusedamp.capabilities` says of known devices, faked where this machine has none."""
+"""`fusedamp.capabilities` on known devices, faked if this machine has none."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_rocm_devices_are_not_judged_by_nvidia_rules(monkeypatch):
     ],
 )
 def test_cpu_rules(flags, units, choice, reason):
-    """Matrix units are AMX; BF16 is advised where the CPU multiplies it in hardware."""
+    """Matrix units are AMX; BF16 is recommended if the CPU multiplies it in hardware."""
     found = cpu_capability(flags.split(), "some CPU")
     assert (found.fp16, found.bf16) == units
     assert found.recommended is choice

@@ -115,7 +115,7 @@ def is_fresh(target: Path, recipe: str) -> bool:
 
 
 def make(command: list[str], target: Path, made_from: Iterable[Path] = ()) -> None:
-    """Runs a compiler unless the target is fresh; ``made_from``: what it reads where it does not say so."""
+    """Run a compiler unless the target is up to date; ``made_from``: its inputs if it reports none."""
     recipe = " ".join([version(command[0]), *command])
     if is_fresh(target, recipe):
         return
@@ -160,7 +160,7 @@ def kernels_of(library: Path, kind: Kind) -> set[str]:
 
 
 def kernels_run(binary: Path, output: str) -> set[str]:
-    """What test_kernels says that it ran."""
+    """Return the kernels that test_kernels reports as launched."""
     table = subprocess.run(["nm", str(binary)], capture_output=True, text=True, check=True).stdout
     names: dict[int, list[str]] = {}
     for address, name in re.findall(r"^([0-9a-f]+) \w (\w+)$", table, re.M):

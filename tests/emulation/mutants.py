@@ -2,7 +2,7 @@
 
     python tests/emulation/mutants.py [words that the names of the wanted defects contain ...]
 
-The defects are in defects.toml. Exits with 1 where one survives, or where the unbroken kernels fail.
+The defects are in defects.toml. Exits with 1 if one survives, or if the unbroken kernels fail.
 """
 
 import re

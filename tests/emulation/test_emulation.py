@@ -93,7 +93,7 @@ def test_kernels_equal_the_cpu_engine(name: str, binary: Path) -> None:
 
 
 def test_nothing_is_built_twice(tmp_path: Path) -> None:
-    """A target is made again where a header, a flag or the list of its parts has changed, and only then."""
+    """A target is rebuilt if and only if a header, a flag or the list of its parts changed."""
     header, source, target = tmp_path / "a.h", tmp_path / "a.cpp", tmp_path / "a.o"
     header.write_text("constexpr int kA = 1;\n")
     source.write_text('#include "a.h"\nint a() { return kA; }\n')

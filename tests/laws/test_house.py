@@ -111,7 +111,7 @@ def test_lists_of_optimizers_agree():
 
 @pytest.mark.parametrize("name", [n for n in ops.__all__ if n.islower()])
 def test_docstrings_of_ops(name):
-    """Each tells shapes, dtypes, what is rewritten, what it raises and costs, and where it is from."""
+    """Each documents shapes, dtypes, mutation, errors, cost and source."""
     doc = getattr(ops, name).__doc__
     for part in ("Args:", "Raises: ValueError", "Cost:", "no host sync"):
         assert part in doc, part

@@ -23,7 +23,7 @@ def storage_of(tensors) -> int:
 
 
 def allocated(optimizer, params) -> Memory:
-    """What lies in memory after one step."""
+    """Return the bytes in memory after one step."""
     set_grads(params, 0)
     optimizer.step()
     entries = [dict(optimizer.state[p]) for p in params]

@@ -1,4 +1,4 @@
-"""Weights and gradients in large buffers: the same training, to the bit; refusals leave all as it was."""
+"""Weights and gradients in large buffers: training is bitwise equal; errors change nothing."""
 
 import copy
 import io

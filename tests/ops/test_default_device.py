@@ -1,4 +1,5 @@
-"""``torch.set_default_device`` says where a user's new tensors go; ours go where the parameters are."""
+"""``torch.set_default_device`` applies to the user's new tensors; fusedamp's are on the parameters'
+device."""
 
 import pytest
 import torch

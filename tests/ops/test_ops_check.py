@@ -10,7 +10,7 @@ from test_ops_errors import ADAM, MASTERS, op_refusals
 
 
 def as_call(call, monkeypatch):
-    """What the op's wrapper hands to step_lists."""
+    """Return the arguments that the op's wrapper passes to step_lists."""
     with monkeypatch.context() as patch:
         seen = []
         patch.setattr(declaration, "step_lists", lambda *args: seen.append(ops.StepCall(*args)))

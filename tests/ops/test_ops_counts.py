@@ -21,7 +21,7 @@ def test_counts_go_on_in_float32s_own_steps():
         for count in wanted[1:]:
             call.run()
             assert call.steps[0].item() == count
-    call.steps[0].fill_(2.0**62)  # where they end
+    call.steps[0].fill_(2.0**62)  # the largest count
     call.run()
     assert call.steps[0].item() == 2.0**62
 

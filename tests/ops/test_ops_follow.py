@@ -32,7 +32,7 @@ def masters_of(dtype):
     remainders[:1000], remainders[1000:2000], remainders[2000:3000] = 0, 1 - most, most - 1
     masters = recode.master_of(old, remainders)
     new = every_half(dtype).repeat(REMAINDERS)
-    # Those that split masters hold to the bit. (FP16 loses digits below 2^-16.)
+    # Those that split masters represent exactly. (FP16 loses digits below 2^-16.)
     exact = (masters.to(dtype) == old) & masters.isfinite()
     if dtype == torch.float16:
         exact &= masters.abs() >= 2.0**-16
@@ -58,7 +58,7 @@ def test_every_weight_in_both_forms(dtype):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_ties_and_tiny_masters(dtype):
-    """Where the forms differ: half a unit fits even weights alone, and digits below 2^-39 stay."""
+    """Differences between the forms: half a unit fits only even weights, and digits below 2^-39 stay."""
     tie = 1 + torch.finfo(dtype).eps / 2  # rounds to 1, even
     new = torch.tensor([4.0, 4.0 * (1 + torch.finfo(dtype).eps)]).to(dtype)
     found = stepped(new, torch.full((2,), tie))

@@ -1,4 +1,4 @@
-"""Masters: params == round(master) to the bit after every step, and masters follow weights that were
+"""Masters: params == round(master) bit for bit after every step, and masters follow weights that were
 modified."""
 
 import pytest
@@ -72,7 +72,7 @@ def test_masters_follow_a_written_infinity(dtype):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_an_untouched_weight_keeps_its_masters_low_bits(dtype):
-    """A master whose rounding is the weight stays, to the bit: also ties, where its neighbour would round
+    """A master that rounds to the weight stays, bit for bit: also ties, where its neighbour would round
     elsewhere."""
     upper = every_half(dtype).float()
     upper = upper[upper.isfinite()]
@@ -102,7 +102,7 @@ def test_follows_elementwise(place):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_written_weight_steps_as_a_fresh_one(variant):
-    """After load_state_dict or clamp_ the step equals that of a call whose masters have followed already."""
+    """After load_state_dict or clamp_ the step equals that of a call with updated masters."""
     written = step_call(variant, [(600,), (3, 3)], HALVES, masters=True)
     for param in written.params:
         param.clamp_(-0.5, 0.5)

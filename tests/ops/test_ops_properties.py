@@ -41,7 +41,7 @@ spoils = st.sampled_from(
 
 
 def whole(tensors):
-    """Those whose bits can be compared."""
+    """Variants with bitwise reproducible results."""
     plain = [
         t for t in tensors if isinstance(t, torch.Tensor) and t.layout is torch.strided and not t.is_meta
     ]

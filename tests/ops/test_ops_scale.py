@@ -1,4 +1,4 @@
-"""update_scale_: torch's trajectory to the bit, and the floor, the ceiling and hysteresis against a plain
+"""update_scale_: torch's trajectory bit for bit, and the floor, the ceiling and hysteresis against a plain
 model."""
 
 import ctypes
@@ -132,7 +132,7 @@ def test_grows_exactly_after_the_interval():
 
 @pytest.mark.parametrize("count", [2, 3, 5, 2**31 - 1])
 def test_a_tracker_beyond_the_interval_grows(count):
-    """Where a user made the interval smaller (torch's scale never grows again), up to int32's end."""
+    """After the user reduced the interval (torch's scale never grows again), up to int32's maximum."""
     scale, good = scalar(8.0), tracker(count)
     update(scale, good, 0.0)
     assert (scale.item(), good.item()) == (16.0, 0)

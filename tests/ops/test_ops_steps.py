@@ -88,7 +88,7 @@ def test_beta_powers_do_not_drift():
 @pytest.mark.parametrize("variant", ["adamw", "sgd-momentum", "lion", "adagrad", "rmsprop", "radam"])
 @pytest.mark.parametrize("kind", ["float32", "float64", "0-dim", "integer-like float"])
 def test_lr_tensor_equals_lr(variant, kind):
-    """A tensor lr steps as the same float does, to the bit."""
+    """A tensor lr gives the same bits as an equal float."""
     value = 0.25 if kind == "integer-like float" else 0.03
     dtype = torch.float64 if kind == "float64" else torch.float32
     tensor = scalar(value, dtype) if kind == "0-dim" else torch.full((1,), value, dtype=dtype)

@@ -1,5 +1,5 @@
-"""unscale_: values to the bit, and found_inf for every non-finite value at every place that code may treat
-specially."""
+"""unscale_: values bit for bit, and found_inf for every non-finite value at every position that code may
+treat specially."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_finds_one_bad_element_anywhere(dtype, bad):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_finds_what_overflows_only_when_multiplied(dtype, sign):
-    """A finite gradient whose product is infinite, as it is stored: 60000 * 4 in float16 although float32
+    """A finite gradient with a product that is infinite as stored: 60000 * 4 in float16 although float32
     could hold it."""
     large = {torch.float16: 60_000.0, torch.float64: 1e308}.get(dtype, 3e38)
     for place in PLACES:

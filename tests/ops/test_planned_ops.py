@@ -117,7 +117,7 @@ def test_groups_without_rows():
 @pytest.mark.parametrize("found_inf", [0.0, -0.0, 1.0, 2.0, math.nan])
 @pytest.mark.parametrize("rows", [0, 4])
 def test_log(found_inf, rows):
-    """Every step counts; where it is skipped, the counts and the number of the step are kept."""
+    """Every step counts; if it is skipped, the counts and the number of the step are stored."""
     groups = [made("adamw_"), made("adamw_", "bf16")] if rows else []
     before = [group.copy() for group in groups]
     like, skipped = torch.zeros(()), found_inf != 0

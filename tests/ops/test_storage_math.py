@@ -38,7 +38,7 @@ def test_every_fp32_value(half, tmp_path):
 
 
 def stored(values, seed=0, step=0, nonnegative=False):
-    """What an 8-bit state holds after a step that sets it to ``values``; non-negative: to their squares."""
+    """Return an 8-bit state after a step that sets it to ``values``; non-negative: to their squares."""
     numel = values.numel()
     codes = torch.zeros(numel, dtype=torch.uint8 if nonnegative else torch.int8)
     scales, params = torch.zeros(-(-numel // reference.BLOCK)), torch.zeros(numel)
@@ -108,7 +108,7 @@ def test_random_bits_depend_on_seed_step_and_place_alone():
 
 
 def assert_unrelated(one, other):
-    """Whether each was rounded up says nothing about the other."""
+    """Roundings of the two are independent."""
     assert 0.1 < one.mean() < 0.9
     assert abs(np.corrcoef(one.cpu().numpy(), other.cpu().numpy())[0, 1]) < 6 / one.numel() ** 0.5
 
@@ -190,7 +190,7 @@ def test_any_magnitude(nonnegative, exponent):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
 def test_conversions_agree_with_the_definition(dtype):
-    """What checkpoints are converted with: decoding is exact, encoding is to the nearest."""
+    """Conversion of checkpoints: dequantizing is exact, quantizing is to nearest."""
     values = spread(1000, 3.0)
     values = values.square() if dtype == torch.uint8 else values
     codes, scales = recode.quantized(values, dtype)

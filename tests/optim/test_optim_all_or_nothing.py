@@ -1,4 +1,4 @@
-"""What is refused in one group leaves all others untouched, in a first step and in a repeated one.
+"""An error in one group leaves all others unchanged, in a first step and in a repeated one.
 
 Guards gradients that lie in another parameter's memory: stepping one group would change what the next reads.
 """

@@ -54,7 +54,7 @@ def test_nothing_is_built_before_the_first_step(case):
     """Guards trainers that rewrite param_groups after construction (FSDP2, DeepSpeed), also between steps."""
     params, swapped, again = (make_params(torch.bfloat16, seed=s) for s in range(3))
     optimizer = case.ours(params, **case.options)
-    assert not optimizer.state or case.ours is optim.Adagrad  # which makes its sums at once, as torch's
+    assert not optimizer.state or case.ours is optim.Adagrad  # which creates its sums immediately, as torch's
     for new in (swapped, again):
         optimizer.param_groups[0]["params"] = new
         set_grads(new, 0)

@@ -115,7 +115,7 @@ def test_8_bit_states_of_dtensors_are_refused(case, mesh):
 
 
 def test_fully_sharded_module(mesh):
-    """Guards FSDP2 itself: sharded parameters, whose slots are kept between steps."""
+    """Guards FSDP2 itself: sharded parameters, with slots cached between steps."""
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)

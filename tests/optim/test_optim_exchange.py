@@ -51,7 +51,7 @@ def test_keys_are_torchs_plus_master(case):
     ids=str,
 )
 def test_exchange_with_torch(case, dtype, options):
-    """Guards both directions: train here, go on there, and the reverse; all four ways end at the same
+    """Guards both directions: train here, continue there, and the reverse; all four ways end at the same
     weights.
     """
     ends = []

@@ -1,4 +1,4 @@
-"""What single optimizers of the family promise beyond the common tests: borders of their formulas."""
+"""Guarantees of single optimizers beyond the common tests: limits of their formulas."""
 
 import pytest
 import torch

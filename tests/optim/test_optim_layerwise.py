@@ -162,7 +162,7 @@ def test_each_tensor_has_scalars_of_its_own(case):
 
 
 def test_old_nadam_checkpoints():
-    """Guards torch's checkpoints from before 2.0, where the product was a number."""
+    """Guards torch's checkpoints from before 2.0, which saved the product as a number."""
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = optim.NAdam([param])
     saved = optimizer.state_dict()

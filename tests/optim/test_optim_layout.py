@@ -120,7 +120,7 @@ def test_empty_and_0_dim_parameters(case):
 
 
 def test_expanded_gradient():
-    """Guards gradients whose elements share memory, as loss = param.sum() gives."""
+    """Guards gradients with elements that share memory, as from loss = param.sum()."""
     param, same = (torch.nn.Parameter(torch.randn(6, 4, generator=torch.manual_seed(0))) for _ in range(2))
     param.grad = torch.full((), 0.5).expand(6, 4)
     same.grad = torch.full((6, 4), 0.5)

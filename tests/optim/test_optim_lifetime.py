@@ -1,4 +1,4 @@
-"""What a program removes from an optimizer's state is freed at once, as torch frees it."""
+"""Tensors removed from an optimizer's state are freed immediately, as in torch."""
 
 import gc
 import weakref

@@ -23,7 +23,7 @@ OVERFLOW = AmpInputs({HERE: DeviceInputs(found_inf=torch.tensor(1.0))})
 
 
 def refusal(case, dtype, mode) -> str | None:
-    """What the error must say, or None where it has to work."""
+    """Return the expected error message, or None if the mode must work."""
     master, state, random = mode.values()
     if random and master != "none":
         return "a weight with a master is rounded to nearest"

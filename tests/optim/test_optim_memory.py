@@ -1,4 +1,4 @@
-"""Where states lie in memory: guards what makes a step fast there, which no result shows."""
+"""Placement of states in memory: guards a step's speed, which no result shows."""
 
 import gc
 import itertools
@@ -29,7 +29,7 @@ def test_makers_take_turns():
 
 @pytest.mark.parametrize("source", ["step", "checkpoint"])
 def test_states_of_one_kind_are_made_together(source, monkeypatch):
-    """Both where a first step makes them and where a checkpoint brings them."""
+    """Both for states created by a first step and for states from a checkpoint."""
     params = [torch.nn.Parameter(torch.randn(300).bfloat16()) for _ in range(4)]
     optimizer = optim.AdamW(params)
     for param in params:

@@ -107,7 +107,7 @@ def test_no_key_comes_or_goes(case, copied):
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_torchs_state_dict_functions(case, flatten, options):
-    """Gathered or offloaded, twice in one process, then on to the bit."""
+    """Gathered or offloaded, twice in one process, then continued bit for bit."""
     if flatten and "full_state_dict" in options:
         options = {"cpu_offload": True}  # torch does not load what it flattens and gathers, of no optimizer
     settings = StateDictOptions(flatten_optimizer_state_dict=flatten, **options)

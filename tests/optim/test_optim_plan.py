@@ -318,7 +318,7 @@ def test_no_param_is_kept_alive_by_the_walk():
 
 
 def test_reading_is_bound_to_known_answers():
-    """Where torch's functions answer otherwise, or one is missing, DLPack is used."""
+    """If torch's functions disagree, or one is missing, DLPack is used."""
     leaves = [torch.ones(2, requires_grad=True) for _ in range(4)]
     for leaf in leaves[:2]:
         leaf.grad = torch.ones(2)

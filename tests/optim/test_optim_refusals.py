@@ -1,4 +1,4 @@
-"""What the optimizers refuse, and in which words; nothing is changed then."""
+"""Errors of the optimizers and their messages; nothing is changed then."""
 
 import pytest
 import torch

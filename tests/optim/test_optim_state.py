@@ -23,7 +23,7 @@ def train(optimizer, params, steps: range) -> None:
 
 
 def through_a_file(state_dict: dict) -> dict:
-    """What torch.save writes and torch.load reads without trusting it, as HF Trainer does."""
+    """Guards torch.save and torch.load with weights_only, as HF Trainer uses them."""
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)
@@ -56,7 +56,7 @@ def test_resume_is_bitwise(case):
 
 
 def test_old_sgd_checkpoints():
-    """Guards SGD: no step count means one step if there is a buffer, none where the buffer is None."""
+    """Guards SGD: no step count means one step if there is a buffer, zero if the buffer is None."""
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
     optimizer = BY_NAME["sgd-dampening"].ours(params, lr=1.0, momentum=0.5, dampening=0.25)
     state = {0: {"momentum_buffer": torch.full((3,), 4.0)}, 1: {"momentum_buffer": None}}

@@ -1,4 +1,4 @@
-"""Optimizers in every storage mode: runs repeat and resume to the bit, checkpoints convert, the rest is
+"""Optimizers in every storage mode: runs repeat and resume bit for bit, checkpoints convert, the rest is
 refused.
 """
 
@@ -78,7 +78,7 @@ def test_runs_resume_bit_for_bit(case, dtype, mode):
 @pytest.mark.parametrize("case", SOME, ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_split_masters_are_the_masters(case, dtype):
-    """The same FP32 masters as whole ones, to the bit, and their weights are them rounded."""
+    """Bitwise the same FP32 masters as unsplit ones, and weights are rounded masters."""
     whole, halves = make_params(dtype), make_params(dtype)
     optimizer, split = (
         case.ours(whole, **case.options),

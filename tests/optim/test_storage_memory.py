@@ -67,8 +67,8 @@ QUANTIZED = {"master_weights": "none", "state_dtype": "int8"}
 
 @pytest.mark.parametrize("make", [optim.AdamW, optim.Adagrad], ids=lambda make: make.__name__)
 def test_a_first_step_makes_8_bit_states_as_such(make):
-    """Guards the largest tensor of a model, whose states in FP32 for a moment would be 8 times as large: less
-    than 1 byte per element in addition to the states.
+    """Guards the largest tensor of a model: temporary FP32 states would be 8 times as large; less than 1 byte
+    per element in addition to the states.
     """
 
     def first(numel):

@@ -31,7 +31,7 @@ class Case:
     terms: Callable[[Tensor, dict[str, Any], dict[str, Any]], Tensor]
     bitwise: bool = True  # whether every device gives the same bits; sums over a whole tensor may not
     scalars: tuple[str, ...] = ()  # states of one FP64 element per parameter
-    kink: str = ""  # what the reference notes of each element: where it is 0 within roundings, all is open
+    kink: str = ""  # recorded value per element: where it is 0 within roundings, any result is valid
 
     def __str__(self) -> str:
         return self.name

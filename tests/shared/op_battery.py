@@ -1,4 +1,4 @@
-"""Everything whose bits must not depend on the machine: exhaustive roundings, and a digest of calls of every
+"""Results that must be bitwise equal on every machine: exhaustive roundings, and a digest of calls of every
 op.
 
 Run as a script it prints the digest: test_ops_targets.py starts it once for each instruction set.
@@ -30,9 +30,8 @@ def every_half(dtype: torch.dtype) -> Tensor:
 
 
 def float32_samples() -> Tensor:
-    """float32 by its upper 16 bits, all of them, with lower bits on, beside and between the ties of both
-    16-bit types;
-    and random ones."""
+    """float32 by its upper 16 bits, all of them, with lower bits on, next to and between the ties of both
+    16-bit types; and random ones."""
     upper = torch.arange(-(2**15), 2**15).mul(2**16).to(torch.int32)
     lower = [(eighth << 13) + low for eighth in range(8) for low in (0, 1, 0x0FFF, 0x1000, 0x1001, 0x1FFF)]
     random = torch.randint(-(2**31), 2**31, (2**20,), generator=torch.Generator().manual_seed(0))

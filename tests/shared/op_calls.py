@@ -131,7 +131,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def same_numbers(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit, except that every NaN equals every other."""
+    """Bitwise equal, except that every NaN equals every other."""
     nan = a.isnan()
     return a.dtype == b.dtype and torch.equal(nan, b.isnan()) and torch.equal(bits(a)[~nan], bits(b)[~nan])
 

@@ -10,7 +10,7 @@ _kept = []
 
 
 def run_scenarios(scenarios, rank, world, folder):
-    """One rank: every scenario (name to call) in a process group of its own; what fails is written down.
+    """One rank: every scenario (name to call) in a separate process group; failures are recorded.
 
     Groups are kept and the process ends without tearing them down: gloo sometimes aborts where it does (its
     thread may drop the last reference to itself).

@@ -82,7 +82,7 @@ def lion(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> Tensor:
-    """Chen et al. 2023, Alg. 2. Notes the vector whose sign is taken as ``direction``."""
+    """Chen et al. 2023, Alg. 2. Records the argument of the sign as ``direction``."""
     beta1, beta2 = betas
     state["step"] = state.get("step", 0) + 1
     if maximize:
@@ -362,7 +362,7 @@ def novograd(
     grad_averaging: bool = False,
     maximize: bool = False,
 ) -> Tensor:
-    """Ginsburg et al. 2019, Alg. 1. Notes the size of what enters the first moment as ``size``."""
+    """Ginsburg et al. 2019, Alg. 1. Records the size of the first moment's input as ``size``."""
     beta1, beta2 = betas
     t = state["step"] = state.get("step", 0) + 1
     g = -g if maximize else g

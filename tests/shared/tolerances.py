@@ -1,4 +1,4 @@
-"""How far a result may lie from the exact one: counted roundings, never tuned numbers.
+"""Bounds of the difference from the exact result: counted roundings, never tuned numbers.
 
 A rounding has a relative error of at most u = eps / 2. A step makes two of the size of the weight (the decay,
 and the subtraction of the update) and up to ``k`` of the size of the update's terms before they cancel. The
@@ -58,7 +58,7 @@ def rmsprop_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any
 
 
 def _summed_up(term: Tensor, momentum: float, state: dict[str, Any]) -> Tensor:
-    """How far a sum of such terms, each 14 roundings off, is off itself, in units of 16 roundings."""
+    """Error of a sum of such terms, each with an error of 14 roundings, in units of 16 roundings."""
     state["_size"] = momentum * state.get("_size", 0.0) + term
     state["_off"] = momentum * state.get("_off", 0.0) + 14 * term + 2 * state["_size"]
     return state["_off"] / 16
@@ -114,13 +114,13 @@ def lamb_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) 
 
 
 def lars_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
-    """What the buffer sums up; Nesterov's look-ahead takes it once more."""
+    """Sum in the buffer; Nesterov's look-ahead adds it once more."""
     momentum = options.get("momentum", 0.9)
     return (1 + momentum) * _summed_up(state["ratio"] * largest, momentum, state)
 
 
 def novograd_terms(largest: Tensor, state: dict[str, Any], options: dict[str, Any]) -> Tensor:
-    """What the first moment sums up."""
+    """Sum in the first moment."""
     return _summed_up(state["size"], options.get("betas", (0.95, 0.98))[0], state)
 
 

@@ -103,7 +103,7 @@ def test_copy_on_write_memory_is_not_shared():
 
 
 def test_columns_of_entries():
-    """Values under each key, one key after the other; None where a key, an attribute or the size is wrong."""
+    """Values under each key, key by key; None if a key, an attribute or the size is wrong."""
     one, two = torch.zeros(1), torch.zeros(2)
     entries, columns = [{"a": one, "b": 1j}, {"a": two, "b": 2j}], [("a", None), ("b", "imag")]
     found = _C.columns_of(entries, columns, [2, 2])
