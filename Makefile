@@ -1,11 +1,11 @@
-# make demo   the main job: train in FP32, FP16 and BF16, with torch's AMP and with fusedamp; table and picture in demo-out/
-# make test   everything proven        make check    format, lint, types
-# make bench  optimizer phase against torch             make mutants  broken variants that the tests must notice
-# make evidence  on a machine with a GPU: builds for it, proves, measures, and writes benchmarks/results/
-# make dev    all tools, and git hooks
+# make demo      train in FP32, FP16 and BF16, with torch's AMP and with fusedamp; table and plot in demo-out/
+# make test      all tests                 make check    format, lint, types
+# make bench     time against torch        make mutants  broken variants that the tests must detect
+# make evidence  on a machine with a GPU: builds for it, tests, measures, and writes benchmarks/results/
+# make dev       all tools, and git hooks
 #
-# They use the active virtual environment and its torch; where none is active, they make .venv and install torch there.
-# TORCH="torch==2.13.0" chooses the torch for a new environment; INSTALL=some.whl tests a built wheel.
+# They use the active virtual environment and its torch; without one, they create .venv and install torch there.
+# TORCH="torch==2.13.0" selects the torch for a new environment; INSTALL=some.whl tests a built wheel.
 
 TORCH   ?= torch>=2.11
 INSTALL ?= -e .
@@ -22,7 +22,7 @@ test: $(VENV)/.fusedamp-test
 bench: $(VENV)/.fusedamp-bench
 	$(PYTHON) benchmarks/run.py $(ARGS)
 
-# Installs nothing: for machines that can fetch nothing. PYTHON=... chooses the interpreter; it must have torch.
+# Installs nothing, for machines without network access. PYTHON=... selects the interpreter; it must have torch.
 evidence:
 	$(if $(filter file,$(origin PYTHON)),$(or $(VIRTUAL_ENV:%=%/bin/python),python3),$(PYTHON)) benchmarks/evidence/run.py $(ARGS)
 
@@ -43,8 +43,8 @@ dev: $(VENV)/.fusedamp-dev $(VENV)/.fusedamp-test $(VENV)/.fusedamp-demo
 $(PYTHON):
 	python3 -m venv $(VENV)
 
-# Installs fusedamp with the named extra; again when something that is compiled has changed. Where nvcc is found, with
-# code for two architectures and PTX, which run on every GPU from 8.0 on; code for all of them takes minutes.
+# Installs fusedamp with the named extra, and again when compiled sources changed. With nvcc, it builds code for two
+# architectures and PTX, which run on every GPU from 8.0; code for all architectures takes minutes.
 ARCHS = TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0+PTX}"
 $(VENV)/.fusedamp-%: $(SOURCES) | $(PYTHON)
 	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install '$(TORCH)'

@@ -1,11 +1,11 @@
 """Builds three shared objects into the package.
 
     libfusedamp_cpu.so, libfusedamp_cuda.so   the ops, on PyTorch's stable ABI: run under torch 2.11 and later
-    _C.<python tag>.so                        build information; the only one that is tied to a Python version
+    _C.<python tag>.so                        build information, tensor access; tied to one Python version
 
 Needs a C++17 compiler and torch's headers (no GPU; torch itself is never imported). The CUDA object is built
-wherever nvcc is found. FUSEDAMP_CUDA=0 leaves it out, FUSEDAMP_CUDA=1 insists on it; TORCH_CUDA_ARCH_LIST
-chooses the architectures.
+if nvcc is found. FUSEDAMP_CUDA=0 omits it, FUSEDAMP_CUDA=1 requires it; TORCH_CUDA_ARCH_LIST selects the
+architectures.
 """
 
 import importlib.util
@@ -49,7 +49,7 @@ def stop(message: str) -> None:
 
 
 def find_torch() -> Path | None:
-    """torch's folder: importable, or in the environment that an isolated build is made for."""
+    """Find torch's folder: importable, or in the environment of an isolated build."""
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
@@ -57,7 +57,7 @@ def find_torch() -> Path | None:
 
 
 def torch_headers(torch: Path) -> tuple[str, list[str]]:
-    """Version and include flags."""
+    """Return torch's version and include flags."""
     version = re.search(r"__version__ = '(.+)'", (torch / "version.py").read_text()).group(1)
     if tuple(map(int, version.split(".")[:2])) < TORCH_TARGET:
         stop(f"torch {version} is too old; expected 2.11 or later. Upgrade it: pip install -U torch")
@@ -66,7 +66,7 @@ def torch_headers(torch: Path) -> tuple[str, list[str]]:
 
 
 def find_nvcc() -> str | None:
-    """nvcc's path, or None for a CPU-only build, after one line on what is left out and how to get it."""
+    """Find nvcc; None for a CPU-only build, after printing one line on how to get CUDA kernels."""
     wish = os.environ.get("FUSEDAMP_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
         stop(f"FUSEDAMP_CUDA={wish} is unknown; expected auto, 0 or 1.")
@@ -91,7 +91,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Architectures like '9.0' or '12.0+PTX': those asked for, or all that this nvcc knows of ours."""
+    """List architectures like '9.0' or '12.0+PTX': as requested, or all of ours that this nvcc supports."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
     if asked:
         return [arch for arch in asked.split(";") if arch]
@@ -112,11 +112,11 @@ def gencode(archs: list[str]) -> list[str]:
 
 
 class Build(build_ext):
-    """Compiles in parallel, recompiles only what changed, and puts a finished object in place in one move."""
+    """Compiles in parallel, recompiles only changed sources, and replaces objects atomically."""
 
     def finalize_options(self):
         super().finalize_options()
-        # Editable installs would compile in a temporary folder, so everything again each time.
+        # Editable installs would compile in a temporary folder, and recompile everything each time.
         self.build_temp = str(ROOT / "build" / f"objects-{sysconfig.get_platform()}")
 
     def run(self):
@@ -161,8 +161,8 @@ class Build(build_ext):
         os.replace(part, target)
 
     def torch_stubs(self, link, name):
-        """Empty stand-ins with the names of torch's libraries: the loader finds the real ones, which `import
-        torch` has loaded, and a CPU-only torch is enough to build for CUDA."""
+        """Build empty stand-ins with the names of torch's libraries: the loader finds the real ones that
+        `import torch` loaded, and a CPU-only torch is enough to build for CUDA."""
         if name.endswith("_C"):
             return []
         folder = Path(self.build_temp) / "stubs"
@@ -176,7 +176,7 @@ class Build(build_ext):
         as_needed = "-Wl,--no-as-needed" if link[0] == self.cxx else "-Xlinker=--no-as-needed"
         return [as_needed, f"-L{folder}", *(f"-l{library}" for library in libraries)]
 
-    # Each job: source, what to call its object, the command without input and output.
+    # Each job: source, name of its object, command without input and output.
     def jobs_for_cpu(self):
         for source in ROOT.glob("csrc/engine/cpu/*.cpp"):
             targets = CPU_TARGETS if source.stem == "kernels" else {"": []}
@@ -229,7 +229,7 @@ class Build(build_ext):
         return [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000", *self.torch_include]
 
     def compile(self, library, source, name, command):
-        """The object's path; compiles only if the command, the source or a header that it read changed."""
+        """Compile if the command, the source or a header that it read changed; returns the object's path."""
         target = Path(self.build_temp) / library / f"{name}.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         depends, stamp = target.with_suffix(".d"), target.with_suffix(".cmd")
@@ -258,6 +258,6 @@ class Build(build_ext):
 setup(
     ext_modules=[Extension(f"fusedamp.{name}", []) for name in ("libfusedamp_cpu", "libfusedamp_cuda", "_C")],
     cmdclass={"build_ext": Build},
-    # An isolated build has torch only if it asks for it, and need not ask where its environment has one.
+    # An isolated build must request torch, unless its environment has it.
     setup_requires=[] if find_torch() else ["torch>=2.11"],
 )

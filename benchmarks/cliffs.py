@@ -42,7 +42,7 @@ def gradient_check(content: str, dtype: torch.dtype, rows: int) -> tuple[Step, S
     dense = torch.randn(rows, WIDTH) * 1e-3
     tried, dense = CONTENTS[content](dense).to(dtype), dense.to(dtype)
     if content.endswith("zeros") != (not tried.any()):
-        raise AssertionError(f"{content} in {dtype} is not what it is called")
+        raise AssertionError(f"{content} in {dtype} does not match its name")
     return lambda: ops.grad_stats([tried]), lambda: ops.grad_stats([dense])
 
 

@@ -241,7 +241,7 @@ def test_json(capsys):
         (["--params", "0"], "--params is 0"),
         (["--params", "1e300"], "--params is 1e300"),
         (["--params", "2.5"], "--params is 2.5"),
-        (["--shape", "3xx4"], "--shape is 3xx4; it must be whole numbers with an x between"),
+        (["--shape", "3xx4"], "--shape is 3xx4; it must be whole numbers separated by x"),
         (["--params", "10", "--set", "momentum"], "--set is momentum; it must be NAME=VALUE"),
         (
             ["--params", "10", "--set", "speed=3"],

@@ -29,7 +29,7 @@ class Check:
     version: int  # of the scale
     clip: Clip | None
     mark: int = 0
-    grads: list[Tensor] | None = None  # kept, so that no other tensor takes their place
+    grads: list[Tensor] | None = None  # kept alive, so that their addresses are not reused
 
     @property
     def clips(self) -> list[Clip]:

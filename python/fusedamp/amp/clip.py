@@ -31,7 +31,7 @@ def check_norm(op: str, max_norm: float | Tensor, norm_type: float) -> float:
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
-    """min(1, max_norm / (norm + 1e-6)) as torch computes it, a 0-d FP64 tensor beside ``norm``; no sync."""
+    """Return min(1, max_norm / (norm + 1e-6)) as torch does: 0-d, FP64, on ``norm``'s device; no sync."""
     if isinstance(max_norm, Tensor):
         max_norm = on(max_norm.detach(), norm.device).double().reshape(())
     else:

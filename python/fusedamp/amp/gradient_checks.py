@@ -110,7 +110,7 @@ class GradientChecks(LossScale):
         state["read"] = None
         found = self._check(optimizer, state, read.clip, keep=False)
         if found is None:
-            state["read"] = read  # its deferred clipping is applied by this check instead
+            state["read"] = read  # the check by parts applies its deferred clipping
         return found
 
     def _clip_later(

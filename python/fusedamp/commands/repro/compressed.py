@@ -58,7 +58,7 @@ def _decays(steps: int) -> Iterator[Stall]:
             optimizer.step()
         ends[state_dtype] = as_fp32(optimizer, param, "exp_avg_sq")[~large].double().mean().item()
     for state_dtype in COARSE:
-        story = f"second moment of 1e-2 after one gradient of 1, {steps} steps, beside neighbours of 1"
+        story = f"second moment of 1e-2 after one gradient of 1, {steps} steps, in a block with ones"
         who = f"fusedamp, {STATE_NAMES[state_dtype]}"
         yield Stall(story, who, ends["float32"], ends[state_dtype], True, 0.02)
 

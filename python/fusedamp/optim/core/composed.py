@@ -99,7 +99,7 @@ def _memory(batch: Batch) -> ops.StepCall:
 
 
 def followed(slot: Slot) -> Tensor:
-    """Return the step's initial value: the master, or the weight where it was modified."""
+    """Return the step's initial value: the master, or the weight if it was modified."""
     weight, master = slot.target, slot.master
     if master is None:
         return weight.to(STATE_DTYPES[weight.dtype])
