@@ -87,7 +87,11 @@ def followed(masters: Tensor, weights: Tensor) -> Tensor:
     moved = torch.from_numpy(np.asarray(moved))
     back = moved.to(weights.dtype).view(torch.int16)
     fits = (back == weights.cpu().view(torch.int16)) & ~torch.from_numpy(masters).isnan()
-    return torch.where(fits, moved, weights.cpu().float()).to(home)
+    kept = torch.where(fits, moved, weights.cpu().float())
+    # A master that rounds to its weight stays, also one of 65520 or more beside an infinite FP16 weight.
+    before = torch.from_numpy(masters)
+    same = before.to(weights.dtype).view(torch.int16) == weights.cpu().view(torch.int16)
+    return torch.where(same & ~before.isnan(), before, kept).to(home)
 
 
 def rounded_away(masters: Tensor) -> Tensor:

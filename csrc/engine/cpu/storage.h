@@ -22,28 +22,22 @@ FUSEDAMP_FN void take_fitting(DType dtype, const uint16_t* param, const float* t
   for (int64_t i = 0; i < n; ++i) master[i] = rounded[i] == param[i] ? tried[i] : weight[i];
 }
 
-// The masters as they are rounded, and the candidates for those that follow the weights (math/follow.h).
-FUSEDAMP_FN void move(DType dtype, const uint16_t* param, const float* master, uint16_t* rounded, float* moved,
-                      int64_t n) {
-  narrow(dtype, master, rounded, n);
-  if (dtype == DType::bf16) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) moved[i] = bf16_moved(master[i], rounded[i], param[i]);
-    return;
-  }
-  alignas(64) float was[kBlock], weight[kBlock];
-  widen_f16(rounded, was, n);
-  widen_f16(param, weight, n);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) moved[i] = f16_moved(master[i], was[i], weight[i]);
-}
-
 // If a 16-bit weight differs from its rounded master, it was modified, and the master is updated (math/follow.h).
 FUSEDAMP_FN void follow(DType dtype, const uint16_t* param, float* master, int64_t n) {
   if (!narrows_otherwise(dtype, master, param, n)) return;
   alignas(64) uint16_t rounded[kBlock];
   alignas(64) float moved[kBlock];
-  move(dtype, param, master, rounded, moved, n);
+  narrow(dtype, master, rounded, n);
+  if (dtype == DType::bf16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) moved[i] = bf16_moved(master[i], rounded[i], param[i]);
+  } else {
+    alignas(64) float was[kBlock], weight[kBlock];
+    widen_f16(rounded, was, n);
+    widen_f16(param, weight, n);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) moved[i] = f16_moved(master[i], was[i], weight[i]);
+  }
   for (int64_t i = 0; i < n; ++i) moved[i] = rounded[i] != param[i] ? moved[i] : master[i];
   take_fitting(dtype, param, moved, master, n);
 }

@@ -15,7 +15,8 @@ __device__ __forceinline__ float master_of(const Recoding& job, int64_t i) {
   const uint16_t weight = static_cast<const uint16_t*>(job.weight)[i];
   if (job.source_dtype == DType::f32) {
     const float master = static_cast<const float*>(job.source)[i];
-    return followed(master, narrow<uint16_t>(master, dtype), weight, dtype);
+    const uint16_t rounded = narrow<uint16_t>(master, dtype);
+    return rounded == weight ? master : followed(master, rounded, weight, dtype);
   }
   const int16_t remainder = static_cast<const int16_t*>(job.source)[i];
   if (dtype == DType::bf16) return bf16_joined(weight, remainder);
