@@ -18,6 +18,8 @@ from .gradients import Gradients, on
 def check_norm(op: str, max_norm: float | Tensor, norm_type: float) -> float:
     """Check both arguments; returns the norm type as a float. Does not read a ``max_norm`` tensor (no
     sync)."""
+    if type(max_norm) is type(norm_type) is float and max_norm >= 0 and norm_type >= 0:
+        return norm_type  # as in nearly all calls
     where = f"[{op}]"
     checks.need_number(where, "max_norm", max_norm)
     if not isinstance(max_norm, Tensor) and not checks.number(where, "max_norm", max_norm) >= 0:

@@ -172,10 +172,11 @@ class GradScaler(GradientChecks):
         return routes.is_ours(optimizer) and not self._overrides("_maybe_opt_step")
 
     def _overrides(self, *names: str) -> bool:
-        """True if a subclass or an assignment replaced one of our methods."""
-        return any(
-            getattr(getattr(self, name), "__func__", None) is not getattr(GradScaler, name) for name in names
-        )
+        """True if a subclass or an assignment replaced one of these methods."""
+        for name in names:  # a loop, as this is called four times per iteration
+            if getattr(getattr(self, name), "__func__", None) is not getattr(GradScaler, name):
+                return True
+        return False
 
     def _step_fused(
         self,
