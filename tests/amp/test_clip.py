@@ -7,6 +7,7 @@ import fusedamp
 import pytest
 import torch
 from fusedamp import GradScaler, optim
+from fusedamp.amp import clip
 from on_device import DEVICE
 
 NORMS = [1.0, 1.5, 2.0, 3.0, math.inf, "inf"]
@@ -216,3 +217,25 @@ def test_without_any_gradient_the_scaler_returns_0():
     assert scaler.clip_grad_norm_(optimizer, 1.0).item() == 0
     scaler.step(optimizer)
     scaler.update()
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 3.0, 0.0])
+@pytest.mark.parametrize("max_norm", [1.0, 1e9, math.inf, 10**400, torch.tensor(2.0), torch.tensor(2)])
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])
+def test_two_ops_give_the_bits_of_the_parts(monkeypatch, norm_type, max_norm, bad):
+    """Guards the shortcut of plain gradients: norm and gradients equal those of separate operations."""
+    results = []
+    for parts in (False, True):
+        with monkeypatch.context() as patched:
+            if parts:
+                patched.setattr(clip, "_clip_at_once", lambda *args: None)
+            params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 700, 1)]
+            params[1].data = params[1].data.bfloat16()
+            torch.manual_seed(0)
+            for param in params:
+                param.grad = torch.randn(param.shape).to(param.dtype) + bad * (param.numel() == 3)
+            norm = fusedamp.clip_grad_norm_(params, max_norm, norm_type)
+            results.append([norm, *(param.grad for param in params)])
+    for one, two in zip(*results, strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(one.nan_to_num(nan=-7.0), two.nan_to_num(nan=-7.0))

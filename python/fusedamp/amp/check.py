@@ -73,7 +73,7 @@ def check(optimizer: Any, scale: Tensor, clip: Clip | None, keep: bool) -> Check
             return None
         grads = found[0]
     with lasting():
-        result = ops.check_grads(table, scale, norm_type, max_norm)
+        result = ops.check_grads(table.fields, table.has_float64, scale, norm_type, max_norm)
     mark = table.mark() if keep else 0
     return Check(table, result, scale, scale._version, clip, mark, grads)
 

@@ -10,7 +10,9 @@ from types import GeneratorType
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..ops import checks
+from ..tensors.addresses import rows
 from ..tensors.shards import refuse_flattened
 from .gradients import Gradients, on
 
@@ -83,6 +85,8 @@ def clip_grad_norm_(
     gradients = Gradients(parameters)
     if not gradients.by_device:
         return torch.tensor(0.0)
+    if not error_if_nonfinite and (norm := _clip_at_once(gradients, max_norm, norm_type)) is not None:
+        return norm
     read = Gradients(parameters, magnitudes=True) if norm_type != 2 else gradients
     norm = read.norm(read.stats(None, norm_type), norm_type, next(iter(gradients.by_device)))
     if error_if_nonfinite and not math.isfinite(norm.item()):
@@ -94,3 +98,18 @@ def clip_grad_norm_(
         )
     gradients.multiply_(clip_coefficient(norm, max_norm))
     return norm.to(gradients.widest)
+
+
+def _clip_at_once(gradients: Gradients, max_norm: float | Tensor, norm_type: float) -> Tensor | None:
+    """Clip plain FP32 and 16-bit gradients on one device by two ops; None for any others."""
+    (device, bucket), *others = gradients.by_device.items()
+    if others or bucket.fields is None or bucket.has_float64():
+        return None
+    if isinstance(max_norm, Tensor) and (
+        max_norm.device != device or max_norm.dtype not in (torch.float32, torch.float64)
+    ):
+        return None
+    one = torch.ones((), dtype=torch.float32, device=device)
+    found = ops.check_grads(rows(bucket.fields), False, one, norm_type, max_norm)
+    ops.unscale_(bucket.tensors, found.clip_coef, one)
+    return found.norm

@@ -9,7 +9,6 @@ from torch import Tensor
 from ..tensors import addresses
 from . import checks
 from .call import bump, call
-from .inputs import GradientTable
 
 
 class GradStats(NamedTuple):
@@ -42,18 +41,22 @@ class GradCheck(NamedTuple):
     """int64, [n, 3]: as in :class:`GradStats`."""
 
 
-def check_grads(table: GradientTable, scale: Tensor, norm_type: float, max_norm: float | Tensor) -> GradCheck:
-    """Check the gradients of ``table``, which was just made: :func:`grad_stats` and what follows from it.
+def check_grads(
+    fields: Tensor, has_float64: bool, scale: Tensor, norm_type: float, max_norm: float | Tensor
+) -> GradCheck:
+    """Check gradients whose addresses were just read: :func:`grad_stats`, norm and clip coefficient.
 
     Args:
+        fields (int64, [3, n]): from ``addresses.rows``. has_float64: whether a gradient is fp64.
         scale (1 element, fp32): the loss scale, on the gradients' device.
         norm_type: the p of the norm, 0 to inf.
         max_norm: a number, or 1 element (fp32|fp64) on the same device.
     Cost: reads each gradient once; one op, no host sync.
     """
-    number, tensor = (0.0, max_norm) if isinstance(max_norm, Tensor) else (float(max_norm), None)
+    tensor = max_norm if isinstance(max_norm, Tensor) else None
+    number = 0.0 if tensor is not None else checks.number("[check_grads]", "max_norm", max_norm)
     run = torch.ops.fusedamp._check_grads.default
-    return GradCheck(*run(table.fields, scale, norm_type, number, tensor, table.has_float64))
+    return GradCheck(*run(fields, scale, norm_type, number, tensor, has_float64))
 
 
 def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
