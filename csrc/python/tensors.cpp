@@ -65,15 +65,23 @@ int64_t contiguous_numel(const DLTensor& t) {
 // torch's C++ object; its position is determined with known tensors, because calling torch takes 40 ns.
 class Negation {
  public:
-  // `pairs`: of tensors, and the same negated.
+  // `pairs`: of tensors, and the same negated. A bit is taken only if it tells all of them apart: words that hold
+  // counts or addresses may differ by one bit, too.
   void learn(const py::list& pairs) {
-    for (const py::handle pair : pairs) {
-      const py::tuple two = py::reinterpret_borrow<py::tuple>(pair);
-      if (!learn(two[0].ptr(), two[1].ptr())) {
-        bit_ = 0;
-        return;
-      }
-    }
+    bit_ = 0;
+    constexpr Py_ssize_t kPointers = 8, kWords = 24;  // within the objects
+    if (pairs.empty()) return;
+    const auto differs = [&](Py_ssize_t pointer) {
+      for (const py::handle pair : pairs)
+        for (const py::handle tensor : py::reinterpret_borrow<py::tuple>(pair))
+          if (reinterpret_cast<const uint64_t*>(tensor.ptr())[pointer] != tensor.attr("_cdata").cast<uint64_t>())
+            return true;
+      return false;
+    };
+    for (pointer_ = 0; differs(pointer_);)
+      if (++pointer_ == kPointers) return;
+    for (word_ = kWords; word_-- > 0;)  // from the end: sizes and counts come first
+      if ((bit_ = common_bit(pairs))) return;
   }
   bool of(PyObject* tensor) const {
     if (bit_) return (keys(object_of(tensor)) & bit_) != 0;
@@ -88,23 +96,16 @@ class Negation {
 
  private:
   const uint64_t* words_of(PyObject* tensor) const { return static_cast<const uint64_t*>(object_of(tensor)); }
-  bool learn(PyObject* plain, PyObject* negated) {
-    constexpr Py_ssize_t kPointers = 8, kWords = 24;  // within both objects
-    if (bit_) {
-      const uint64_t one = words_of(plain)[word_], other = words_of(negated)[word_];
-      return (one ^ other) == bit_ && (other & bit_);
+  // The one bit of the word that is set in all negated tensors and in no other; 0 if there is none.
+  uint64_t common_bit(const py::list& pairs) const {
+    uint64_t bit = 0;
+    for (const py::handle pair : pairs) {
+      const py::tuple two = py::reinterpret_borrow<py::tuple>(pair);
+      const uint64_t other = words_of(two[1].ptr())[word_], changed = words_of(two[0].ptr())[word_] ^ other;
+      if (!changed || changed & (changed - 1) || !(other & changed) || (bit && bit != changed)) return 0;
+      bit = changed;
     }
-    const auto address = py::handle(plain).attr("_cdata").cast<uint64_t>();
-    for (pointer_ = 0; reinterpret_cast<const uint64_t*>(plain)[pointer_] != address;)
-      if (++pointer_ == kPointers) return false;
-    for (word_ = kWords; word_-- > 0;) {  // from the end: sizes and counts come before it
-      const uint64_t other = words_of(negated)[word_], changed = words_of(plain)[word_] ^ other;
-      if (changed && !(changed & (changed - 1)) && (other & changed)) {
-        bit_ = changed;
-        return true;
-      }
-    }
-    return false;
+    return bit;
   }
 
   Py_ssize_t pointer_ = 0, word_ = 0;

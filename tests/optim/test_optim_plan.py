@@ -335,3 +335,26 @@ def test_reading_is_bound_to_known_answers():
     finally:
         _C.bind_tensors(torch.Tensor, torch.nn.Parameter, exchange, pairs, leaves)
         assert _C.reads_directly() == DIRECT
+
+
+def test_torchs_functions_are_found_in_known_versions():
+    """Guards against a search that depends on what lies in memory: it would fall back without a trace."""
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    assert DIRECT or version > (2, 14)
+
+
+def test_lists_that_change_in_place_are_seen():
+    """As JSON brings betas; nothing but the list's content tells."""
+    results = []
+    for forgets in (False, True):
+        params, optimizer = make()
+        optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+        for step in range(6):
+            give_grads(params, step)
+            if forgets:
+                optimizer._forget()
+            if step == 4:
+                optimizer.param_groups[0]["betas"][0] = 0.5
+            optimizer.step()
+        results.append(params)
+    assert all(map(torch.equal, *results))
