@@ -112,6 +112,7 @@ class Special(nn.Parameter):
 
 SHARED = nn.Parameter(torch.zeros(4))
 REFUSED = {
+    "non-leaf": ([torch.ones(2, requires_grad=True) * 2], TypeError, "leaf: False"),
     "no tensor": ([3], TypeError, "got a int; expected parameters"),
     "meta": ([nn.Parameter(torch.empty(2, device="meta"))], TypeError, "on meta"),
     "subclass": ([Special(torch.ones(2))], TypeError, "is a Special"),
@@ -130,3 +131,12 @@ def test_what_is_refused_stays_as_it_was(case):
         pack_parameters([*params, good])
     assert good.data_ptr() == place
     assert good.grad is None
+
+
+def test_one_parameter_and_what_is_no_parameter():
+    param = nn.Parameter(torch.arange(6.0).view(2, 3))
+    packed = pack_parameters(param)
+    assert param.grad is not None
+    assert packed.weights[0][:6].tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(TypeError, match="got a int; expected parameters"):
+        pack_parameters(3)

@@ -73,7 +73,7 @@ def pack_parameters(
             optimizer.step()
 
     Args:
-        params: a module or its parameters, dense in memory, on any devices. Those that require no gradient
+        params: a module, a parameter, or parameters, dense in memory, on any devices. Those that require no gradient
             are not moved.
         gradients: also give each parameter a gradient in a buffer, zero or a copy of its current gradient. A
             parameter that is unused in a backward pass then has a zero gradient, as after
@@ -85,17 +85,26 @@ def pack_parameters(
     Cost: temporary memory for a second copy of the weights. ``torch.save`` of a single weight saves its whole
         buffer: save the whole ``state_dict()``, or clones.
     """
-    chosen = [
-        param
-        for param in (params.parameters() if isinstance(params, nn.Module) else params)
-        if _is_trained(param)
-    ]
+    if isinstance(params, nn.Module):
+        params = params.parameters()
+    elif isinstance(params, nn.Parameter):  # iterating would give views of its rows
+        params = [params]
+    if not isinstance(params, Iterable):
+        _is_trained(params)  # raises
+    chosen = [param for param in params if _is_trained(param)]
     for i, param in enumerate(chosen):
         got = (
             f"[pack_parameters] parameter {i} of those that require gradients, of shape {list(param.shape)},"
         )
-        if type(param) not in PLAIN or param.layout is not torch.strided or param.is_meta:
-            kind = f"{type(param).__name__} on {param.device} with layout {param.layout}"
+        if (
+            type(param) not in PLAIN
+            or not param.is_leaf
+            or param.layout is not torch.strided
+            or param.is_meta
+        ):
+            kind = (
+                f"{type(param).__name__} on {param.device} with layout {param.layout}, leaf: {param.is_leaf}"
+            )
             raise TypeError(f"{got} is a {kind}; expected a plain tensor with memory. Leave it out.")
         if not is_dense(param):
             raise ValueError(
