@@ -73,8 +73,8 @@ def pack_parameters(
             optimizer.step()
 
     Args:
-        params: a module, a parameter, or parameters, dense in memory, on any devices. Those that require no gradient
-            are not moved.
+        params: a module, a parameter, or parameters, dense in memory, on any devices. Those that require no
+            gradient are left alone.
         gradients: also give each parameter a gradient in a buffer, zero or a copy of its current gradient. A
             parameter that is unused in a backward pass then has a zero gradient, as after
             ``optimizer.zero_grad(set_to_none=False)``. Pass False under DistributedDataParallel, whose own
