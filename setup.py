@@ -183,7 +183,7 @@ class Build(build_ext):
             for target, flags in targets.items():
                 define = [f"-DFUSEDAMP_TARGET={target}"] if target else []
                 yield source, f"{source.stem}_{target}", [self.cxx, *CXX_FLAGS, *flags, *define]
-        for name in ("rows", "packed", "library", "cpu"):
+        for name in ("rows", "packed", "library", "cpu", "cpu_linear"):
             yield ROOT / f"csrc/ops/{name}.cpp", name, [self.cxx, *CXX_FLAGS, *self.torch_flags()]
 
     def jobs_for_cuda(self):

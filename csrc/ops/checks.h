@@ -41,8 +41,8 @@ template <class... Parts>
   __builtin_unreachable();
 }
 
-inline std::string dtype_name(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Float: return "float32";
@@ -52,9 +52,10 @@ inline std::string dtype_name(const Tensor& t) {
     case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
-    default: return torch::headeronly::toString(t.scalar_type());
+    default: return torch::headeronly::toString(dtype);
   }
 }
+inline std::string dtype_name(const Tensor& t) { return dtype_name(t.scalar_type()); }
 
 inline std::string device_name(const Tensor& t) {
   if (t.is_cpu()) return "cpu";

@@ -62,4 +62,20 @@ constexpr const char* kUpdateScaleSchema =
     "float growth_factor, float backoff_factor, int growth_interval, float min_scale, float max_scale, "
     "int hysteresis, bool refill_on_good_step) -> ()";
 
+// Linear layers: x [M, K], weight [N, K], grad [M, N], bias [N], all in one 16-bit dtype. Sums are FP32.
+// _linear, _linear_input_grad: the products alone, where torch's own are slow. For fusedamp's own Python only.
+constexpr const char* kLinearSchema = "_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor";
+constexpr const char* kLinearInputGradSchema = "_linear_input_grad(Tensor grad, Tensor weight) -> Tensor";
+// -> y = gelu(pre), pre = x weight^T + bias: [M, N]
+constexpr const char* kLinearGeluSchema = "linear_gelu(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)";
+// pre [M, K], what GELU took -> its gradient [M, K], the sums of that [K] in bias_dtype (else empty)
+constexpr const char* kLinearGeluInputGradSchema =
+    "linear_gelu_input_grad(Tensor grad, Tensor weight, Tensor pre, *, bool bias_grad, ScalarType bias_dtype) -> "
+    "(Tensor, Tensor)";
+// -> grad^T x [N, K], the sums of grad [N] (else empty), both in dtype. With acc, it is added to that.
+constexpr const char* kLinearWeightGradSchema =
+    "linear_weight_grad(Tensor grad, Tensor x, *, ScalarType dtype, bool bias_grad) -> (Tensor, Tensor)";
+constexpr const char* kLinearWeightGradAddSchema =
+    "linear_weight_grad_(Tensor(a!) acc, Tensor grad, Tensor x, *, bool bias_grad) -> Tensor";
+
 }  // namespace fusedamp

@@ -1,7 +1,7 @@
 """Mixed-precision training for PyTorch: loss scaling, overflow checks and optimizer steps on FP32 master
 weights, fused."""
 
-from . import cpu, cuda, ops, optim
+from . import cpu, cuda, nn, ops, optim
 from ._C import build_info as _build_info
 from .amp.clip import clip_grad_norm_
 from .amp.grad_scaler import GradScaler
@@ -26,6 +26,7 @@ __all__ = [
     "cpu",
     "cuda",
     "estimate",
+    "nn",
     "ops",
     "optim",
     "pack_parameters",

@@ -28,6 +28,7 @@ from .gradients import GradCheck as GradCheck  # for fusedamp.amp
 from .gradients import GradStats, grad_stats, unscale_
 from .gradients import _grad_stats as _grad_stats
 from .gradients import check_grads as check_grads
+from .linear import linear_gelu, linear_gelu_input_grad, linear_weight_grad, linear_weight_grad_
 from .loss_scale import update_scale_
 from .step import StepCall as StepCall  # for fusedamp.optim
 from .step import check_memory as check_memory
@@ -44,6 +45,10 @@ __all__ = [
     "grad_stats",
     "lamb_",
     "lars_",
+    "linear_gelu",
+    "linear_gelu_input_grad",
+    "linear_weight_grad",
+    "linear_weight_grad_",
     "lion_",
     "nadam_",
     "novograd_",

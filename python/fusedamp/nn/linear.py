@@ -1,0 +1,105 @@
+"""Linear modules: ``nn.Linear`` with gradients that are not rounded to 16 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+
+
+class Linear(nn.Linear):
+    """Apply ``input @ weight.T + bias``: an ``nn.Linear`` whose weight gradient keeps FP32.
+
+    | weights | forward, input gradient | weight and bias gradient | holds for |
+    |---|---|---|---|
+    | FP32, autocast FP16/BF16 | 16 bits, FP32 sums | FP32 from the product into ``.grad`` | DDP, FSDP2, \
+compile, checkpoint, any optimizer |
+    | 16 bits, ``grad_dtype=None`` | 16 bits | 16 bits, as torch | everything |
+    | 16 bits, ``grad_dtype=torch.float32`` | 16 bits | FP32 into FP32 ``.grad`` | eager, one process, \
+``fusedamp.optim`` and ``GradScaler`` |
+    | FP32, FP64 | torch's | torch's | everything |
+
+    Limits of 16-bit weights with FP32 gradients (torch 2.11 to 2.14): optimizers of ``torch.optim`` and DDP
+    raise; FSDP2 drops torch's attribute ``grad_dtype``, so gradients have 16 bits; in a compiled graph the
+    gradient of each backward pass is rounded to the weight's dtype, while its dtype and the sum over passes
+    are FP32.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``. Same keys, same initial values.
+        grad_dtype: None, or ``torch.float32`` for FP32 gradients of 16-bit parameters. FP32 parameters have
+            them anyway.
+    Shape: [..., in_features] to [..., out_features].
+    Raises: ValueError, TypeError naming the argument. Inputs are checked as in
+        :func:`fusedamp.nn.functional.linear`.
+    Cost: see :func:`fusedamp.nn.functional.linear`.
+    """
+
+    grad_dtype: torch.dtype | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        grad_dtype: torch.dtype | None = None,
+    ) -> None:
+        need_grad_dtype(type(self).__name__, grad_dtype)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.grad_dtype = grad_dtype
+        set_grad_dtype(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        set_grad_dtype(self)
+        return functional.linear(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.grad_dtype is None else f"{text}, grad_dtype={self.grad_dtype}"
+
+
+class LinearGELU(Linear):
+    """Apply :class:`Linear` and ``GELU(approximate="tanh")``, in one product where that is faster.
+
+    An ``nn.Linear`` with its keys, so that a checkpoint of ``nn.Sequential(nn.Linear, nn.GELU)`` loads.
+    Arguments, modes and limits are those of :class:`Linear`; see :func:`fusedamp.nn.functional.linear_gelu`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        set_grad_dtype(self)
+        return functional.linear_gelu(input, self.weight, self.bias)
+
+
+def need_grad_dtype(where: str, grad_dtype: Any) -> None:
+    if grad_dtype is not None and grad_dtype is not torch.float32:
+        kind = ValueError if isinstance(grad_dtype, torch.dtype) else TypeError
+        raise kind(
+            f"[{where}] grad_dtype is {grad_dtype!r}; expected torch.float32 or None. Pass one of them."
+        )
+
+
+def set_grad_dtype(module: Linear) -> None:
+    """Set torch's ``grad_dtype`` of 16-bit parameters: copies and pickles of tensors lose it."""
+    if module.grad_dtype is None:
+        return
+    for name in ("weight", "bias"):
+        parameter = getattr(module, name)
+        if (
+            parameter is None
+            or not parameter.is_leaf
+            or parameter.dtype not in (torch.float16, torch.bfloat16)
+        ):
+            continue
+        if parameter.grad_dtype is module.grad_dtype:
+            continue
+        if parameter.grad is not None and parameter.grad.dtype is not module.grad_dtype:
+            raise RuntimeError(
+                f"[{type(module).__name__}] {name}.grad is {parameter.grad.dtype}; expected "
+                f"{module.grad_dtype} or None, as grad_dtype={module.grad_dtype}. Call zero_grad() first."
+            )
+        parameter.grad_dtype = module.grad_dtype
