@@ -294,7 +294,7 @@ def test_mlp(fusion, dtype, with_bias):
 
 @pytest.mark.parametrize("fusion", [{"gelu": True, "gelu_grad": True}, {"gelu_grad": True}], ids=str)
 def test_fused_activations_have_no_second_derivative(fusion):
-    x, weight, bias, dy = random_layer((5,), 6, 6, torch.bfloat16)
+    x, weight, bias, _ = random_layer((5,), 6, 6, torch.bfloat16)
     with fusedamp.nn.fusions(**fusion):
         calls = {"mlp": functional.mlp(x, weight, bias, weight, bias)}
         if "gelu" in fusion:
