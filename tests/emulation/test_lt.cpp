@@ -1,62 +1,17 @@
-// csrc/engine/cuda/lt_gemm.cpp and lt_library.cpp with the emulated library.
-// usage: test_lt FOLDER [rounds]: all products, with FOLDER/libcublasLt.so.13
-//        test_lt FOLDER versions: two libraries are loaded; torch is linked to the one with version 12.9.2
-//        test_lt FOLDER missing: no library is loaded
-#include <dlfcn.h>
+// csrc/engine/cuda/lt_gemm.cpp and lt_library.cpp with the emulated library, which lies next to this program.
+// usage: test_lt [rounds]
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <stdexcept>
 #include <thread>
 
 #include "../../csrc/engine/cuda/lt_library.h"
-#include "gemm_tests.h"
+#include "plan_tests.h"
 
 namespace {
 
 using namespace gemms;
-using fusedamp::cuda::LtDevice;
-using fusedamp::cuda::run_gemm;
-using world::now_testing;
-
-int64_t (*count)(int) = nullptr;
-void (*refuse)(int, unsigned, int) = nullptr;
-enum Count { kHeuristics, kProducts, kBrokenRules, kObjects };
-enum Place { kNowhere, kHeuristic, kNothingFound, kState, kProduct, kAccumulation };
-constexpr unsigned kPlain = 1, kBgradB = 512;
-constexpr int kNotInitialized = 1, kInternalError = 14, kNotSupported = 15;
-
-void* load(const std::string& path) {
-  void* object = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!object) {
-    puts(dlerror());
-    exit(2);
-  }
-  return object;
-}
-
-// A device with workspaces of exactly the asked size, on odd addresses.
-struct Device : LtDevice {
-  explicit Device(int index = 0, int capability = 90) : LtDevice{the_handle, nullptr, index, capability, {}} {
-    stream = reinterpret_cast<CUstream_st*>(0x57);
-    scratch = [this](int64_t bytes) {
-      asked.push_back(bytes);
-      kept.push_back(world::allocate(bytes + 1, 0));
-      return kept.back().get() + 1;
-    };
-  }
-  Device(const Device&) = delete;
-  std::vector<int64_t> asked;
-  std::vector<world::Memory> kept;
-  static inline void* the_handle = nullptr;
-};
-
-std::string name_of(const Case& c) { return fusedamp::cuda::describe(c.gemm); }
-
-void run_right(const LtDevice& device, Case& c) {
-  now_testing = name_of(c);
-  const char* refused = run_gemm(device, c.gemm);
-  expect(!refused, "is refused: %s", refused ? refused : "");
-  if (!refused) c.expect_right();
-}
 
 void test_all_products(int rounds, Random& random) {
   const int64_t sizes[] = {1, 2, 3, 7, 8, 16, 31, 64, 65, 129, 257};
@@ -76,12 +31,6 @@ void test_all_products(int rounds, Random& random) {
       run_right(device, c);
     }
   }
-}
-
-void expect_refused(const LtDevice& device, const Case& c, const std::string& why) {
-  const char* refused = run_gemm(device, c.gemm);
-  expect(refused && std::string(refused) == why, "says: %s; expected: %s", refused ? refused : "nothing", why.c_str());
-  c.expect_untouched();
 }
 
 // Each rule is known before the library is asked.
@@ -213,75 +162,6 @@ void test_failures(Random& random) {
   expect_throws(no_handle, last, "cublasLtMatmulAlgoGetHeuristic failed with CUBLAS_STATUS_NOT_INITIALIZED (1)");
 }
 
-void test_plans(Random& random) {
-  const Kind kind = {Op::weight_grad, Epilogue::bias_grad, DType::bf16, DType::bf16, false};
-  const Geometry g = {6, 5, 4};
-  const auto questions = [&](const Kind& k, const Geometry& geometry, int index = 0) {
-    const int64_t asked = count(kHeuristics);
-    const Device device(index);
-    Case c(k, geometry, random);
-    run_right(device, c);
-    return count(kHeuristics) - asked;
-  };
-  expect(questions(kind, g) == 1, "a new product has a plan");
-  expect(questions(kind, g) == 0, "the same product has no plan yet");
-  expect(questions(kind, g, 1) == 1, "another device shares a plan");
-  for (int i = 0; i < 5; ++i) {
-    Kind k = kind;
-    if (i == 3) k = {Op::input_grad, Epilogue::dgelu, DType::bf16, DType::bf16, false};
-    questions(k, g);
-    Geometry other = g;
-    other.alignment[i] = i < 3 ? 2 : 16;
-    expect(questions(k, other) == 1, "list %d of another alignment shares a plan", i);
-    other = g;
-    if (i < 4) {
-      other.gap[i] = 8;
-      expect(questions(k, other) == 1, "matrix %d with another leading dimension shares a plan", i);
-    }
-  }
-  for (int64_t Geometry::* size : {&Geometry::rows, &Geometry::in, &Geometry::out}) {
-    Geometry other = g;
-    ++(other.*size);
-    expect(questions(kind, other) == 1, "another size shares a plan");
-  }
-  for (const Kind& other : {Kind{Op::weight_grad, Epilogue::bias_grad, DType::bf16, DType::f32, false},
-                            Kind{Op::weight_grad, Epilogue::bias_grad, DType::f16, DType::f16, false},
-                            Kind{Op::weight_grad, Epilogue::bias_grad, DType::bf16, DType::bf16, true},
-                            Kind{Op::weight_grad, Epilogue::none, DType::bf16, DType::bf16, false}}) {
-    expect(questions(other, g) == 1, "another kind shares a plan");
-  }
-  // The 4096 plans that were used last are kept.
-  now_testing = "plans";
-  const Kind plain = {Op::forward, Epilogue::none, DType::f16, DType::f32, false};
-  const auto numbered = [&](int64_t i) { return questions(plain, {1, i, 1}); };
-  for (int64_t i = 1; i <= 4096; ++i) numbered(i);
-  expect(numbered(1) == 0, "fewer than 4096 plans are kept");
-  numbered(4097);
-  expect(numbered(1) == 0, "a plan that was used again is dropped");
-  expect(numbered(2) == 1, "more than 4096 plans are kept");
-}
-
-// The emulated library's workspace: 8 bytes per output, where the sum of the sizes is 2 modulo 3.
-void test_workspaces(Random& random) {
-  now_testing = "workspaces";
-  const auto asked = [&](int64_t rows, int64_t out, int capability) {
-    Device device(capability, capability);
-    const Kind kind = {Op::forward, Epilogue::none, DType::bf16, DType::bf16, false};
-    Case c(kind, {rows, 2, out, {}, {256, 256, 256, 256, 256}}, random);
-    const char* refused = run_gemm(device, c.gemm);
-    expect(!refused, "is refused");
-    return device.asked.empty() ? 0 : device.asked[0] - 255;
-  };
-  expect(asked(3, 4, 90) == 0, "a workspace that no algorithm needs");
-  expect(asked(3, 3, 90) == 8 * 9, "not the size that the algorithm needs");
-  const int64_t megabyte = 1 << 17;  // in outputs
-  expect(asked(1024, 4 * megabyte / 1024, 80) == 4 << 20, "4 MiB on 8.0 are not used");
-  expect(asked(1024, 4 * megabyte / 1024 + 3, 80) == 0, "more than 4 MiB on 8.0");
-  expect(asked(1024, 32 * megabyte / 1024, 89) == 0, "more than 4 MiB on 8.9");
-  expect(asked(1024, 32 * megabyte / 1024, 90) == 32 << 20, "32 MiB on 9.0 are not used");
-  expect(asked(1024, 32 * megabyte / 1024 + 3, 90) == 0, "more than 32 MiB on 9.0");
-}
-
 void test_threads() {
   std::vector<std::string> wrong(4);
   std::vector<std::thread> threads;
@@ -328,30 +208,58 @@ void test_texts(Random& random) {
   expect(uses.find("\t0\t\n") == std::string::npos, "a line without calls");
 }
 
-int finish() {
-  printf("%ld checks, %ld failures\n", world::checks, world::failures);
-  return world::failures != 0;
+// The library is searched once in a process, so these run in others.
+template <class Test>
+void in_child(Test test) {
+  fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    test();
+    fflush(stdout);
+    _exit(world::failures != 0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  expect(status == 0, "a child has status %d", status);
+}
+
+void test_search(const std::string& folder, Random& random) {
+  now_testing = "no library";
+  in_child([&] {
+    Case c({Op::forward, Epilogue::none, DType::bf16, DType::f32, false}, {2, 2, 2}, random);
+    expect_refused(Device(), c,
+                   "cuBLASLt was not found in this process; looked for libtorch_cuda.so (not loaded), "
+                   "libcublasLt.so.13 (not loaded), libcublasLt.so.12 (not loaded)");
+  });
+  now_testing = "a library without functions";
+  in_child([&] {
+    load(folder + "libtorch.so");
+    const std::string& missing = fusedamp::cuda::lt_library().missing;
+    expect(missing.find("libtorch_cuda.so (without cublasLtGetVersion), ") != std::string::npos, "%s", missing.c_str());
+  });
+  const auto expect_version = [](const char* version) {
+    expect(fusedamp::cuda::lt_library().version == version, "%s", fusedamp::cuda::lt_library().version.c_str());
+  };
+  now_testing = "version 12";
+  in_child([&] {
+    load(folder + "libcublasLt.so.12");
+    expect_version("12.9.2");
+  });
+  now_testing = "two versions; torch is linked to 12";
+  in_child([&] {
+    load(folder + "libcublasLt.so.13");
+    load(folder + "libtorch_cuda.so");
+    expect_version("12.9.2");
+  });
 }
 
 }  // namespace
 
 int main(int arguments, char** argument) {
-  const std::string folder = argument[1], mode = arguments > 2 ? argument[2] : "4";
+  const std::string program = argument[0], folder = program.substr(0, program.rfind('/') + 1);
   Random random(1);
-  if (mode == "missing") {
-    Case c({Op::forward, Epilogue::none, DType::bf16, DType::f32, false}, {2, 2, 2}, random);
-    expect_refused(Device(), c,
-                   "cuBLASLt was not found in this process; looked for libtorch_cuda.so (not loaded), "
-                   "libcublasLt.so.13 (not loaded), libcublasLt.so.12 (not loaded)");
-    return finish();
-  }
-  void* library = load(folder + "/libcublasLt.so.13");
-  if (mode == "versions") {
-    load(folder + "/libtorch_cuda.so");
-    expect(fusedamp::cuda::lt_library().version == "12.9.2", "torch is linked to another library than %s",
-           fusedamp::cuda::lt_library().version.c_str());
-    return finish();
-  }
+  test_search(folder, random);
+  void* library = load(folder + "libcublasLt.so.13");
   count = reinterpret_cast<int64_t (*)(int)>(dlsym(library, "emulated_lt_count"));
   refuse = reinterpret_cast<void (*)(int, unsigned, int)>(dlsym(library, "emulated_lt_refuse"));
   reinterpret_cast<int (*)(void**)>(dlsym(library, "cublasLtCreate"))(&Device::the_handle);
@@ -360,13 +268,14 @@ int main(int arguments, char** argument) {
   test_refusals(random);
   expect(count(kBrokenRules) == 0, "the library was asked for what it does not do");
   test_failures(random);
-  expect(count(kBrokenRules) == 1, "the library was asked for what it does not do");  // without a handle
   test_plans(random);
   test_workspaces(random);
-  test_all_products(std::stoi(mode), random);
+  test_all_products(arguments > 1 ? std::stoi(argument[1]) : 10, random);
   test_threads();
   now_testing = "end";
-  expect(count(kBrokenRules) == 1, "%ld rules were broken", static_cast<long>(count(kBrokenRules)));
+  const int64_t without_handle = 1;
+  expect(count(kBrokenRules) == without_handle, "%ld rules were broken", static_cast<long>(count(kBrokenRules)));
   expect(count(kObjects) == 0, "%ld descriptors are left", static_cast<long>(count(kObjects)));
-  return finish();
+  printf("%ld checks, %ld failures\n", world::checks, world::failures);
+  return world::failures != 0;
 }
