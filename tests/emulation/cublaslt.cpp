@@ -12,7 +12,7 @@
 
 namespace {
 
-enum { kSuccess = 0, kNotInitialized = 1, kInvalid = 7, kNotSupported = 15 };
+enum { kSuccess = 0, kNotInitialized = 1, kInvalid = 7, kArchMismatch = 8, kInternalError = 14, kNotSupported = 15 };
 enum { kF32 = 0, kF16 = 2, kBf16 = 14, kCompute32 = 68 };
 enum : unsigned { kPlain = 1, kGeluAux = 32 | 128, kDgelu = 64 | 128, kBias = 4, kBgrad = 16, kBgradB = 512 };
 
@@ -259,12 +259,15 @@ EXPORT int cublasLtCreate(void** handle) {
 EXPORT int cublasLtDestroy(void*) { return kSuccess; }
 EXPORT size_t cublasLtGetVersion() { return EMULATED_VERSION; }
 EXPORT const char* cublasLtGetStatusName(int status) {
-  return status == kSuccess          ? "CUBLAS_STATUS_SUCCESS"
-         : status == kNotInitialized ? "CUBLAS_STATUS_NOT_INITIALIZED"
-         : status == kInvalid        ? "CUBLAS_STATUS_INVALID_VALUE"
-         : status == kNotSupported   ? "CUBLAS_STATUS_NOT_SUPPORTED"
-         : status == 14              ? "CUBLAS_STATUS_INTERNAL_ERROR"
-                                     : "another status";
+  switch (status) {
+    case kSuccess: return "CUBLAS_STATUS_SUCCESS";
+    case kNotInitialized: return "CUBLAS_STATUS_NOT_INITIALIZED";
+    case kInvalid: return "CUBLAS_STATUS_INVALID_VALUE";
+    case kArchMismatch: return "CUBLAS_STATUS_ARCH_MISMATCH";
+    case kInternalError: return "CUBLAS_STATUS_INTERNAL_ERROR";
+    case kNotSupported: return "CUBLAS_STATUS_NOT_SUPPORTED";
+    default: return "unrecognized status";
+  }
 }
 
 EXPORT int cublasLtMatmulDescCreate(Desc** desc, int compute, int scale) { return create(desc, compute, scale); }

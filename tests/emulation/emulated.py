@@ -240,7 +240,8 @@ def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:
     binary = folder / program
     with locked(folder):
         objects = compile_all(jobs_of(kind, program, root), folder)
-        make([kind.compiler(), *kind.flags, *map(str, objects), "-ldl", "-pthread"], binary, objects)
+        link = [kind.compiler(), *kind.flags, "-Wl,-rpath,$ORIGIN"]
+        make([*link, *map(str, objects), "-ldl", "-pthread"], binary, objects)
         if program == "test_lt":
             make_libraries(kind, folder, root)
     return binary

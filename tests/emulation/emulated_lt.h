@@ -15,7 +15,7 @@ inline void (*refuse)(int, unsigned, int) = nullptr;
 enum Count { kHeuristics, kProducts, kBrokenRules, kObjects };
 enum Place { kNowhere, kHeuristic, kNothingFound, kState, kProduct, kAccumulation };
 constexpr unsigned kPlain = 1, kBgradB = 512;
-constexpr int kInternalError = 14, kNotSupported = 15;
+constexpr int kInvalidValue = 7, kArchMismatch = 8, kInternalError = 14, kNotSupported = 15;
 
 inline void* load(const std::string& path) {
   void* object = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

@@ -15,8 +15,8 @@ using world::below;
 using world::expect;
 using world::Random;
 
-// A list of which the address has exactly this alignment (up to 256), with a canary before it. It ends where its
-// allocation ends.
+// A list of which the address has exactly this alignment (up to 256; more for 512), with a canary before it. It ends
+// where its allocation ends.
 class List {
  public:
   List(DType dtype, int64_t count, int64_t alignment)

@@ -24,7 +24,7 @@ void test_all_products(int rounds, Random& random) {
       const int64_t smallest = kind.epilogue == Epilogue::none ? 1 : 2;
       Geometry g = {pick(smallest), pick(smallest), pick(smallest)};
       for (int64_t& gap : g.gap) gap = below(random, 2) ? 0 : below(random, 9);
-      for (int64_t& alignment : g.alignment) alignment = int64_t{1} << (1 + below(random, 8));
+      for (int64_t& alignment : g.alignment) alignment = int64_t{1} << (1 + below(random, 9));
       for (int i : {3, 4}) g.alignment[i] = std::max(g.alignment[i], int64_t{16});
       const Device device;
       Case c(kind, g, random);
@@ -62,12 +62,12 @@ void test_rules(Random& random) {
     broken(none, "a leading dimension is smaller than its column", [=](Gemm& x) { --(x.*ld); });
   }
   for (const void* Gemm::* list : {&Gemm::a, &Gemm::b}) {
-    broken(none, "a matrix has no address", [=](Gemm& x) { x.*list = nullptr; });
+    broken(none, "a matrix is null", [=](Gemm& x) { x.*list = nullptr; });
   }
-  broken(none, "a matrix has no address", [](Gemm& x) { x.d = nullptr; });
+  broken(none, "a matrix is null", [](Gemm& x) { x.d = nullptr; });
   for (const Epilogue e : {Epilogue::gelu_aux, Epilogue::gelu_aux_bias, Epilogue::dgelu, Epilogue::dgelu_bias_grad}) {
     broken(e, "GELU cannot be fused with accumulation", [](Gemm& x) { x.accumulate = true; });
-    const char* bad_aux = "the input of GELU is not aligned to 16 bytes";
+    const char* bad_aux = "the input of GELU is null or not aligned to 16 bytes";
     broken(e, bad_aux, [](Gemm& x) { x.aux = nullptr; });
     broken(e, bad_aux, [](Gemm& x) { x.aux = static_cast<char*>(x.aux) + 8; });
     const char* bad_ld = "the leading dimension of the input of GELU is smaller than its column or not a multiple of 8";
@@ -76,7 +76,7 @@ void test_rules(Random& random) {
     broken(e, bad_ld, [=](Gemm& x) { x.ldaux = large; });
   }
   for (const Epilogue e : {Epilogue::bias_grad, Epilogue::gelu_aux_bias, Epilogue::dgelu_bias_grad}) {
-    const char* bad_bias = "a bias is not aligned to 16 bytes";
+    const char* bad_bias = "the bias or its gradient is null or not aligned to 16 bytes";
     broken(e, bad_bias, [](Gemm& x) { x.vector = nullptr; });
     broken(e, bad_bias, [](Gemm& x) { x.vector = static_cast<char*>(x.vector) + 8; });
   }
@@ -90,18 +90,26 @@ void test_rules(Random& random) {
 // A refusal is remembered. Nothing was written, and no workspace was asked for.
 void test_refusals(Random& random) {
   const Kind kind = {Op::weight_grad, Epilogue::bias_grad, DType::bf16, DType::f32, false};
-  const std::string ask = "cublasLtMatmulAlgoGetHeuristic: CUBLAS_STATUS_NOT_SUPPORTED";
-  const std::pair<Place, std::string> places[] = {{kHeuristic, ask},
-                                                  {kNothingFound, ask},
-                                                  {kState, ask},
-                                                  {kProduct, "cublasLtMatmul: CUBLAS_STATUS_NOT_SUPPORTED"}};
+  struct Refusal {
+    Place place;
+    int status;
+    std::string why;
+  };
+  const std::string ask = "cublasLtMatmulAlgoGetHeuristic: CUBLAS_STATUS_";
+  const Refusal refusals[] = {
+      {kHeuristic, kNotSupported, ask + "NOT_SUPPORTED"},
+      {kHeuristic, kInvalidValue, ask + "INVALID_VALUE"},
+      {kNothingFound, 0, ask + "NOT_SUPPORTED"},
+      {kState, kArchMismatch, ask + "ARCH_MISMATCH"},
+      {kProduct, kNotSupported, "cublasLtMatmul: CUBLAS_STATUS_NOT_SUPPORTED"},
+  };
   Geometry g = {9, 20, 11};
-  for (const auto& [place, why] : places) {
+  for (const auto& [place, status, why] : refusals) {
     now_testing = "refusal at place " + std::to_string(place);
     ++g.rows;
     Device device;
     Case c(kind, g, random);
-    refuse(place, kBgradB, kNotSupported);
+    refuse(place, kBgradB, status);
     expect_refused(device, c, why);
     const int64_t asked = count(kHeuristics);
     refuse(kNowhere, 0, 0);
@@ -162,26 +170,28 @@ void test_failures(Random& random) {
   expect_throws(no_handle, last, "cublasLtMatmulAlgoGetHeuristic failed with CUBLAS_STATUS_NOT_INITIALIZED (1)");
 }
 
+// Threads with the same products; each third product is refused.
 void test_threads() {
+  now_testing = "threads";
+  refuse(kProduct, kBgradB, kNotSupported);
   std::vector<std::string> wrong(4);
   std::vector<std::thread> threads;
   for (std::string& message : wrong) {
     threads.emplace_back([&message] {
       Random random(7);
-      for (int64_t i = 0; i < 200 && message.empty(); ++i) {
-        const Kind kind = {Op::weight_grad, i % 2 ? Epilogue::bias_grad : Epilogue::none, DType::bf16, DType::f32,
-                           false};
+      for (int64_t i = 0; i < 300 && message.empty(); ++i) {
+        const Epilogue epilogue = i % 3 ? Epilogue::none : Epilogue::bias_grad;
         const Device device(100);
-        Case c(kind, {3 + i % 7, 5, 4 + i % 3}, random);
+        Case c({Op::weight_grad, epilogue, DType::bf16, DType::f32, false}, {3 + i / 10, 5, 4 + i % 2}, random);
         const char* refused = run_gemm(device, c.gemm);
-        if (refused) message = refused;
-        const double sum = c.product(1, 2).value;
-        if (std::abs(sum - c.result.at(1, 2)) > 1e-5) message = "a wrong result";
+        if (!refused != (epilogue == Epilogue::none)) message = refused ? refused : "is not refused";
+        if (!refused && std::abs(c.product(1, 2).value - c.result.at(1, 2)) > 1e-4) message = "a wrong result";
         if (fusedamp::cuda::gemm_uses().empty()) message = "no uses";
       }
     });
   }
   for (std::thread& thread : threads) thread.join();
+  refuse(kNowhere, 0, 0);
   for (const std::string& message : wrong) expect(message.empty(), "%s", message.c_str());
 }
 
@@ -191,21 +201,28 @@ void test_texts(Random& random) {
   Case c(kind, {3, 5, 7}, random);
   const std::string text = name_of(c);
   expect(text == "m 5, n 7, k 3, bf16 to f32 (accumulating), epilogue bias_grad, cuBLASLt 13.10.0", "%s", text.c_str());
-  const Device device(42);
-  for (int i = 0; i < 3; ++i) run_gemm(device, c.gemm);
+  const auto run = [&](int device, Epilogue epilogue, DType inputs, DType output, bool accumulate, int calls) {
+    Case other({Op::weight_grad, epilogue, inputs, output, accumulate}, {3, 5, 7}, random);
+    for (int i = 0; i < calls; ++i) run_gemm(Device(device), other.gemm);
+  };
+  const DType f16 = DType::f16, bf16 = DType::bf16, f32 = DType::f32;
+  run(42, Epilogue::bias_grad, bf16, f32, true, 3);
+  run(43, Epilogue::bias_grad, bf16, f32, true, 1);
+  run(42, Epilogue::none, bf16, f32, true, 2);
+  run(42, Epilogue::bias_grad, f16, f32, true, 4);
+  run(42, Epilogue::bias_grad, bf16, bf16, true, 5);
   refuse(kProduct, kBgradB, kNotSupported);
-  Kind other = kind;
-  other.accumulate = false;
-  other.inputs = DType::f16;
-  Case refused(other, {3, 5, 7}, random);
-  for (int i = 0; i < 2; ++i) run_gemm(device, refused.gemm);
+  run(42, Epilogue::bias_grad, bf16, f32, false, 6);
   refuse(kNowhere, 0, 0);
-  const std::string uses = '\n' + fusedamp::cuda::gemm_uses();
-  for (const char* line : {"\n42\tbias_grad\tbf16\tf32\t1\t3\t\n",
-                           "\n42\tbias_grad\tf16\tf32\t0\t2\tcublasLtMatmul: CUBLAS_STATUS_NOT_SUPPORTED\n"}) {
-    expect(uses.find(line) != std::string::npos, "no line %s in %s", line, uses.c_str());
-  }
-  expect(uses.find("\t0\t\n") == std::string::npos, "a line without calls");
+  const std::string uses = fusedamp::cuda::gemm_uses(),
+                    wanted =
+                        "42\tbias_grad\tbf16\tf32\t1\t3\t\n"
+                        "43\tbias_grad\tbf16\tf32\t1\t1\t\n"
+                        "42\tnone\tbf16\tf32\t1\t2\t\n"
+                        "42\tbias_grad\tf16\tf32\t1\t4\t\n"
+                        "42\tbias_grad\tbf16\tbf16\t1\t5\t\n"
+                        "42\tbias_grad\tbf16\tf32\t0\t6\tcublasLtMatmul: CUBLAS_STATUS_NOT_SUPPORTED\n";
+  expect(uses == wanted, "the uses are\n%s", uses.c_str());
 }
 
 // The library is searched once in a process, so these run in others.

@@ -31,15 +31,16 @@ const char* unsupported(const Gemm& g) {
   if (g.lda < (g.transpose_a ? g.k : g.m) || g.ldb < (g.transpose_b ? g.n : g.k) || g.ldd < g.m) {
     return "a leading dimension is smaller than its column";
   }
-  if (!g.a || !g.b || !g.d) return "a matrix has no address";
+  if (!g.a || !g.b || !g.d) return "a matrix is null";
   if (g.accumulate && g.epilogue >= Epilogue::gelu_aux) return "GELU cannot be fused with accumulation";
   // Where one of these is 1, versions before 12.3.4 have no such epilogues, and others access memory outside.
   if (g.epilogue == Epilogue::bias_grad && (g.m == 1 || g.n == 1 || g.k == 1)) return "bias_grad of a single row";
   if (g.epilogue >= Epilogue::dgelu && g.k == 1) return "dgelu of a single column";
   // The library's preferences do not cover these addresses.
-  if (has_vector(g.epilogue) && (!g.vector || !on_16_bytes(g.vector))) return "a bias is not aligned to 16 bytes";
+  if (has_vector(g.epilogue) && (!g.vector || !on_16_bytes(g.vector)))
+    return "the bias or its gradient is null or not aligned to 16 bytes";
   if (has_aux(g.epilogue)) {
-    if (!g.aux || !on_16_bytes(g.aux)) return "the input of GELU is not aligned to 16 bytes";
+    if (!g.aux || !on_16_bytes(g.aux)) return "the input of GELU is null or not aligned to 16 bytes";
     if (!fits(g.ldaux) || g.ldaux < g.m || g.ldaux % 8 != 0) {
       return "the leading dimension of the input of GELU is smaller than its column or not a multiple of 8";
     }
@@ -288,7 +289,8 @@ const char* run_gemm(const LtDevice& device, const Gemm& gemm) {
 std::string describe(const Gemm& g) {
   return "m " + std::to_string(g.m) + ", n " + std::to_string(g.n) + ", k " + std::to_string(g.k) + ", " +
          name_of(g.inputs) + " to " + name_of(g.output) + (g.accumulate ? " (accumulating)" : "") + ", epilogue " +
-         kEpilogues[static_cast<int>(g.epilogue)] + ", cuBLASLt " + lt_library().version;
+         kEpilogues[static_cast<int>(g.epilogue)] + ", cuBLASLt " +
+         (lt_library().missing.empty() ? lt_library().version : "missing");
 }
 
 std::string gemm_uses() {
