@@ -209,6 +209,7 @@ void test_texts(Random& random) {
   run(42, Epilogue::bias_grad, bf16, f32, true, 3);
   run(43, Epilogue::bias_grad, bf16, f32, true, 1);
   run(42, Epilogue::none, bf16, f32, true, 2);
+  run(42, Epilogue::none, bf16, f32, false, 7);
   run(42, Epilogue::bias_grad, f16, f32, true, 4);
   run(42, Epilogue::bias_grad, bf16, bf16, true, 5);
   refuse(kProduct, kBgradB, kNotSupported);
@@ -219,6 +220,7 @@ void test_texts(Random& random) {
                         "42\tbias_grad\tbf16\tf32\t1\t3\t\n"
                         "43\tbias_grad\tbf16\tf32\t1\t1\t\n"
                         "42\tnone\tbf16\tf32\t1\t2\t\n"
+                        "42\tnone\tbf16\tf32\t0\t7\t\n"
                         "42\tbias_grad\tf16\tf32\t1\t4\t\n"
                         "42\tbias_grad\tbf16\tbf16\t1\t5\t\n"
                         "42\tbias_grad\tbf16\tf32\t0\t6\tcublasLtMatmul: CUBLAS_STATUS_NOT_SUPPORTED\n";
