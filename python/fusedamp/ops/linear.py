@@ -8,7 +8,7 @@ products (``fusedamp.nn.fusions()`` counts these). On the CPU they are torch's F
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,12 +131,28 @@ def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
-def refused_plans() -> list[tuple[str, str]]:
-    """Return what cuBLASLt refused so far in this process, and why."""
+class ProductUse(NamedTuple):
+    """A kind of product that cuBLASLt was asked for in this process."""
+
+    device: int
+    epilogue: str
+    inputs: str
+    output: str
+    accumulate: bool
+    calls: int
+    refused: str
+    """Why torch's own products were taken instead; empty if the library ran it."""
+
+
+def product_uses() -> list[ProductUse]:
+    """Return what cuBLASLt was asked for so far."""
     if not library.HAS_CUDA_OPS:
         return []
-    lines = str(torch.ops.fusedamp._refused_plans()).splitlines()
-    return [(kind, why) for kind, _, why in (line.partition(": ") for line in lines)]
+    uses = []
+    for line in str(torch.ops.fusedamp._product_uses()).splitlines():
+        device, epilogue, inputs, output, accumulate, calls, refused = line.split("\t")
+        uses.append(ProductUse(int(device), epilogue, inputs, output, accumulate == "1", int(calls), refused))
+    return uses
 
 
 def _need_one_device(*tensors: Tensor | None) -> None:
