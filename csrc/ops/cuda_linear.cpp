@@ -1,5 +1,4 @@
 // The ops of linear layers on CUDA: on torch's current stream and cuBLAS handle, in torch's memory.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include "cuda_place.h"
@@ -22,11 +21,6 @@ class Place {
 
   const cuda::LtDevice& device() const { return device_; }
 
-  // Not through the dispatcher, where autocast would cast the operands.
-  void multiply(Tensor& out, const Tensor& a, const Tensor& b, const Tensor* added) {
-    TORCH_ERROR_CODE_CHECK(added ? aoti_torch_cuda_addmm_out(out.get(), added->get(), a.get(), b.get(), 1.0, 1.0)
-                                 : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
-  }
   Tensor multiply_into_float32(const Tensor& a, const Tensor& b) {
     StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                             torch::stable::detail::from(ScalarType::Float)};

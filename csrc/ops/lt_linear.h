@@ -1,10 +1,9 @@
-// The backend of linear layers on cuBLASLt. What the library refuses is made of torch's own products, with FP32 sums as
-// well; gemm_uses() tells what and why.
+// The backend of linear layers on cuBLASLt. What the library refuses is made of FP32 products: its own without the
+// fused part, or torch's. gemm_uses() tells what and why.
 //
-// A Place says where a product runs, and has torch's products there:
-//   Place(like), device()                     of a tensor
-//   multiply(out, a, b, added)                out = a b, or a b + added, of one dtype
-//   multiply_into_float32(a, b)               a b of 16-bit matrices, in FP32
+// A Place says where a product runs, and has torch's product there:
+//   Place(like), device()             of a tensor
+//   multiply_into_float32(a, b)       a b of 16-bit matrices, not empty, in FP32
 #pragma once
 #include "../engine/cuda/lt_gemm.h"
 #include "linear.h"
@@ -19,22 +18,22 @@ class LtLinear {
   Tensor operand(const Tensor& t) { return is_by_rows(t) ? t : torch::stable::contiguous(t); }
 
   Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-    Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
-    place_.multiply(out, x, torch::stable::transpose(weight, 0, 1), bias ? &*bias : nullptr);
-    return out;
+    Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)}, ScalarType::Float);
+    const Gemm gemm = linear_forward(shape(out, x, out), rows(x), rows(weight), written(out));
+    if (!runs(gemm)) out = in_float32(x, torch::stable::transpose(weight, 0, 1));
+    return bias ? torch::stable::subtract(out, torch::stable::to(*bias, ScalarType::Float), -1.0) : out;
   }
   Tensor input_grad(const Tensor& grad, const Tensor& weight) {
-    Tensor out = torch::stable::new_empty(grad, {grad.size(0), weight.size(1)});
-    place_.multiply(out, grad, weight, nullptr);
-    return out;
+    Tensor out = torch::stable::new_empty(grad, {grad.size(0), weight.size(1)}, ScalarType::Float);
+    const Gemm gemm = linear_input_grad(shape(grad, weight, out), rows(grad), rows(weight), written(out));
+    return runs(gemm) ? out : in_float32(grad, weight);
   }
   void weight_grad(Tensor& out, const Tensor& grad, const Tensor& x, bool add) {
     Gemm gemm = linear_weight_grad(shape(grad, x, out), rows(grad), rows(x), written(out));
     gemm.accumulate = add;
     if (runs(gemm)) return;
     const Tensor transposed = torch::stable::transpose(grad, 0, 1);
-    if (out.scalar_type() != ScalarType::Float) return place_.multiply(out, transposed, x, nullptr);
-    const Tensor product = place_.multiply_into_float32(transposed, x);
+    const Tensor product = in_float32(transposed, x);
     torch::stable::copy_(out, add ? torch::stable::subtract(out, product, -1.0) : product);
   }
 
@@ -83,6 +82,12 @@ class LtLinear {
                                                    : DType::bf16;
     };
     return {y.size(0), other.size(1), y.size(1), dtype(other), dtype(output)};
+  }
+
+  // torch's product of two matrices.
+  Tensor in_float32(const Tensor& a, const Tensor& b) {
+    if (a.numel() == 0 || b.numel() == 0) return torch::stable::new_zeros(a, {a.size(0), b.size(1)}, ScalarType::Float);
+    return place_.multiply_into_float32(a, b);
   }
 
   bool runs(const Gemm& gemm) {

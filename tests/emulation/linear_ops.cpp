@@ -1,5 +1,5 @@
-// The ops of linear layers as CUDA has them (csrc/ops/lt_linear.h), on the CPU: products by the emulated cuBLASLt on host
-// addresses, torch's CPU products where it refuses. Replaces the CPU's kernels of the process that loads it.
+// The ops of linear layers as CUDA has them (csrc/ops/lt_linear.h), on the CPU: products by the emulated cuBLASLt on
+// host addresses, torch's CPU products where it refuses. Replaces the CPU's kernels of the process that loads it.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -34,13 +34,10 @@ class Place {
   Place(const Place&) = delete;
 
   const cuda::LtDevice& device() const { return device_; }
-  void multiply(Tensor& out, const Tensor& a, const Tensor& b, const Tensor* added) {
-    TORCH_ERROR_CODE_CHECK(added ? aoti_torch_cpu_addmm_out(out.get(), added->get(), a.get(), b.get(), 1.0, 1.0)
-                                 : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-  }
   Tensor multiply_into_float32(const Tensor& a, const Tensor& b) {
-    Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)}, ScalarType::Float);
-    multiply(out, torch::stable::to(a, ScalarType::Float), torch::stable::to(b, ScalarType::Float), nullptr);
+    const Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)}, ScalarType::Float);
+    const Tensor wide_a = torch::stable::to(a, ScalarType::Float), wide_b = torch::stable::to(b, ScalarType::Float);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), wide_a.get(), wide_b.get()));
     return out;
   }
 
