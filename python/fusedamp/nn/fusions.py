@@ -75,7 +75,7 @@ def fusions(
     """Report what runs inside the products of linear layers on a device, and why; or choose it.
 
     A fusion is the default on a compute capability where it was measured to be faster at every shape; nowhere
-    else. FP32 weight gradients, and adding them to ``.grad`` inside the product, are no options: they are the
+    else. FP32 weight gradients, and adding them to ``.grad`` inside the product, are always on: they are the
     result.
 
     Args:

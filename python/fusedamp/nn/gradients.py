@@ -1,5 +1,5 @@
 """How gradients of linear layers reach their parameters: in FP32 from the product, added in place where no
-other code may look at them on the way to ``.grad``.
+other code sees them on the way to ``.grad``.
 
 torch's autograd casts a weight's gradient to the dtype of the product, 16 bits, before it adds it up. Here it
 is returned in FP32, or added to the parameter's ``.grad`` inside the product.
