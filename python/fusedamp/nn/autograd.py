@@ -21,8 +21,17 @@ _SKIP: Any = object()  # nobody wants the gradient
 def grad_dtype_of(tensor: Tensor) -> torch.dtype:
     """Return the dtype of a tensor's gradient: ``grad_dtype`` of a leaf, else its own."""
     if tensor.dtype in (torch.float16, torch.bfloat16) and tensor.is_leaf:
-        return tensor.grad_dtype or tensor.dtype
+        return _leaf_grad_dtype(tensor)
     return tensor.dtype
+
+
+def _leaf_grad_dtype(leaf: Tensor) -> torch.dtype:
+    return leaf.grad_dtype or leaf.dtype
+
+
+# torch.compile cannot trace grad_dtype: it calls the function once, as torch.compiler.assume_constant_result
+# tells it to, which takes a second to import.
+_leaf_grad_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _engine_runs(weight: Tensor) -> bool | None:
@@ -127,6 +136,12 @@ def _composed_grads(
 def has_ops(device: torch.device) -> bool:
     """True if there are kernels for ``device``."""
     return device.type == "cpu" or (device.type == "cuda" and library.HAS_CUDA_OPS)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """``function.apply``, typed."""
+    y: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return y
 
 
 class Linear(torch.autograd.Function):

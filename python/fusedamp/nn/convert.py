@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .linear import Linear, LinearGELU, need_grad_dtype, set_grad_dtype
+from .linear import Linear, LinearGELU, need_float32_grads, need_grad_dtype, set_grad_dtype
 from .mlp import has_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,13 +48,7 @@ def convert(model: Model, *, grad_dtype: torch.dtype | None = None, fuse_gelu: b
             stacklevel=2,
         )
     for layer in layers if grad_dtype is not None else ():
-        for name, parameter in layer.named_parameters(recurse=False):
-            half = parameter.dtype in (torch.float16, torch.bfloat16)
-            if half and parameter.grad is not None and parameter.grad.dtype is not grad_dtype:
-                raise RuntimeError(
-                    f"[convert] a {name}.grad is {parameter.grad.dtype}; expected {grad_dtype} or None, as "
-                    f"grad_dtype={grad_dtype}. Call zero_grad() first."
-                )
+        need_float32_grads("convert", layer, grad_dtype)
     for layer in layers:
         if type(layer) is nn.Linear:
             layer.__class__ = Linear

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 
 from ..ops import linear as ops
@@ -66,8 +67,7 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if dtype is None or not _fuses("gelu", input.device):
         return F.gelu(linear(input, weight, bias), approximate="tanh")
     fuse_bias = is_fused("bias_grad", input.device)
-    y: Tensor = autograd.LinearGELU.apply(input.to(dtype), weight, bias, fuse_bias)  # type: ignore[no-untyped-call]
-    return y
+    return autograd.apply(autograd.LinearGELU, input.to(dtype), weight, bias, fuse_bias)
 
 
 def mlp(
@@ -99,8 +99,7 @@ def mlp(
     if dtype is None or not _fuses("gelu_grad", x.device):
         return linear(linear_gelu(x, w1, b1), w2, b2)
     options = is_fused("gelu", x.device), is_fused("bias_grad", x.device)
-    y: Tensor = autograd.MLP.apply(x.to(dtype), w1, b1, w2, b2, *options)  # type: ignore[no-untyped-call]
-    return y
+    return autograd.apply(autograd.MLP, x.to(dtype), w1, b1, w2, b2, *options)
 
 
 def need_activation(op: str, activation: Any) -> None:
@@ -115,27 +114,30 @@ def need_activation(op: str, activation: Any) -> None:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if not _has_own_grads(input, weight, bias, dtype):
+    float32 = torch.is_grad_enabled() and _wants_float32(weight, bias)
+    if not float32 and ops.torch_is_fast(input.device.type, dtype):
         return F.linear(input, weight, bias)
     input = input.to(dtype)
     if not torch.is_grad_enabled():
         return ops.linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
     if _is_transformed():
-        transformed: Tensor = autograd.TransformedLinear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
-        return transformed
-    y: Tensor = autograd.Linear.apply(input, weight, bias, is_fused("bias_grad", input.device))  # type: ignore[no-untyped-call]
-    return y
+        return autograd.apply(autograd.TransformedLinear, input, weight, bias)
+    arguments = input, weight, bias, is_fused("bias_grad", input.device)
+    if torch.compiler.is_compiling() and float32 and weight.dtype in _HALF:
+        return _linear_with_float32_grads_of_16_bit_weights(*arguments)
+    return autograd.apply(autograd.Linear, *arguments)
 
 
-def _has_own_grads(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """True if a product or a gradient differs from that of ``F.linear``."""
-    if not ops.torch_is_fast(input.device.type, dtype):
-        return True
-    return torch.is_grad_enabled() and (_wants_float32(weight) or (bias is not None and _wants_float32(bias)))
+@_disable_dynamo
+def _linear_with_float32_grads_of_16_bit_weights(*arguments: Any) -> Tensor:
+    """Run outside of compiled graphs, which would round the gradient to the dtype of the weight."""
+    return autograd.apply(autograd.Linear, *arguments)
 
 
-def _wants_float32(parameter: Tensor) -> bool:
-    return parameter.requires_grad and autograd.grad_dtype_of(parameter) is torch.float32
+def _wants_float32(*parameters: Tensor | None) -> bool:
+    return any(
+        p is not None and p.requires_grad and autograd.grad_dtype_of(p) is torch.float32 for p in parameters
+    )
 
 
 def _fuses(kind: str, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from . import functional
 
@@ -85,21 +86,33 @@ def need_grad_dtype(where: str, grad_dtype: Any) -> None:
 
 def set_grad_dtype(module: Linear) -> None:
     """Set torch's ``grad_dtype`` of 16-bit parameters: copies and pickles of tensors lose it."""
-    if module.grad_dtype is None:
-        return
-    for name in ("weight", "bias"):
-        parameter = getattr(module, name)
-        if (
-            parameter is None
-            or not parameter.is_leaf
-            or parameter.dtype not in (torch.float16, torch.bfloat16)
-        ):
+    if module.grad_dtype is not None:
+        _set_grad_dtype(module)
+
+
+@_disable_dynamo
+def _set_grad_dtype(module: Linear) -> None:
+    for parameter in need_float32_grads(type(module).__name__, module, module.grad_dtype):
+        if parameter.grad_dtype is not module.grad_dtype:
+            parameter.grad_dtype = module.grad_dtype
+
+
+def need_float32_grads(where: str, module: nn.Module, grad_dtype: torch.dtype | None) -> list[nn.Parameter]:
+    """Return the 16-bit parameters of a layer; raise if one cannot have gradients of ``grad_dtype``."""
+    found = []
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dtype not in (torch.float16, torch.bfloat16) or not parameter.is_leaf:
             continue
-        if parameter.grad_dtype is module.grad_dtype:
-            continue
-        if parameter.grad is not None and parameter.grad.dtype is not module.grad_dtype:
+        if type(parameter) is not nn.Parameter:
             raise RuntimeError(
-                f"[{type(module).__name__}] {name}.grad is {parameter.grad.dtype}; expected "
-                f"{module.grad_dtype} or None, as grad_dtype={module.grad_dtype}. Call zero_grad() first."
+                f"[{where}] {name} is a {type(parameter).__name__}; expected a plain parameter, as "
+                f"grad_dtype={grad_dtype}. Keep its weights in FP32 and run under autocast, or with FSDP2's "
+                "MixedPrecisionPolicy(param_dtype=..., reduce_dtype=torch.float32)."
             )
-        parameter.grad_dtype = module.grad_dtype
+        if parameter.grad is not None and parameter.grad.dtype is not grad_dtype:
+            raise RuntimeError(
+                f"[{where}] {name}.grad is {parameter.grad.dtype}; expected {grad_dtype} or None, as "
+                f"grad_dtype={grad_dtype}. Call zero_grad() first."
+            )
+        found.append(parameter)
+    return found
