@@ -48,7 +48,9 @@ class Point:
 
     @property
     def missed(self) -> bool:
-        return self.row.aim is not None and not self.ratio() >= self.row.aim
+        """True if the median is below the aim, unless both sides are as fast within the spread."""
+        aim = self.row.aim
+        return aim is not None and not (self.ratio() >= aim or self.ratio(80) >= max(1.0, aim))
 
     def rate(self, who: str) -> str:
         """Return GFLOP/s, or the microseconds of a layer's call in rows of host time."""
