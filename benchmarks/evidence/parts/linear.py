@@ -123,7 +123,7 @@ def accumulated(place: Place) -> None:
 
 
 def micro_batches(place: Place, dtype: torch.dtype) -> None:
-    """Check the sum of many micro-batches against float64, hooks, and gradients that nobody asks for."""
+    """Check the sum of many micro-batches against float64, hooks, and gradients that are not asked for."""
     torch.manual_seed(0)
     layer = fusedamp.nn.Linear(72, 40, bias=False, device=place.device)
     fired = []
@@ -142,7 +142,7 @@ def micro_batches(place: Place, dtype: torch.dtype) -> None:
     with torch.autocast(place.device, dtype):
         layer(x).sum().backward(inputs=[x])
         torch.autograd.grad(layer(x).sum(), layer.weight)
-    assert torch.equal(layer.weight.grad, kept), "a gradient that nobody asked for was added"
+    assert torch.equal(layer.weight.grad, kept), "a gradient that was not asked for was added"
 
 
 def memory(place: Place) -> dict[str, int]:
