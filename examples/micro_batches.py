@@ -6,7 +6,6 @@ python examples/micro_batches.py [--dtype bf16 | fp16] [--device cpu | cuda] [--
 import argparse
 
 import fusedamp
-import fusedamp.nn
 import torch
 from torch import nn
 from torch.nn import functional as F
