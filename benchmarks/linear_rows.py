@@ -38,6 +38,8 @@ WEIGHT_GRAD = {AMP: 20, GRAD_DTYPE: 20, PRODUCT: 16, MM: 16, ADDMM: 8}  # bytes 
 SAME, UPCAST, FP16_ON_CPU, HOST = 0.99, 1 / 1.1, 8.0, 1 / 1.5  # least speedups
 CHAIN, REUSED = 64, 16  # layers of a host time row; calls of one layer in an autocast region
 ROUNDS = "torch multiplies in BF16 and rounds the gradient to 16 bits; ours is an unrounded FP32 product"
+PYTHON = "an autograd function in Python, and checks, cost more than torch's in C++"
+FEW = "with few rows, reading an FP32 copy of the weight costs more than the product"
 CACHED = "torch casts an FP32 weight once per autocast region, fusedamp.nn once per call"
 
 
@@ -123,7 +125,9 @@ def layer_rows(layer: Layer, dtype: torch.dtype, device: str) -> Iterator[Row]:
 
     def row(what: str, rival: str, make: Any, ours: float, theirs: float, aim: float | None) -> Row:
         call = partial(make, layer, dtype, device, rival)
-        why = ROUNDS if upcast > our and rival in (AMP, GRAD_DTYPE) and make is weight_grad else ""
+        why = FEW if slow else ""
+        if upcast > our and rival in (AMP, GRAD_DTYPE) and make is weight_grad:
+            why = ROUNDS
         flops = (3 if make is forward_backward else 1) * layer.flops
         return Row(what, layer.title, dtype, rival, call, flops, ours, theirs, aim, why)
 
@@ -302,7 +306,7 @@ def host_rows(dtype: torch.dtype, device: str) -> Iterator[Row]:
         where, numel = f"{CHAIN} layers, {batch} x {width} to {width}", CHAIN * width * width
         flops, moved = (3 if backward else 1) * 2.0 * batch * numel, (30 if backward else 8) * numel
         call = partial(make, backward)
-        yield Row(what, where, dtype, AMP, call, flops, moved, moved, HOST, calls=CHAIN, roundings=4 * CHAIN)
+        yield Row(what, where, dtype, AMP, call, flops, moved, moved, HOST, PYTHON, CHAIN, 4 * CHAIN)
 
 
 def step_row(micro: int, device: str, quick: bool) -> Row:
