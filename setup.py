@@ -193,6 +193,8 @@ class Build(build_ext):
         nvcc = [self.nvcc, "-O3", "-std=c++17", "--fmad=false", "--expt-relaxed-constexpr", *host]
         for source in ROOT.glob("csrc/engine/cuda/*.cu"):
             yield source, source.stem, [*nvcc, *gencode(self.archs)]
+        for source in ROOT.glob("csrc/engine/cuda/lt_*.cpp"):  # no CUDA headers
+            yield source, source.stem, [self.cxx, *CXX_FLAGS]
         for source in (
             ROOT / "csrc/ops/rows.cpp",
             ROOT / "csrc/ops/packed.cpp",

@@ -11,23 +11,27 @@ namespace {
 struct Cpu {
   explicit Cpu(const Tensor&) {}
 
-  Tensor operand(const Tensor& t) { return torch::stable::to(t, ScalarType::Float); }
-
+  Tensor operand(const Tensor& t) {
+    const int64_t rows = t.size(0), columns = t.dim() == 2 ? t.size(1) : 1;
+    Tensor wide = empty(rows, columns, t.dim());
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(wide.get(), t.get(), 0));
+    return wide;
+  }
   Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-    Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
-    multiply(out, x, torch::stable::transpose(weight, 0, 1), bias ? &*bias : nullptr);
+    Tensor out = empty(x.size(0), weight.size(0));
+    multiply(out, x, transposed(weight), bias ? &*bias : nullptr);
     return out;
   }
   Tensor input_grad(const Tensor& grad, const Tensor& weight) {
-    Tensor out = torch::stable::new_empty(grad, {grad.size(0), weight.size(1)});
+    Tensor out = empty(grad.size(0), weight.size(1));
     multiply(out, grad, weight, nullptr);
     return out;
   }
   void weight_grad(Tensor& out, const Tensor& grad, const Tensor& x, bool add) {
     const bool rounds = out.scalar_type() != ScalarType::Float;
-    Tensor product = rounds ? torch::stable::new_empty(grad, {grad.size(1), x.size(1)}) : out;
-    multiply(product, torch::stable::transpose(grad, 0, 1), x, add ? &out : nullptr);
-    if (rounds) torch::stable::copy_(out, product);
+    Tensor product = rounds ? empty(grad.size(1), x.size(1)) : out;
+    multiply(product, transposed(grad), x, add ? &out : nullptr);
+    if (rounds) TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out.get(), product.get(), 0));
   }
 
   // Nothing is fused: torch has no product with such ends.
@@ -45,7 +49,22 @@ struct Cpu {
   }
 
  private:
-  // out = a b, or a b + added. Not through the dispatcher, where autocast would cast the operands back.
+  // torch's C functions below are no calls of its dispatcher: these cost more than the work on small layers, and
+  // autocast would cast the operands back.
+  static Tensor empty(int64_t rows, int64_t columns, int64_t dimensions = 2) {
+    const int64_t sizes[] = {rows, columns}, strides[] = {dimensions == 2 ? columns : 1, 1};
+    AtenTensorHandle made;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, aoti_torch_dtype_float32(),
+                                                    aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+  }
+  static Tensor transposed(const Tensor& t) {
+    const int64_t sizes[] = {t.size(1), t.size(0)}, strides[] = {t.stride(1), t.stride(0)};
+    AtenTensorHandle view;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &view));
+    return Tensor(view);
+  }
+  // out = a b, or a b + added.
   static void multiply(Tensor& out, const Tensor& a, const Tensor& b, const Tensor* added) {
     TORCH_ERROR_CODE_CHECK(added ? aoti_torch_cpu_addmm_out(out.get(), added->get(), a.get(), b.get(), 1.0, 1.0)
                                  : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));

@@ -1,5 +1,5 @@
-"""Builds the emulated kernels: the sources that nvcc compiles, with a host compiler, in three
-configurations."""
+"""Builds the emulated kernels (the sources that nvcc compiles, with a host compiler) and the emulated
+cuBLASLt, in three configurations."""
 
 import fcntl
 import functools
@@ -170,15 +170,25 @@ def kernels_run(binary: Path, output: str) -> set[str]:
     return kernel_names(name for known in ran for name in known)
 
 
-def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:
-    """Builds test_kernels or test_runtime of the project in `root`, only what changed; returns the binary.
+Jobs = dict[str, list[str]]  # object -> the command that compiles it, without output
 
-    In a folder that is kept, a second build does nothing. Several processes may call it with one folder.
-    """
-    compiler, emulation, csrc = kind.compiler(), root / "tests/emulation", root / "csrc"
-    assert compiler, kind.missing
+
+def compile_all(jobs: Jobs, folder: Path) -> list[Path]:
+    """Compile what changed; return the objects."""
+
+    def compile_one(name: str) -> Path:
+        target = folder / f"{name}.o"
+        make([*jobs[name], "-MD", "-MF", str(beside(target, ".d")), "-c"], target)
+        return target
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(compile_one, jobs))
+
+
+def kernel_jobs(kind: Kind, program: str, root: Path) -> Jobs:
+    emulation, csrc = root / "tests/emulation", root / "csrc"
     include = [f"-I{emulation}", f"-I{cuda_include()}"]
-    emulated = [compiler, *HOST_FLAGS, *kind.flags, *kind.defines(), *include]
+    emulated = [kind.compiler(), *HOST_FLAGS, *kind.flags, *kind.defines(), *include]
     # The fibers, and the CPU engine as the reference, stay free of sanitizers.
     jobs = {
         part: ["g++", *HOST_FLAGS, "-O2", *include, str(emulation / f"{part}.cpp")]
@@ -191,15 +201,47 @@ def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:
         jobs["cpu_kernels"] = [*reference, "-DFUSEDAMP_TARGET=baseline", str(csrc / "engine/cpu/kernels.cpp")]
         for source in csrc.glob("engine/cuda/*.cu"):
             jobs[source.stem] = [*emulated, "-x", "c++", str(source)]
-    objects = {name: folder / f"{name}.o" for name in jobs}
+    return jobs
 
-    def compile_one(name: str) -> None:
-        depends = ["-MD", "-MF", str(beside(objects[name], ".d"))]
-        make([*jobs[name], *depends, "-c"], objects[name])
 
+LIBRARY_PROGRAMS = ("test_lt", "test_lt_attributes")  # they need no CUDA headers
+CUBLASLT = {"13": 131000, "12": 120902}  # soname -> version
+
+
+def library_jobs(kind: Kind, program: str, root: Path) -> Jobs:
+    """What tests the host code of cuBLASLt: ``program``, and the emulated libraries in other objects."""
+    compiler = [kind.compiler(), *HOST_FLAGS, *kind.flags]
+    sources = [root / f"tests/emulation/{program}.cpp", *root.glob("csrc/engine/cuda/lt_*.cpp")]
+    return {source.stem: [*compiler, str(source)] for source in sources}
+
+
+def make_libraries(kind: Kind, folder: Path, root: Path) -> None:
+    """Link the emulated cuBLASLt under two sonames, and a libtorch_cuda.so that needs version 12."""
+    shared = [kind.compiler(), *kind.flags, "-shared", "-fPIC"]
+    source = str(root / "tests/emulation/cublaslt.cpp")
+    for soname, version in CUBLASLT.items():
+        target = folder / f"libcublasLt.so.{soname}"
+        flags = [*HOST_FLAGS, "-fvisibility=hidden", f"-DEMULATED_VERSION={version}"]
+        depends = ["-MD", "-MF", str(beside(target, ".d"))]
+        make([*shared, *flags, *depends, f"-Wl,-soname,{target.name}", source], target)
+    needs = ["-Wl,--no-as-needed", f"-L{folder}", f"-l:{target.name}", "-Wl,-rpath,$ORIGIN"]
+    soname = "-Wl,-soname,libtorch_cuda.so"
+    for name, libraries in {"libtorch_cuda.so": needs, "libtorch.so": []}.items():
+        make([*shared, soname, "-x", "c", "/dev/null", "-x", "none", *libraries], folder / name, [target])
+
+
+def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:
+    """Builds a test program of the project in `root`, only what changed; returns the binary.
+
+    In a folder that is kept, a second build does nothing. Several processes may call it with one folder.
+    """
+    assert kind.compiler(), kind.missing
+    jobs_of = library_jobs if program in LIBRARY_PROGRAMS else kernel_jobs
     binary = folder / program
     with locked(folder):
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(compile_one, jobs))
-        make([compiler, *kind.flags, *map(str, objects.values())], binary, objects.values())
+        objects = compile_all(jobs_of(kind, program, root), folder)
+        link = [kind.compiler(), *kind.flags, "-Wl,-rpath,$ORIGIN"]
+        make([*link, *map(str, objects), "-ldl", "-pthread"], binary, objects)
+        if program == "test_lt":
+            make_libraries(kind, folder, root)
     return binary

@@ -1,10 +1,12 @@
-"""Breaks the CUDA kernels in one place at a time and shows that the emulation notices.
+"""Breaks the CUDA kernels and the host code of cuBLASLt in one place at a time and shows that the emulation
+notices.
 
     python tests/emulation/mutants.py [words that the names of the wanted defects contain ...]
 
-The defects are in defects.toml. Exits with 1 if one survives, or if the unbroken kernels fail.
+The defects are in defects.toml. Exits with 1 if one survives, or if the unbroken code fails.
 """
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from emulated import KINDS, ROOT, Kind, build
 
-ARGUMENTS = ["2", "3000"]  # rounds, largest tensor
+ARGUMENTS = {"test_kernels": ["2", "3000"], "test_lt": ["4"]}  # rounds, largest tensor
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Defect:
     file: str
     good: str
     bad: str
+
+    @property
+    def program(self) -> str:
+        """Return the test program that includes the file."""
+        return "test_lt" if Path(self.file).name.startswith(("lt_", "gemm")) else "test_kernels"
 
 
 def read_defects() -> list[Defect]:
@@ -54,11 +61,11 @@ def copy_project(root: Path) -> None:
         source.write_text(kept)
 
 
-def verdict(kind: Kind, root: Path) -> str:
+def verdict(kind: Kind, program: str, root: Path) -> str:
     """Empty where all tests pass, else what stopped them."""
-    binary = build(kind, "test_kernels", root / "build" / kind.name, root)
+    binary = build(kind, program, root / "build" / kind.name, root)
     try:
-        done = kind.run([str(binary), *ARGUMENTS], timeout=300)
+        done = kind.run([str(binary), *ARGUMENTS[program]], timeout=300)
     except subprocess.TimeoutExpired:
         return "does not end"
     if done.returncode == 0:
@@ -74,15 +81,16 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         copy_project(root)
-        for kind in KINDS.values():
-            defects = sorted((d for d in wanted if d.kind == kind.name), key=lambda d: d.file)
+        for kind, program in itertools.product(KINDS.values(), ARGUMENTS):
+            chosen = (d for d in wanted if (d.kind, d.program) == (kind.name, program))
+            defects = sorted(chosen, key=lambda d: d.file)
             if not defects:
                 continue
             if kind.compiler() is None:
                 print(f"{kind.name}: left out; {kind.missing}")
                 continue
-            if message := verdict(kind, root):
-                print(f"the unbroken kernels fail ({kind.name}): {message}")
+            if message := verdict(kind, program, root):
+                print(f"unbroken, {program} fails ({kind.name}): {message}")
                 return 1
             for defect in defects:
                 source = root / "csrc/engine/cuda" / defect.file
@@ -92,7 +100,7 @@ def main(words: list[str]) -> int:
                         f"{defect.name}: its place occurs {text.count(defect.good)} times in {defect.file}"
                     )
                 source.write_text(text.replace(defect.good, defect.bad))
-                message = verdict(kind, root)
+                message = verdict(kind, program, root)
                 source.write_text(text)
                 print(
                     f"{'caught' if message else 'SURVIVED':8}  {kind.name:7}  {defect.name}: {message[:110]}",

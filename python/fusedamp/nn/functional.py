@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.nn import Parameter
 
 from ..ops import linear as ops
 from . import autograd
+from .arguments import HALF, need_activation, product_dtype, quick_dtype
 from .fusions import is_fused
-
-_PLAIN = (Tensor, Parameter)
-_HALF = (torch.float16, torch.bfloat16)
-ACTIVATIONS = ("gelu_tanh", "relu")
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,8 +40,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         each call casts an FP32 weight; torch casts it once per autocast region.
     Source: arXiv:1710.03740, section 3.3 (sums in FP32).
     """
-    dtype = _product_dtype("linear", (input, weight, bias), ("input", "weight", "bias"))
-    if dtype is None:
+    dtype = quick_dtype(input, weight, bias) or product_dtype(
+        "linear", (input, weight, bias), ("input", "weight", "bias")
+    )
+    if dtype not in HALF:
         return F.linear(input, weight, bias)
     return _linear(input, weight, bias, dtype)
 
@@ -63,11 +61,12 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Raises: ValueError, TypeError naming the argument, what it got, what it wanted.
     Cost: as :func:`linear`, and GELU.  Source: arXiv:1606.08415, section 2.
     """
-    dtype = _product_dtype("linear_gelu", (input, weight, bias), ("input", "weight", "bias"))
-    if dtype is None or not _fuses("gelu", input.device):
+    dtype = product_dtype("linear_gelu", (input, weight, bias), ("input", "weight", "bias"))
+    if dtype not in HALF or not _fuses("gelu", input):
         return F.gelu(linear(input, weight, bias), approximate="tanh")
-    fuse_bias = is_fused("bias_grad", input.device)
-    return autograd.apply(autograd.LinearGELU, input.to(dtype), weight, bias, fuse_bias)
+    return autograd.apply(
+        autograd.LinearGELU, autograd.cast(input, dtype), weight, bias, _layer(weight, bias)
+    )
 
 
 def mlp(
@@ -93,39 +92,35 @@ def mlp(
     Cost: as two :func:`linear` and the activation.  Source: arXiv:1606.08415, section 2.
     """
     need_activation("mlp", activation)
-    dtype = _product_dtype("mlp", (x, w1, b1, w2, b2), ("x", "w1", "b1", "w2", "b2"))
+    dtype = product_dtype("mlp", (x, w1, b1, w2, b2), ("x", "w1", "b1", "w2", "b2"))
     if activation == "relu":
         return linear(F.relu(linear(x, w1, b1)), w2, b2)
-    if dtype is None or not _fuses("gelu_grad", x.device):
+    if dtype not in HALF or not _fuses("gelu_grad", x):
         return linear(linear_gelu(x, w1, b1), w2, b2)
-    options = is_fused("gelu", x.device), is_fused("bias_grad", x.device)
-    return autograd.apply(autograd.MLP, x.to(dtype), w1, b1, w2, b2, *options)
-
-
-def need_activation(op: str, activation: Any) -> None:
-    if activation in ACTIVATIONS:
-        return
-    hint = (
-        'Did you mean "gelu_tanh"? The exact GELU (erf) has no fused form'
-        if activation == "gelu"
-        else "Choose one, or use nn.Sequential of fusedamp.nn.Linear and another activation"
-    )
-    raise ValueError(f'[{op}] activation is {activation!r}; expected "gelu_tanh" or "relu". {hint}.')
+    layers = _layer(w1, b1), _layer(w2, b2)
+    return autograd.apply(autograd.MLP, autograd.cast(x, dtype), w1, b1, w2, b2, layers, is_fused("gelu", x))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    float32 = torch.is_grad_enabled() and _wants_float32(weight, bias)
-    if not float32 and ops.torch_is_fast(input.device.type, dtype):
+    float32 = False
+    if torch.is_grad_enabled():
+        weight_dtype = autograd.grad_dtype_of(weight)
+        bias_dtype = None if bias is None else autograd.grad_dtype_of(bias)
+        float32 = (weight_dtype is torch.float32 and weight.requires_grad) or (
+            bias is not None and bias_dtype is torch.float32 and bias.requires_grad
+        )
+    if not float32 and ops.torch_is_fast(input, dtype):
         return F.linear(input, weight, bias)
-    input = input.to(dtype)
+    input = autograd.cast(input, dtype)
     if not torch.is_grad_enabled():
-        return ops.linear(input, weight.to(dtype), None if bias is None else bias.to(dtype))
+        bias = None if bias is None else autograd.cast(bias, dtype)
+        return ops.linear(input, autograd.cast(weight, dtype), bias)
     if _is_transformed():
-        return autograd.apply(autograd.TransformedLinear, input, weight, bias)
-    arguments = input, weight, bias, is_fused("bias_grad", input.device)
-    if torch.compiler.is_compiling() and float32 and weight.dtype in _HALF:
-        return _linear_with_float32_grads_of_16_bit_weights(*arguments)
-    return autograd.apply(autograd.Linear, *arguments)
+        return autograd.apply_transformed(autograd.TransformedLinear, input, weight, bias)
+    layer = autograd.layer_of(weight, weight_dtype, bias_dtype, is_fused("bias_grad", input))
+    if float32 and weight.dtype in HALF and torch.compiler.is_compiling():
+        return _linear_with_float32_grads_of_16_bit_weights(input, weight, bias, layer)
+    return autograd.apply(autograd.Linear, input, weight, bias, layer)
 
 
 @_disable_dynamo
@@ -134,18 +129,19 @@ def _linear_with_float32_grads_of_16_bit_weights(*arguments: Any) -> Tensor:
     return autograd.apply(autograd.Linear, *arguments)
 
 
-def _wants_float32(*parameters: Tensor | None) -> bool:
-    return any(
-        p is not None and p.requires_grad and autograd.grad_dtype_of(p) is torch.float32 for p in parameters
+def _layer(weight: Tensor, bias: Tensor | None) -> autograd.Layer:
+    bias_dtype = None if bias is None else autograd.grad_dtype_of(bias)
+    return autograd.layer_of(
+        weight, autograd.grad_dtype_of(weight), bias_dtype, is_fused("bias_grad", weight)
     )
 
 
-def _fuses(kind: str, device: torch.device) -> bool:
+def _fuses(kind: str, input: Tensor) -> bool:
     """True if an activation runs inside a product."""
     return (
-        is_fused(kind, device)
+        is_fused(kind, input)
         and torch.is_grad_enabled()
-        and autograd.has_ops(device)
+        and autograd.has_ops(input)
         and not _is_transformed()
     )
 
@@ -153,70 +149,3 @@ def _fuses(kind: str, device: torch.device) -> bool:
 def _is_transformed() -> bool:
     """True within ``torch.func.grad``, ``vmap`` and others."""
     return bool(torch._C._are_functorch_transforms_active())
-
-
-def _is_plain(op: str, tensors: tuple[Any, ...], names: tuple[str, ...]) -> bool:
-    """True if all are plain tensors or None; raises if one is no tensor at all."""
-    plain = True
-    for t, name in zip(tensors, names, strict=True):
-        if type(t) in _PLAIN or (t is None and name[0] == "b"):
-            continue
-        if not hasattr(t, "__torch_function__"):
-            raise TypeError(f"[{op}] {name} is {t!r}; expected a tensor")
-        plain = False
-    return plain
-
-
-def _product_dtype(op: str, tensors: tuple[Any, ...], names: tuple[str, ...]) -> torch.dtype | None:
-    """Return the dtype of a 16-bit product; None if it is torch's affair altogether."""
-    if not _is_plain(op, tensors, names) or torch.autograd.forward_ad._current_level >= 0:
-        return None
-    input = tensors[0]
-    device, dtype, kind = input.device, input.dtype, input.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    for i in range(1, len(tensors), 2):
-        _need_shapes(op, tensors, names, i)
-    for t, name in zip(tensors, names, strict=True):
-        if t is None:
-            continue
-        if t.device != device:
-            raise ValueError(
-                f"[{op}] {name} is on {t.device}; expected {device}, like {names[0]}. Move one of them with "
-                ".to()"
-            )
-        if t.dtype is dtype and t.dtype.is_floating_point:
-            continue
-        if not t.dtype.is_floating_point and not t.dtype.is_complex:
-            raise TypeError(f"[{op}] {name} is {t.dtype}; expected a floating-point tensor. Cast it")
-        if not autocast and t.dtype is not dtype:
-            raise ValueError(
-                f"[{op}] {name} is {t.dtype}; expected {dtype}, like {names[0]}. Cast one of them, or run "
-                f'under torch.autocast("{kind}")'
-            )
-    if autocast:  # which casts no FP64
-        dtype = torch.get_autocast_dtype(kind)
-        if any(t is not None and (t.dtype is torch.float64 or t.dtype.is_complex) for t in tensors):
-            return None
-    return dtype if dtype in _HALF and kind != "meta" else None
-
-
-def _need_shapes(op: str, tensors: tuple[Any, ...], names: tuple[str, ...], i: int) -> None:
-    """Check a weight, the bias after it, and what the weight is multiplied with: the input or the weight
-    before."""
-    weight, bias = tensors[i], tensors[i + 1]
-    if weight.dim() != 2:
-        _refuse_shape(op, names[i], weight, "[out_features, in_features]")
-    before = tensors[i - 1 if i == 1 else i - 2]
-    if i == 1 and (before.dim() == 0 or before.shape[-1] != weight.shape[1]):
-        _refuse_shape(op, names[0], before, f"[..., {weight.shape[1]}]", names[1], weight)
-    if i > 1 and weight.shape[1] != before.shape[0]:
-        _refuse_shape(op, names[i], weight, f"[..., {before.shape[0]}]", names[i - 2], before)
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        _refuse_shape(op, names[i + 1], bias, f"[{weight.shape[0]}]", names[i], weight)
-
-
-def _refuse_shape(
-    op: str, name: str, got: Tensor, wanted: str, like_name: str = "", like: Tensor | None = None
-) -> NoReturn:
-    why = "" if like is None else f", as {like_name} {list(like.shape)}"
-    raise ValueError(f"[{op}] {name} has shape {list(got.shape)}; expected {wanted}{why}")

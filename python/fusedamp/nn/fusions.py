@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..ops import linear
 
@@ -22,14 +23,18 @@ MEASURED: dict[tuple[int, int], dict[str, float]] = {}
 _chosen: dict[str, bool] = {}
 
 
-def is_fused(kind: str, device: torch.device) -> bool:
-    """True if ``kind`` runs inside the product on ``device``."""
+def is_fused(kind: str, tensor: Tensor) -> bool:
+    """True if ``kind`` runs inside products on the device of ``tensor``."""
+    if _chosen or tensor.is_cuda:
+        return _is_fused_on(kind, tensor.device)
+    return kind == "bias_grad"  # on the CPU it shares the upcast gradient
+
+
+def _is_fused_on(kind: str, device: torch.device) -> bool:
     if kind in _chosen:
         return _chosen[kind]
-    if device.type == "cpu":
-        return kind == "bias_grad"  # on the CPU both use the same upcast gradient
     if device.type != "cuda" or not MEASURED:
-        return False
+        return device.type == "cpu" and kind == "bias_grad"
     return kind in MEASURED.get(torch.cuda.get_device_capability(device), {})
 
 
@@ -90,7 +95,7 @@ def fusions(
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"[fusions] {kind} is {value!r}; expected True, False or None")
     _chosen.update({kind: value for kind, value in choice.items() if value is not None})
-    rows = [Fusion(kind, is_fused(kind, device), _why(kind, device)) for kind in KINDS]
+    rows = [Fusion(kind, _is_fused_on(kind, device), _why(kind, device)) for kind in KINDS]
     rows += [Fusion(kind, False, why) for kind, why in linear.refused_plans()]
     report = Fusions(rows)
     report._before = before

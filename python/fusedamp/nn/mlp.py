@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import functional
+from .arguments import need_activation
 from .linear import Linear, set_grad_dtype
 
 
@@ -42,7 +43,7 @@ class MLP(nn.Module):
         grad_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        functional.need_activation("MLP", activation)
+        need_activation("MLP", activation)
         out_features = in_features if out_features is None else out_features
         options: dict[str, Any] = {"device": device, "dtype": dtype, "grad_dtype": grad_dtype}
         self.fc1 = Linear(in_features, hidden_features, bias, **options)

@@ -85,6 +85,20 @@ def linear_weight_grad_(acc: Tensor, grad: Tensor, x: Tensor, *, bias_grad: bool
     return sums
 
 
+def weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype, bias_grad: bool) -> tuple[Tensor, Tensor]:
+    """:func:`linear_weight_grad` of checked arguments."""
+    run = torch.ops.fusedamp.linear_weight_grad.default
+    out, sums = run(grad, x, dtype=dtype, bias_grad=bias_grad)
+    return out, sums
+
+
+def add_weight_grad(acc: Tensor, grad: Tensor, x: Tensor, bias_grad: bool) -> Tensor:
+    """:func:`linear_weight_grad_` of checked arguments."""
+    sums: Tensor = torch.ops.fusedamp.linear_weight_grad_.default(acc, grad, x, bias_grad=bias_grad)
+    bump([acc])
+    return sums
+
+
 def _has_fp16_products() -> bool:
     try:  # oneDNN has kernels for processors with FP16 arithmetic; on others torch's loop runs
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
@@ -95,15 +109,15 @@ def _has_fp16_products() -> bool:
 _FP16_IS_FAST = _has_fp16_products()
 
 
-def torch_is_fast(device: str, dtype: torch.dtype) -> bool:
-    """True if torch's own 16-bit products run at the speed of the hardware."""
-    return device != "cpu" or dtype is not torch.float16 or _FP16_IS_FAST
+def torch_is_fast(t: Tensor, dtype: torch.dtype) -> bool:
+    """True if torch's own 16-bit products on the device of ``t`` run at the speed of the hardware."""
+    return dtype is not torch.float16 or _FP16_IS_FAST or not t.is_cpu
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of 16-bit tensors of one dtype, x of any dimension; by FP32 products where FP16 ones are
     slow."""
-    if torch_is_fast(x.device.type, x.dtype):
+    if torch_is_fast(x, x.dtype):
         return F.linear(x, weight, bias)
     product: Tensor = torch.ops.fusedamp._linear(x.reshape(-1, x.shape[-1]), weight, bias)
     return product.view(*x.shape[:-1], weight.shape[0])
@@ -111,7 +125,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad @ weight`` of 16-bit matrices of one dtype; by FP32 products where FP16 ones are slow."""
-    if torch_is_fast(grad.device.type, grad.dtype):
+    if torch_is_fast(grad, grad.dtype):
         return torch.mm(grad, weight)
     product: Tensor = torch.ops.fusedamp._linear_input_grad(grad, weight)
     return product
