@@ -97,6 +97,11 @@ def rows(device: str, quick: bool) -> Iterator[Row]:
     yield fp32_row(layer, device)
 
 
+def is_slow(device: str, dtype: torch.dtype) -> bool:
+    """True for FP16 on a CPU without FP16 arithmetic."""
+    return device == "cpu" and not torch_is_fast(torch.empty(0), dtype)
+
+
 def layers(device: str, quick: bool, dtype: torch.dtype) -> list[Layer]:
     """List the up-projections of GPT-2 small, XL, and a model of 7e9 parameters; on CUDA all projections."""
     if quick:
@@ -109,7 +114,7 @@ def layers(device: str, quick: bool, dtype: torch.dtype) -> list[Layer]:
             for n, k in ((inner, width), (width, inner), (3 * width, width), (width, width))
             for m in (1_024, 8_192)
         ]
-    slow = not torch_is_fast(device, dtype)  # torch needs seconds for 1e9 multiplications
+    slow = is_slow(device, dtype)  # torch needs seconds for 1e9 multiplications
     small, xl = (128, 32) if slow else (1_024, 256)
     large = (1, 16, 128) if slow else (128,)
     shapes = [Layer("GPT-2 small", small, 3_072, 768), Layer("GPT-2 XL", xl, 6_400, 1_600)]
@@ -120,7 +125,7 @@ def layer_rows(layer: Layer, dtype: torch.dtype, device: str) -> Iterator[Row]:
     """Yield the products of one layer against their rivals. FP16 aims at a multiple of torch's speed as a
     whole: torch's forward is less slow than its gradients."""
     m, n, k = layer.m, layer.n, layer.k
-    slow = not torch_is_fast(device, dtype)
+    slow = is_slow(device, dtype)
     our, upcast = (10 if slow else 2), (10 if device == "cpu" else 2)
 
     def row(what: str, rival: str, make: Any, ours: float, theirs: float, aim: float | None) -> Row:
@@ -160,7 +165,8 @@ def twins(module: nn.Module, device: str) -> tuple[Any, Any]:
 
 
 def randn(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    draw = torch.Generator(device).manual_seed(1)
+    return torch.randn(shape, generator=draw, device=device).to(dtype)
 
 
 def both(side: Callable[[Any], Call], module: nn.Module, device: str) -> Sides:
@@ -178,7 +184,7 @@ def forward(layer: Layer, dtype: torch.dtype, device: str, _: str = AMP) -> Side
 
         return call
 
-    return both(side, nn.Linear(layer.k, layer.n), device)
+    return both(side, nn.Linear(layer.k, layer.n, device=device), device)
 
 
 def input_grad(layer: Layer, dtype: torch.dtype, device: str, _: str = AMP) -> Sides:
@@ -190,7 +196,7 @@ def input_grad(layer: Layer, dtype: torch.dtype, device: str, _: str = AMP) -> S
             y = module.requires_grad_(False)(x)
         return lambda: torch.autograd.grad(y, x, grad, retain_graph=True)[0]
 
-    return both(side, nn.Linear(layer.k, layer.n, bias=False), device)
+    return both(side, nn.Linear(layer.k, layer.n, bias=False, device=device), device)
 
 
 def weight_grad(layer: Layer, dtype: torch.dtype, device: str, rival: str) -> Sides:
@@ -223,7 +229,7 @@ def weight_grad(layer: Layer, dtype: torch.dtype, device: str, rival: str) -> Si
             acc.add_(grad.float().t() @ x.float())
         return acc
 
-    ours, theirs = both(side, nn.Linear(layer.k, layer.n, bias=False), device)
+    ours, theirs = both(side, nn.Linear(layer.k, layer.n, bias=False, device=device), device)
     return ours, theirs if rival in (AMP, GRAD_DTYPE) else products
 
 
@@ -245,13 +251,13 @@ def trained(module: Any, x: Tensor, dtype: torch.dtype, times: int = 1) -> Call:
 
 def forward_backward(layer: Layer, dtype: torch.dtype, device: str, _: str = AMP) -> Sides:
     x = randn(device, dtype, layer.m, layer.k).requires_grad_()
-    return both(lambda module: trained(module, x, dtype), nn.Linear(layer.k, layer.n), device)
+    return both(lambda module: trained(module, x, dtype), nn.Linear(layer.k, layer.n, device=device), device)
 
 
 def mlp_rows(layer: Layer, dtype: torch.dtype, device: str, quick: bool) -> Iterator[Row]:
     """Yield forward and backward of GPT-2's MLP, against plain modules and their compilation."""
     m, n, k = layer.m, layer.n, layer.k
-    slow, width = not torch_is_fast(device, dtype), torch.finfo(dtype).bits
+    slow, width = is_slow(device, dtype), torch.finfo(dtype).bits
     our, upcast = (10 if slow else 2), (10 if device == "cpu" else 2)
 
     def moved(product: int, weight_grad: int, per_weight: int) -> float:
@@ -260,7 +266,8 @@ def mlp_rows(layer: Layer, dtype: torch.dtype, device: str, quick: bool) -> Iter
 
     def make(rival: str) -> Sides:
         x = randn(device, dtype, m, k).requires_grad_()
-        plain = nn.Sequential(nn.Linear(k, n), nn.GELU("tanh"), nn.Linear(n, k)).to(device)
+        first, second = nn.Linear(k, n, device=device), nn.Linear(n, k, device=device)
+        plain = nn.Sequential(first, nn.GELU("tanh"), second)
         ours: Any = fusedamp.nn.MLP(k, n, device=device)
         for mine, its in zip(ours.parameters(), plain.parameters(), strict=True):
             mine.data.copy_(its.data)
@@ -310,7 +317,8 @@ def host_rows(dtype: torch.dtype, device: str) -> Iterator[Row]:
 
 
 def step_row(micro: int, device: str, quick: bool) -> Row:
-    """Return a training step of a GPT under BF16 autocast with torch's AdamW on both sides."""
+    """Return a training step of a GPT under BF16 autocast, with torch's AdamW on both sides. FLOPs and bytes
+    are those of the linear weights."""
     size = Size(50_304, 1_024, 768, 12, 12, 8, 0) if device == "cuda" else Size(1_024, 128, 384, 6, 4, 4, 0)
     if quick:
         size = Size(64, 16, 32, 2, 1, 2, 0)
@@ -360,7 +368,7 @@ def reused_row(layer: Layer, backward: bool, device: str) -> Row:
 
             return trained(module, x, BF16, REUSED) if backward else call
 
-        return both(side, nn.Linear(layer.k, layer.n), device)
+        return both(side, nn.Linear(layer.k, layer.n, device=device), device)
 
     what = f"{REUSED} calls in one region, forward{' + backward' if backward else ''}"
     weight, products = layer.n * layer.k, 2 * layer.m * (layer.n + layer.k)
