@@ -158,20 +158,15 @@ def layer_rows(layer: Layer, dtype: torch.dtype, device: str) -> Iterator[Row]:
         yield row("forward + backward", AMP, forward_backward, ours, theirs, FP16_ON_CPU)
 
 
-def twins(module: nn.Module, device: str) -> tuple[Any, Any]:
-    """Return the module converted, and plain, with the same weights."""
-    module = module.to(device)
-    return fusedamp.nn.convert(copy.deepcopy(module)), module
-
-
 def randn(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
     draw = torch.Generator(device).manual_seed(1)
     return torch.randn(shape, generator=draw, device=device).to(dtype)
 
 
 def both(side: Callable[[Any], Call], module: nn.Module, device: str) -> Sides:
-    ours, theirs = twins(module, device)
-    return side(ours), side(theirs)
+    """Return the side of the converted module, and of the plain one; with the same weights."""
+    theirs = module.to(device)
+    return side(fusedamp.nn.convert(copy.deepcopy(theirs))), side(theirs)
 
 
 def forward(layer: Layer, dtype: torch.dtype, device: str, _: str = AMP) -> Sides:
