@@ -1,29 +1,20 @@
 // The ops on CUDA: on torch's current stream, in torch's memory, without waiting for the device.
+#include "cuda_place.h"
 #include "ops.h"
 #include "resident.h"
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
 namespace fusedamp {
 namespace {
 
-// One call: its device made current, its stream, and the memory that it holds until its kernels are queued.
 class Cuda {
  public:
-  explicit Cuda(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
-    const int32_t index = like.get_device_index();
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    check(cudaSetDevice(index));  // torch's CUDA runtime is another copy than the one in this object
-    device_.stream = static_cast<cudaStream_t>(stream);
-    check(cudaDeviceGetAttribute(&device_.multiprocessors, cudaDevAttrMultiProcessorCount, index));
-    device_.scratch = [this](int64_t bytes) {
-      return keep(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
-    };
+  explicit Cuda(const Tensor& like) : place_(like) {
+    device_.stream = place_.stream();
+    device_.multiprocessors = place_.attribute(cudaDevAttrMultiProcessorCount);
+    device_.scratch = [this](int64_t bytes) { return place_.scratch(bytes); };
     device_.resident = [this](const void* table, int64_t bytes) {
       static auto& tables = *new ResidentTables;  // never destroyed: CUDA may be gone when statics are
-      return keep(tables.get(table, bytes, device_.stream, like_));
+      return place_.keep(tables.get(table, bytes, device_.stream, place_.like()));
     };
   }
   Cuda(const Cuda&) = delete;
@@ -47,18 +38,8 @@ class Cuda {
   }
 
  private:
-  static void check(cudaError_t error) {
-    STD_TORCH_CHECK(error == cudaSuccess, "fusedamp: CUDA error: ", cudaGetErrorString(error));
-  }
-  void* keep(Tensor memory) {
-    kept_.push_back(std::move(memory));
-    return kept_.back().data_ptr();
-  }
-
-  Tensor like_;
-  torch::stable::accelerator::DeviceGuard guard_;
+  CudaPlace place_;
   cuda::Device device_;
-  Tensors kept_;
 };
 
 }  // namespace

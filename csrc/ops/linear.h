@@ -3,8 +3,8 @@
 //
 // A backend multiplies such matrices with FP32 sums:
 //   operand(t)                          t as the products below take it, in 16 bits or in FP32
-//   linear(x, weight, bias)             x weight^T + bias, in the dtype of the operands
-//   input_grad(grad, weight)            grad weight, likewise
+//   linear(x, weight, bias)             x weight^T + bias, in FP32
+//   input_grad(grad, weight)            grad weight, in FP32
 //   weight_grad(out, grad, x, add)      grad^T x into out, or added to it
 // and returns true where it has fused all of:
 //   fused_gelu(y, pre, x, weight, bias)                        pre = linear, y = gelu(pre)
@@ -120,7 +120,7 @@ struct LinearOps {
     Tensor sums = torch::stable::new_empty(grad, {fuse_bias ? pre.size(1) : 0}, bias_dtype);
     if (!backend.fused_gelu_input_grad(out, sums, grad, weight, pre)) {
       const Tensor product = backend.input_grad(backend.operand(grad), backend.operand(weight));
-      const Tensor before = torch::stable::contiguous(in_dtype(pre, product.scalar_type()));
+      const Tensor before = torch::stable::contiguous(in_dtype(pre, ScalarType::Float));
       out = in_dtype(call_gelu("aten::gelu_backward", product, before), grad.scalar_type());
     } else if (fuse_bias) {
       return {out, sums};

@@ -55,7 +55,10 @@ enum Place { kNowhere, kHeuristic, kNothingFound, kState, kProduct, kAccumulatio
 std::atomic<int> refused_at{kNowhere}, refused_with;
 std::atomic<unsigned> refused_epilogue;
 
-bool refuses(Place place, unsigned epilogue) { return refused_at == place && refused_epilogue == epilogue; }
+constexpr unsigned kEvery = ~0u;
+bool refuses(Place place, unsigned epilogue) {
+  return refused_at == place && (refused_epilogue == epilogue || refused_epilogue == kEvery);
+}
 
 int broken(const char* rule, int status = kInvalid) {
   ++broken_rules;

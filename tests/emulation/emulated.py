@@ -230,6 +230,22 @@ def make_libraries(kind: Kind, folder: Path, root: Path) -> None:
         make([*shared, soname, "-x", "c", "/dev/null", "-x", "none", *libraries], folder / name, [target])
 
 
+def build_linear_ops(torch_folder: Path, folder: Path, root: Path = ROOT) -> tuple[Path, Path]:
+    """Build the emulated cuBLASLt and linear_ops.cpp, for a process that has this torch; returns both
+    libraries."""
+    kind, target = KINDS["plain"], folder / "liblinear_ops.so"
+    headers = [f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include"]
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000", *headers]
+    sources = [root / "tests/emulation/linear_ops.cpp", *root.glob("csrc/engine/cuda/lt_*.cpp")]
+    jobs = {f"ops_{source.stem}": ["g++", "-std=c++17", *flags, str(source)] for source in sources}
+    with locked(folder):
+        objects = compile_all(jobs, folder)
+        torch_cpu = ["-Wl,--no-as-needed", f"-L{torch_folder}/lib", "-ltorch_cpu"]
+        make(["g++", "-shared", *map(str, objects), *torch_cpu], target, objects)
+        make_libraries(kind, folder, root)
+    return folder / "libcublasLt.so.13", target
+
+
 def build(kind: Kind, program: str, folder: Path, root: Path = ROOT) -> Path:
     """Builds a test program of the project in `root`, only what changed; returns the binary.
 

@@ -70,7 +70,9 @@ def verdict(kind: Kind, program: str, root: Path) -> str:
         return "does not end"
     if done.returncode == 0:
         return ""
-    patterns = r"==EMULATION== .*|runtime error: .*|ERROR: AddressSanitizer: \S+|data race|FAIL .*"
+    patterns = (
+        r"==EMULATION== .*|runtime error: .*|ERROR: AddressSanitizer: \S+|data race|FAIL .*|what\(\): .*"
+    )
     found = re.search(patterns, done.stdout + done.stderr)
     return found.group() if found else f"exit code {done.returncode}"
 

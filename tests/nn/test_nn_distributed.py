@@ -1,7 +1,7 @@
 """fusedamp.nn on 2 gloo ranks: DDP (bucket views, no_sync, static graph) and FSDP2 reduce FP32 gradients.
 
-Guards: gradients that skip the reduction or are counted twice, sums rounded before it; what is refused is
-refused by name.
+Guards: gradients that skip the reduction or are counted twice, sums rounded before it, refusals without a
+name.
 """
 
 import copy

@@ -220,7 +220,7 @@ def test_versions_move():
     ops.linear_weight_grad_(
         acc, *matrices(7, 3, 5, torch.float16)[2:1:-1], made((7, 5), torch.float16), bias_grad=False
     )
-    assert acc._version == before + 1
+    assert acc._version > before
 
 
 def calls(dtype=torch.bfloat16):

@@ -13,6 +13,7 @@ from ..ops import linear as ops
 from . import autograd
 from .arguments import HALF, need_activation, product_dtype, quick_dtype
 from .fusions import is_fused
+from .gradients import Layer, grad_dtype_of, layer_of
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -104,8 +105,8 @@ def mlp(
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     float32 = False
     if torch.is_grad_enabled():
-        weight_dtype = autograd.grad_dtype_of(weight)
-        bias_dtype = None if bias is None else autograd.grad_dtype_of(bias)
+        weight_dtype = grad_dtype_of(weight)
+        bias_dtype = None if bias is None else grad_dtype_of(bias)
         float32 = (weight_dtype is torch.float32 and weight.requires_grad) or (
             bias is not None and bias_dtype is torch.float32 and bias.requires_grad
         )
@@ -117,7 +118,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
         return ops.linear(input, autograd.cast(weight, dtype), bias)
     if _is_transformed():
         return autograd.apply_transformed(autograd.TransformedLinear, input, weight, bias)
-    layer = autograd.layer_of(weight, weight_dtype, bias_dtype, is_fused("bias_grad", input))
+    layer = layer_of(weight, weight_dtype, bias_dtype, is_fused("bias_grad", input))
     if float32 and weight.dtype in HALF and torch.compiler.is_compiling():
         return _linear_with_float32_grads_of_16_bit_weights(input, weight, bias, layer)
     return autograd.apply(autograd.Linear, input, weight, bias, layer)
@@ -129,11 +130,9 @@ def _linear_with_float32_grads_of_16_bit_weights(*arguments: Any) -> Tensor:
     return autograd.apply(autograd.Linear, *arguments)
 
 
-def _layer(weight: Tensor, bias: Tensor | None) -> autograd.Layer:
-    bias_dtype = None if bias is None else autograd.grad_dtype_of(bias)
-    return autograd.layer_of(
-        weight, autograd.grad_dtype_of(weight), bias_dtype, is_fused("bias_grad", weight)
-    )
+def _layer(weight: Tensor, bias: Tensor | None) -> Layer:
+    bias_dtype = None if bias is None else grad_dtype_of(bias)
+    return layer_of(weight, grad_dtype_of(weight), bias_dtype, is_fused("bias_grad", weight))
 
 
 def _fuses(kind: str, input: Tensor) -> bool:

@@ -75,7 +75,7 @@ def fusions(
     """Report what runs inside the products of linear layers on a device, and why; or choose it.
 
     A fusion is the default on a compute capability where it was measured to be faster at every shape; nowhere
-    else. FP32 weight gradients, and adding them to ``.grad`` inside the product, are no options: they are the
+    else. FP32 weight gradients, and adding them to ``.grad`` inside the product, are always on: they are the
     result.
 
     Args:
@@ -96,7 +96,11 @@ def fusions(
             raise TypeError(f"[fusions] {kind} is {value!r}; expected True, False or None")
     _chosen.update({kind: value for kind, value in choice.items() if value is not None})
     rows = [Fusion(kind, _is_fused_on(kind, device), _why(kind, device)) for kind in KINDS]
-    rows += [Fusion(kind, False, why) for kind, why in linear.refused_plans()]
+    rows += [
+        Fusion(use.epilogue, False, f"{use.inputs} to {use.output}, {use.calls} calls refused: {use.refused}")
+        for use in linear.product_uses()
+        if use.refused and use.device == (device.index or 0)
+    ]
     report = Fusions(rows)
     report._before = before
     return report

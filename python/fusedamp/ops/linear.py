@@ -1,14 +1,14 @@
 """Ops of linear layers: products of 16-bit matrices with FP32 sums, and weight gradients in FP32.
 
 All tensors are matrices on one device, in one 16-bit dtype, with any strides: x [M, K], weight [N, K], grad
-[M, N]. On CUDA the products are cuBLASLt's; what that refuses for a shape or an alignment is made of torch's
-products (``fusedamp.nn.fusions()`` counts these). On the CPU they are torch's FP32 products.
+[M, N]. On CUDA the products are cuBLASLt's; what that refuses for a shape or an alignment is made of FP32
+products (``fusedamp.nn.fusions()`` names these). On the CPU they are torch's FP32 products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[
 
     Args:
         x ([M, K], fp16|bf16), weight ([N, K]), bias ([N] or None): read only, one dtype.
-    Returns: y and pre, both [M, N] in that dtype. Sums are fp32; where the op is fused, and on the CPU, y is
-        made of the sum before pre is rounded.
+    Returns: y and pre, both [M, N] in that dtype, each an fp32 value that was rounded once.
     Raises: ValueError naming the op, the argument, what it got, what it wanted.
     Cost: one product; no host sync.  Source: arXiv:1606.08415, section 2 (GELU).
     """
@@ -131,12 +130,28 @@ def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
-def refused_plans() -> list[tuple[str, str]]:
-    """Return what cuBLASLt refused so far in this process, and why."""
+class ProductUse(NamedTuple):
+    """A kind of product that cuBLASLt was asked for in this process."""
+
+    device: int
+    epilogue: str
+    inputs: str
+    output: str
+    accumulate: bool
+    calls: int
+    refused: str
+    """Why torch's own products were taken instead; empty if the library ran it."""
+
+
+def product_uses() -> list[ProductUse]:
+    """Return what cuBLASLt was asked for so far."""
     if not library.HAS_CUDA_OPS:
         return []
-    lines = str(torch.ops.fusedamp._refused_plans()).splitlines()
-    return [(kind, why) for kind, _, why in (line.partition(": ") for line in lines)]
+    uses = []
+    for line in str(torch.ops.fusedamp._product_uses()).splitlines():
+        device, epilogue, inputs, output, accumulate, calls, refused = line.split("\t")
+        uses.append(ProductUse(int(device), epilogue, inputs, output, accumulate == "1", int(calls), refused))
+    return uses
 
 
 def _need_one_device(*tensors: Tensor | None) -> None:
