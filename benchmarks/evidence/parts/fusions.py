@@ -73,6 +73,12 @@ def fused_ops(place: Place, layer: Layer, dtype: torch.dtype, alignment: int) ->
     }
 
 
+def refused_since(before: list[ops.ProductUse]) -> str:
+    """Return what cuBLASLt refused since ``before``, and why."""
+    uses = [use for use in ops.product_uses() if use.refused and use not in before]
+    return "; ".join(f"{use.epilogue}, {use.inputs} to {use.output}: {use.refused}" for use in uses)
+
+
 def plans(place: Place) -> Iterator[dict[str, Any]]:
     """Yield what each op needed or was refused: at every alignment, and with odd rows."""
     even = place.sized(Layer("", 512, 1_024, 768), Layer("", 8, 16, 24))
@@ -80,20 +86,19 @@ def plans(place: Place) -> Iterator[dict[str, Any]]:
     for dtype in DTYPES:
         for layer, alignment in [*((even, a) for a in ALIGNMENTS), (odd, 256)]:
             for op, call in fused_ops(place, layer, dtype, alignment).items():
-                before, start = set(ops.refused_plans()), 0
+                before, start = ops.product_uses(), 0
                 if place.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     start = torch.cuda.memory_allocated()
                 kept = call()
                 most = torch.cuda.max_memory_allocated() - start if place.device == "cuda" else 0
                 results = kept if isinstance(kept, tuple) else (kept,)
-                refused = [f"{kind}: {why}" for kind, why in ops.refused_plans() if (kind, why) not in before]
                 yield {
                     "op": op,
                     "dtype": SHORT[dtype],
                     "alignment": alignment,
                     "m n k": (layer.m, layer.n, layer.k),
-                    "refused": refused,
+                    "refused": refused_since(before),
                     "workspace": max(0, most - sum(t.nbytes for t in results)),
                 }
 
@@ -159,14 +164,14 @@ def fusions(place: Place, clock: Clock) -> Iterator[dict[str, Any]]:
             jobs += [(kind, layer, dtype, layer in known) for kind in kinds]  # GELU follows layers that widen
     for kind, layer, dtype, known in place.all_in_time(jobs, spare=25 if not place.rehearse else 5):
         ours, theirs = pair(place, kind, layer, dtype)
-        before = ops.refused_plans()
+        before = ops.product_uses()
         yield {
             "kind": kind,
             "where": layer.title,
             "dtype": SHORT[dtype],
             "benchmark": known,
             "speedup": speedup(clock, ours, theirs, place.sized(PAIRS, 1)),
-            "refused": ops.refused_plans() != before,
+            "refused": refused_since(before),
         }
 
 
@@ -256,4 +261,4 @@ def run(place: Place) -> None:
     with place.attempt("rivals"):
         for row in rivals(place, clock):
             place.note("rivals", [*place.findings.get("rivals", []), row])
-    place.note("refused", ops.refused_plans())
+    place.note("uses", ops.product_uses())

@@ -250,4 +250,4 @@ def run(place: Place) -> None:
                 same_bits(place)
     with place.attempt("nothing of the weight's shape is allocated"):
         place.note("memory", memory(place))
-    place.note("refused", ops.refused_plans())
+    place.note("uses", ops.product_uses())
