@@ -72,15 +72,15 @@ def _tally(results: list[Result], threads: int) -> str:
     text = ", ".join(
         f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict] or verdict == "slower"
     )
-    return f"- **{_threads(threads)}**: fusedamp is {text}, of {counts.total()} rows."
+    return f"- **{threads_of(threads)}**: fusedamp is {text}, of {counts.total()} rows."
 
 
-def _threads(count: int) -> str:
+def threads_of(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _table(rows: list[dict[int, Result]], threads: list[int], per_tensor: bool) -> str:
-    heads = ["optimizer", "weights", "against", *map(_threads, threads)]
+    heads = ["optimizer", "weights", "against", *map(threads_of, threads)]
     heads += ["ns per tensor, ours / theirs"] if per_tensor else ["bytes, ours / theirs", "of the stream"]
     heads += ["dropped"]
     lines = [heads, ["---"] * 3 + ["---:"] * (len(heads) - 3)]

@@ -123,6 +123,28 @@ def _training(found: dict[str, Any]) -> str:
     return table(heads, rows) if rows else ""
 
 
+def _fusions(found: dict[str, Any]) -> str:
+    if not found.get("fusions"):
+        return ""
+    heads = ("fusion", "layer", "dtype", "speedup", "refused")
+    rows = [[r[key] for key in ("kind", "where", "dtype", "speedup", "refused")] for r in found["fusions"]]
+    refused = [p for p in found.get("plans", []) if p["refused"]]
+    keys = ("op", "dtype", "alignment", "m n k", "refused")
+    blocks = [
+        table(heads, rows),
+        f"For python/fusedamp/nn/fusions.py: `{found.get('measured', '').strip()}`",
+        f"Plans refused: {len(refused)} of {len(found.get('plans', []))}.",
+        table(keys, [[p[key] for key in keys] for p in refused]) if refused else "",
+        table(("row", "speedup"), [(r["row"], r["speedup"]) for r in found.get("rivals", [])]),
+    ]
+    if step := found.get("step"):
+        sides = [
+            (name, step[name]["step_ms"], step[name]["peak_gb"]) for name in ("torch AMP", "fusedamp.nn")
+        ]
+        blocks.append(table(("a step of GPT-2 small, 8 micro-batches", "ms", "peak GB"), sides))
+    return "\n\n".join(filter(None, blocks))
+
+
 def _suite(found: dict[str, Any]) -> str:
     if not found.get("counts"):
         return ""
@@ -149,6 +171,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "graphs": _plain,
     "sync": _plain,
     "large": _plain,
+    "linear": _plain,
+    "fusions": _fusions,
     "bandwidth": _bandwidth,
     "launches": _launches,
     "training": _training,

@@ -22,6 +22,8 @@ from benchmarks import (  # noqa: E402
     cliffs,
     contenders,
     duel,
+    linear,
+    linear_rows,
     report,
     results,
     run,
@@ -96,6 +98,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path):
         (["--workload", "W9"], "invalid choice: 'W9'"),
         (["--workload", "host", "--rival", "P5"], "no row matches"),
         (["--scaling", "--dtype", "bf16"], "--scaling: has its own workloads"),
+        (["--linear", "--rival", "P1"], "--linear: has its own workloads"),
     ],
 )
 def test_bad_options_get_clear_messages(arguments, message, capsys):
@@ -262,3 +265,65 @@ def test_small_steps_are_counted(phase):
     ours, theirs = (small.operations(small.phase_of(mine, 4, phase)) for mine in (True, False))
     assert ours == (1 if phase == "plain step" else 3)
     assert theirs >= (1 if phase == "plain step" else 3)
+
+
+LINEAR = list(linear_rows.rows("cpu", quick=True))
+
+
+@pytest.mark.parametrize("row", LINEAR, ids=lambda row: row.name)
+def test_both_sides_of_a_linear_row_compute_the_same(row):
+    linear.checked(row, row.make())
+    assert row.flops > 0
+    assert 0 < row.our_bytes < 100 * row.rival_bytes
+
+
+def test_a_linear_row_that_computes_something_else_is_a_wrong_result():
+    row = next(row for row in LINEAR if row.what == "forward")
+    ours, theirs = row.make()
+    with pytest.raises(duel.WrongResult, match="results differ"):
+        linear.checked(row, (lambda: ours() * 1.01, theirs))
+
+
+def test_bytes_of_weight_gradients_are_those_of_their_passes():
+    """m n k = 48, 96, 64: 20 bytes per weight for torch, 16 for a product and a sum, 8 for one that adds."""
+    weight, rows = 96 * 64, 48 * (96 + 64)
+    found = {
+        row.rival: row for row in LINEAR if "weight gradient" in row.what and row.dtype is torch.bfloat16
+    }
+    assert found[linear_rows.AMP].rival_bytes == 20 * weight + 2 * rows
+    assert found[linear_rows.PRODUCT].rival_bytes == 16 * weight + 10 * rows
+    assert {row.our_bytes for row in found.values()} == {8 * weight + 10 * rows}
+    assert {row.flops for row in found.values()} == {2 * 48 * 96 * 64}
+
+
+def test_accumulation_makes_no_temporary_of_the_weights_shape():
+    """48 x 96 and 48 x 64 are upcast; the 96 x 64 of the weight are not made again."""
+    row = next(row for row in LINEAR if row.rival == linear_rows.PRODUCT)
+    ours, theirs = row.make()
+    upcast, weight = 4 * 48 * (96 + 64), 4 * 96 * 64
+    ours()
+    assert linear.temporary(ours) == upcast
+    assert linear.temporary(theirs) == upcast + weight
+
+
+def test_rivals_on_a_gpu_are_listed():
+    rivals = {row.rival for row in linear_rows.rows("cuda", quick=False)}
+    assert {linear_rows.MM, linear_rows.ADDMM, linear_rows.AMP, linear_rows.GRAD_DTYPE} <= rivals
+
+
+def test_slower_linear_rows_are_listed_with_their_reason():
+    row = next(row for row in LINEAR if row.why and "weight gradient" in row.what)
+    host = next(row for row in LINEAR if row.calls > 1)
+
+    def point(row, theirs):
+        measured = Timing(1, [Triple(sample(1.0), sample(theirs), None)] * 5)
+        return linear.Point(row, measured, (1e6, 2e6))
+
+    text = linear.report([point(row, 0.5), point(host, 0.6)], this_machine(), quick=False)
+    aims, slower = text.split("## Aims")[1].split("## Where fusedamp is slower")
+    assert f"{row.name}, 1 thread: **0.50** (0.50 to 0.50). {row.why}" in slower
+    assert "**0.60** (0.60 to 0.60) missed" in aims
+    assert row.name not in aims  # the results differ by design
+    assert "1 / 2" in text
+    text = linear.report([point(row, 2.0), point(host, 0.7)], this_machine(), quick=False)
+    assert "All are met." in text

@@ -21,7 +21,17 @@ pytestmark = pytest.mark.skipif(
 
 from benchmarks.evidence import part, parts, process, report, run  # noqa: E402
 from benchmarks.evidence.borrowed import cases  # noqa: E402
-from benchmarks.evidence.parts import PARTS, bandwidth, bitwise, counters, graphs, large, suite  # noqa: E402
+from benchmarks.evidence.parts import (  # noqa: E402
+    PARTS,
+    bandwidth,
+    bitwise,
+    counters,
+    fusions,
+    graphs,
+    large,
+    linear,
+    suite,
+)
 from benchmarks.evidence.place import Place, Skip  # noqa: E402
 
 NOTHING = {"checks": 0, "failures": [], "findings": {}, "seconds": 1.0, "tail": "", "reason": ""}
@@ -33,6 +43,7 @@ def rehearsed(name: str) -> dict:
 
 
 PARTS_IN_PYTHON = ["bitwise", "graphs", "sync", "large", "bandwidth", "launches", "training", "reduced"]
+PARTS_IN_PYTHON += ["linear", "fusions"]
 
 
 @pytest.mark.parametrize("name", PARTS_IN_PYTHON)
@@ -106,6 +117,33 @@ def test_a_replay_that_differs_fails_the_part(monkeypatch):
 
     monkeypatch.setattr(graphs, "captured", stale)
     assert len(rehearsed("graphs")["failures"]) >= 10
+
+
+def test_products_that_round_fail_the_part(monkeypatch):
+    """As if the device rounded a weight gradient to 16 bits before it added it up."""
+    exact = linear.ops.add_weight_grad
+
+    def rounded(acc, grad, x, bias_grad):
+        sums = exact(fresh := torch.zeros_like(acc), grad, x, bias_grad)
+        acc += fresh.to(grad.dtype)
+        return sums
+
+    for name in ("linear_weight_grad_", "add_weight_grad"):
+        monkeypatch.setattr(linear.ops, name, rounded)
+    failures = rehearsed("linear")["failures"]
+    assert any("linear_weight_grad_" in failure for failure in failures)
+    assert any(failure.startswith("micro-batches") for failure in failures)
+
+
+def test_a_fusion_is_a_default_only_if_it_is_faster_everywhere():
+    def row(kind, speedup, benchmark=True, refused=False):
+        return {"kind": kind, "speedup": speedup, "benchmark": benchmark, "refused": refused}
+
+    found = [row("bias_grad", 1.02), row("bias_grad", 1.1), row("bias_grad", 0.99, benchmark=False)]
+    found += [row("gelu", 1.019), row("gelu", 1.5), row("gelu_grad", 1.2)]
+    assert fusions.measured(found, (9, 0)) == '    (9, 0): {"bias_grad": 1.02, "gelu_grad": 1.2},'
+    found += [row("bias_grad", 0.98, benchmark=False), row("gelu_grad", 1.2, refused=True)]
+    assert fusions.measured(found, (9, 0)) == "    (9, 0): {},"
 
 
 def test_an_element_that_differs_is_found_at_its_place():

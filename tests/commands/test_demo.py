@@ -14,6 +14,7 @@ pytest.importorskip("sklearn", reason='the demo needs pip install "fusedamp[demo
 import fusedamp
 import torch
 import torch.nn.functional as F
+from fusedamp.commands.demo.gradients import gradients_line, weight_gradient_error
 from fusedamp.commands.demo.models import GPT, ConvNet, Linear, multiply
 from fusedamp.commands.demo.options import DTYPES, DemoError, Options
 from fusedamp.commands.demo.report import Outcome, table
@@ -147,11 +148,33 @@ def test_whole_run_on_the_gpt(gpt, tmp_path, capsys):
     text = capsys.readouterr().out
     assert code in (0, 1)
     assert (code == 1) == ("The claim did not hold" in text)
-    for words in ("FP16 torch AMP", "FP16 fusedamp, no masters", "multiply in FP32", "Halfway", "demo.png"):
+    for words in (
+        "FP16 torch AMP",
+        "FP16 fusedamp, no masters",
+        "multiply in FP32",
+        "Halfway",
+        "fusedamp.nn.convert",
+        "demo.png",
+    ):
         assert words in " ".join(text.split())
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG")
     assert int.from_bytes(data[16:20], "big") >= 1000
+
+
+@pytest.mark.parametrize(("name", "eps"), [("FP16 torch AMP", 2.0**-11), ("BF16 torch AMP", 2.0**-8)])
+def test_rounding_of_weight_gradients_and_its_end(outcome, name, eps):
+    """AMP's gradients are off by up to half a unit of 16 bits; converted, by roundings of FP32 sums."""
+    run, batch = run_named(outcome, name), outcome.task.finetune(0, 0)
+    weights = run.weights()
+    assert eps / 4 < weight_gradient_error(run, batch) < eps
+    assert weight_gradient_error(run, batch, converted=True) < 1e-5
+    assert type(run.model.head) is Linear
+    assert all(map(torch.equal, run.weights(), weights))
+
+
+def test_without_16_bit_runs_no_line_on_gradients(outcome):
+    assert gradients_line([outcome.reference], outcome.task.finetune(0, 0)) == ""
 
 
 def test_hopeless_training_ends_with_a_message(digits):

@@ -26,9 +26,11 @@ PARTS = {
         Part("sanitizer", "compute-sanitizer: memcheck and racecheck", 120, proves=True),
         Part("sync", "No host synchronisation in the tail of a step", 60, proves=True),
         Part("large", "More than 2^31 elements", 90, proves=True),
+        Part("linear", "Linear layers: values, sums, same bits", 60, proves=True),
         Part("bandwidth", "Bandwidth and time of optimizer steps", 120),
         Part("launches", "Launches per step, host time per tensor", 45),
         Part("training", "A GPT-2-size training step", 75),
+        Part("fusions", "Linear layers: plans, fusions, a step", 75),
         Part("counters", "Nsight Compute: bytes and throughput of each kernel", 45),
     )
 }

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from fusedamp.commands.demo.chart import draw
+from fusedamp.commands.demo.gradients import gradients_line
 from fusedamp.commands.demo.options import Options
 from fusedamp.commands.demo.report import Bars, Outcome, table
 from fusedamp.commands.demo.tasks import Task, digits_task, gpt_task
@@ -34,7 +35,8 @@ def run_tasks(tasks: list[Task], options: Options) -> int:
     console.print(_machine(options), _method(options), sep="\n", end="\n\n")
     outcomes = [_train(task, options, console) for task in tasks]
     for outcome in outcomes:
-        console.print(table(outcome), outcome.lost_line(), sep="\n", end="\n\n")
+        lines = outcome.lost_line(), gradients_line(outcome.runs, outcome.task.finetune(options.seed, 0))
+        console.print(table(outcome), *filter(None, lines), sep="\n", end="\n\n")
     findings = [finding for outcome in outcomes for finding in outcome.findings()]
     for finding in findings:
         console.print(

@@ -126,7 +126,7 @@ class Run:
 
     def _attempt(self, batch: Batch) -> bool:
         self.optimizer.zero_grad()
-        loss, _ = self._loss(batch)
+        loss, _ = self.loss(batch)
         before = self.scaler.get_scale()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         started = self._now()
@@ -149,10 +149,10 @@ class Run:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> None:
         """Record loss and accuracy on the held-out batch."""
-        loss, accuracy = self._loss(batch)
+        loss, accuracy = self.loss(batch)
         self.evaluations.append((len(self.losses), loss.item(), accuracy.item()))
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         x, y = (tensor.to(self.device) for tensor in batch)
         if x.is_floating_point():
             x = x.to(next(self.model.parameters()).dtype)
