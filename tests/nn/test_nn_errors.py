@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fusedamp.nn import MLP, Linear, LinearGELU, convert, functional
+from on_device import DEVICE
 from torch import nn
 
 X, WEIGHT, BIAS = torch.ones(2, 5), torch.ones(4, 5), torch.ones(4)
@@ -114,6 +115,29 @@ REFUSED = {
         r"\[convert\] fuse_gelu is 'yes'",
     ),
 }
+
+
+PARAMETERS = {
+    "width": ((torch.ones(2, 3), WEIGHT, None), r"input has shape \[2, 3\]; expected \[\.\.\., 5\]"),
+    "bias": ((X, WEIGHT, BIAS[:2]), r"bias has shape \[2\]; expected \[4\]"),
+    "bias of one element": ((X, WEIGHT, BIAS[:1]), r"bias has shape \[1\]; expected \[4\]"),
+    "1-dim weight": ((X, torch.ones(5), None), r"weight has shape \[5\]; expected"),
+    "device": ((X, WEIGHT.to("meta"), None), r"weight is on meta; expected"),
+    "device of the bias": ((X, WEIGHT, BIAS.to("meta")), r"bias is on meta; expected"),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_parameters_refused_by_name(case, autocast):
+    """As modules pass them."""
+    (x, *parameters), message = PARAMETERS[case]
+    parameters = [None if p is None else nn.Parameter(p) for p in parameters]
+    with (
+        torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast),
+        pytest.raises(ValueError, match=rf"\[linear\] {message}"),
+    ):
+        functional.linear(x, *parameters)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -340,16 +340,21 @@ def test_no_tensor(bad):
 
 
 @pytest.mark.host
-def test_cpu_fp16_takes_fp32_products():
-    """Where a processor has no FP16 arithmetic; rounded once, as torch's."""
-    if linear_ops.torch_is_fast(X, torch.float16):
-        pytest.skip("this processor has FP16 arithmetic")
-    x, weight, grad, bias = matrices(5, 3, 4, torch.float16)
-    wanted = (x.float() @ weight.float().t() + bias.float()).half()
-    torch.testing.assert_close(
-        linear_ops.linear(x.view(5, 1, 4), weight, bias), wanted.view(5, 1, 3), rtol=0, atol=1e-3
+def test_cpu_fp16_takes_fp32_products(monkeypatch):
+    """Where a processor has no FP16 arithmetic; rounded once, as torch's. Few rows are not worth the
+    casts."""
+    monkeypatch.setattr(linear_ops, "_FP16_IS_FAST", False)
+    seen = []
+    monkeypatch.setattr(
+        linear_ops.F, "linear", lambda *args: seen.append(args[0].shape) or args[0] @ args[1].t()
     )
-    assert linear_ops.linear(x[0], weight, bias).shape == (3,)
-    torch.testing.assert_close(
-        linear_ops.linear_input_grad(grad, weight), (grad.float() @ weight.float()).half()
-    )
+    x, weight, grad, bias = matrices(24, 3, 4, torch.float16)
+    wanted = product(x, weight.t(), bias)
+    wanted.check(linear_ops.linear(x.view(6, 1, 4, 4), weight, bias).view(24, 3), "forward")
+    assert not seen
+    linear_ops.linear(x[0], weight, bias)
+    large = torch.empty(2048, 2049).half()
+    linear_ops.linear(torch.empty(47, 2049).half(), large, None)
+    linear_ops.linear(torch.empty(48, 2049).half(), large, None)
+    assert seen == [(4,), (47, 2049)]
+    product(grad, weight).check(linear_ops.linear_input_grad(grad, weight), "input grad")

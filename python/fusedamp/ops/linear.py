@@ -113,10 +113,18 @@ def torch_is_fast(t: Tensor, dtype: torch.dtype) -> bool:
     return dtype is not torch.float16 or _FP16_IS_FAST or not t.is_cpu
 
 
+def has_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """True if casting an FP16 weight to FP32 takes longer than torch's own FP16 product with ``x``.
+
+    On one and two cores the two are equal at 5 rows with weights in the cache, and at 40 with others.
+    """
+    return x.numel() < weight.shape[1] * (8 if weight.numel() <= 1 << 22 else 48)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of 16-bit tensors of one dtype, x of any dimension; by FP32 products where FP16 ones are
     slow."""
-    if torch_is_fast(x, x.dtype):
+    if torch_is_fast(x, x.dtype) or has_few_rows(x, weight):
         return F.linear(x, weight, bias)
     product: Tensor = torch.ops.fusedamp._linear(x.reshape(-1, x.shape[-1]), weight, bias)
     return product.view(*x.shape[:-1], weight.shape[0])
