@@ -154,9 +154,24 @@ def test_func_grad_and_vmap():
         for a, b in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, wanted)), strict=True):
             assert a.dtype is torch.float32
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.2)
-    ones = torch.func.grad(lambda w: functional.linear(torch.ones(257, 1).bfloat16(), w).float().sum())
+    ones = torch.func.grad(
+        lambda w, b: functional.linear(torch.ones(257, 1).bfloat16(), w, b).float().sum(), (0, 1)
+    )
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert ones(torch.ones(1, 1)).item() == 257.0
+        grads = ones(torch.ones(1, 1), torch.ones(1))
+    assert [(g.item(), g.dtype) for g in grads] == [(257.0, torch.float32)] * 2
+
+
+def test_compiled_autograd():
+    """A backward pass that is traced returns gradients."""
+    module = ones_layer()
+    for rows in (257, 1):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            y = module(torch.ones(rows, 4))
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            y.sum().backward()
+    assert torch.equal(module.weight.grad, torch.full((3, 4), 258.0))
+    assert torch.equal(module.bias.grad, torch.full((3,), 258.0))
 
 
 def test_functional_call():

@@ -105,6 +105,27 @@ def test_backward_of_some_inputs(mode):
     assert bias.grad.item() == 5.0
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_backward_of_some_inputs_of_a_fused_mlp(with_bias):
+    """Each weight asks for itself."""
+    module = fusedamp.nn.MLP(4, 8, bias=with_bias)
+    x = whole(3, 4)
+
+    def output():
+        with fusedamp.nn.fusions(gelu=True, gelu_grad=True), torch.autocast(DEVICE, dtype=torch.bfloat16):
+            return module(x).float().sum()
+
+    output().backward()
+    parameters = dict(module.named_parameters())
+    for name, p in parameters.items():
+        before = {other: q.grad.clone() for other, q in parameters.items()}
+        output().backward(inputs=[p])
+        for other, q in parameters.items():
+            wanted = 2 * before[other] if other == name else before[other]
+            torch.testing.assert_close(q.grad, wanted, rtol=1e-5, atol=1e-5)
+            q.grad.copy_(before[other])
+
+
 def test_retain_graph(mode):
     weight, bias = mode.parameters()
     x, dy = whole(4, 5).requires_grad_(), whole(4, 3, seed=7)

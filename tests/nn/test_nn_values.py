@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusedamp.nn import functional
-from linear_reference import Exact, after_gelu, before_gelu, gelu, product, rounded, row_sums
+from linear_reference import Exact, after_gelu, before_gelu, gelu, gelu_slope, product, rounded, row_sums
 from on_device import DEVICE
 
 HALF = [torch.float16, torch.bfloat16]
@@ -116,6 +116,26 @@ def test_autocast_decides_the_dtype():
     product(torch.ones(4, 5).bfloat16(), x.detach().half().bfloat16()).check(weight.grad, "weight grad")
     with torch.autocast("cuda" if DEVICE == "cpu" else "cpu", dtype=torch.bfloat16):  # another device's
         assert functional.linear(x, weight, bias).dtype is torch.float32
+
+
+def test_a_bias_alone():
+    """An FP32 bias of a frozen weight has an FP32 sum as well."""
+    bias = torch.nn.Parameter(torch.ones(1))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        functional.linear(torch.ones(257, 2), torch.ones(1, 2), bias).sum().backward()
+    assert bias.grad.item() == 257.0
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_later_gradients_of_16_bit_weights(dtype):
+    """They are added to 16-bit .grad by torch."""
+    x, weight, bias, dy = random_layer((5,), 6, 4, dtype)
+    for _ in range(3):
+        functional.linear(x, weight, bias).backward(dy.to(dtype))
+    assert weight.grad.dtype is bias.grad.dtype is dtype
+    once = product(dy.to(dtype).t(), x.detach())
+    allowed = 3 * once.bound + 3 * 3 * once.value.abs() * torch.finfo(dtype).eps
+    assert ((weight.grad.double() - 3 * once.value).abs() <= allowed + 1e-6).all()
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias", "all"])
@@ -256,6 +276,28 @@ def test_linear_gelu(shape, fusion, dtype):
         two.backward(dy.to(dtype))
         assert torch.equal(two, y)
         assert torch.equal(module[0].weight.grad, weight.grad)
+
+
+@pytest.mark.parametrize("fusion", [{}, {"gelu": True, "gelu_grad": True}, {"gelu_grad": True}], ids=str)
+@pytest.mark.parametrize("call", ["linear_gelu", "mlp"])
+def test_gelu_is_the_tanh_approximation(call, fusion):
+    """Weights of 1: results are rounded once, and the exact GELU is further away."""
+    x = torch.linspace(-4, 4, 512).half()[:, None].requires_grad_()
+    one = torch.ones(1, 1).half()
+    with fusedamp.nn.fusions(**fusion):
+        y = (
+            functional.linear_gelu(x, one)
+            if call == "linear_gelu"
+            else functional.mlp(x, one, None, one, None)
+        )
+    y.sum().backward()
+    wide, half_ulp = x.detach().double(), 2.0**-11
+    exact = wide * torch.special.ndtr(wide)
+    exact_slope = torch.special.ndtr(wide) + wide * torch.exp(-(wide**2) / 2) / (2 * torch.pi) ** 0.5
+    for got, tanh, erf in ((y, gelu(wide), exact), (x.grad, gelu_slope(wide), exact_slope)):
+        allowed = half_ulp * tanh.abs() + 1e-6
+        assert ((got.double() - tanh).abs() <= allowed).all()
+        assert ((erf - tanh).abs() > 2 * allowed).any() or ((erf - tanh).abs() > allowed + 2e-4).any()
 
 
 MLPS = {

@@ -57,28 +57,22 @@ def _accumulator(weight: Tensor | None, accumulate: Any) -> Any:
     In place only if the engine accumulates into this leaf, in FP32, and no hook of the tensor would see the
     gradient. ``accumulate``: the node after this one, AccumulateGrad if the weight is a leaf.
     """
-    if weight is None or torch.compiler.is_compiling() or not weight.is_leaf:
-        return None
+    if torch.compiler.is_compiling() or weight is None or not weight.is_leaf:
+        return None  # a traced backward would record today's .grad
     runs = _engine_runs(accumulate)
     if runs is None:
         return None
     if not runs:
         return _SKIP
     grad = weight.grad
-    plain = (
-        type(grad) is Tensor
-        and grad.dtype is torch.float32
-        and grad.layout is torch.strided
-        and grad.is_contiguous()
-        and not grad.requires_grad
-    )
+    plain = type(grad) is Tensor and grad.dtype is torch.float32 and grad.is_contiguous()
     return grad if plain and not weight._backward_hooks and _on_its_stream(weight) else None
 
 
 class Layer(NamedTuple):
     """A weight and a bias as backward needs them."""
 
-    weight: Tensor | None  # itself; None in a traced backward, which would record today's .grad
+    weight: Tensor | None  # itself; None if gradients are always returned
     version: int
     weight_dtype: torch.dtype  # of its gradient
     bias_dtype: torch.dtype | None
@@ -134,6 +128,4 @@ def layer_of(
     weight: Tensor, weight_dtype: torch.dtype, bias_dtype: torch.dtype | None, fuse_bias: bool
 ) -> Layer:
     """``weight_dtype``, ``bias_dtype``: of the gradients."""
-    if torch.compiler.is_compiling():
-        return Layer(None, 0, weight_dtype, bias_dtype, fuse_bias)
     return Layer(weight, weight._version, weight_dtype, bias_dtype, fuse_bias)
