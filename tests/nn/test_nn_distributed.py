@@ -137,7 +137,7 @@ def fsdp2_with_float32_gradients_of_16_bit_weights(rank):
     assert grads(net) == [[6.0]] * 4, grads(net)
     net = fully_shard(model().bfloat16())
     with pytest.raises(
-        RuntimeError, match=r"\[convert\] weight is a DTensor; expected a plain parameter, as grad_"
+        RuntimeError, match=r"\[convert\] weight is a DTensor; expected a plain tensor, as grad_"
     ):
         fusedamp.nn.convert(net, grad_dtype=torch.float32)
 

@@ -1,5 +1,6 @@
 """Bad arguments of fusedamp.nn: each error names the call, the argument, what it got and what it wanted."""
 
+import fusedamp
 import pytest
 import torch
 from fusedamp.nn import MLP, Linear, LinearGELU, convert, functional
@@ -108,6 +109,11 @@ REFUSED = {
         lambda: convert(nn.Linear(2, 2), grad_dtype=torch.bfloat16),
         ValueError,
         r"\[convert\] grad_dtype is torch.bfloat16",
+    ),
+    "fusions: device": (
+        lambda: fusedamp.nn.fusions("gpu0"),
+        ValueError,
+        r"\[fusions\] device is 'gpu0'; expected a device",
     ),
     "convert: fuse_gelu": (
         lambda: convert(nn.Linear(2, 2), fuse_gelu="yes"),

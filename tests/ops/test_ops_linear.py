@@ -350,11 +350,11 @@ def test_cpu_fp16_takes_fp32_products(monkeypatch):
     )
     x, weight, grad, bias = matrices(24, 3, 4, torch.float16)
     wanted = product(x, weight.t(), bias)
-    wanted.check(linear_ops.linear(x.view(6, 1, 4, 4), weight, bias).view(24, 3), "forward")
+    wanted.check(linear_ops.linear(x, weight, bias), "forward")
     assert not seen
-    linear_ops.linear(x[0], weight, bias)
+    linear_ops.linear(x[:1], weight, bias)
     large = torch.empty(2048, 2049).half()
     linear_ops.linear(torch.empty(47, 2049).half(), large, None)
     linear_ops.linear(torch.empty(48, 2049).half(), large, None)
-    assert seen == [(4,), (47, 2049)]
+    assert seen == [(1, 4), (47, 2049)]
     product(grad, weight).check(linear_ops.linear_input_grad(grad, weight), "input grad")

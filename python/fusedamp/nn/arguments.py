@@ -17,6 +17,8 @@ def quick_dtype(input: Any, weight: Any, bias: Any) -> torch.dtype | None:
     """Return the dtype of a product with FP32 parameters, the usual case; None to ask ``product_dtype``."""
     if (
         type(input) is not Tensor
+        or input.is_nested
+        or input.layout is not torch.strided
         or type(weight) is not Parameter
         or torch.autograd.forward_ad._current_level >= 0
     ):
@@ -44,16 +46,31 @@ def _is_plain(op: str, tensors: tuple[Any, ...], names: tuple[str, ...]) -> bool
     plain = True
     for t, name in zip(tensors, names, strict=True):
         if type(t) in _PLAIN or (t is None and name[0] == "b"):
+            plain = plain and (t is None or t.layout is torch.strided)
             continue
         if not hasattr(t, "__torch_function__"):
             raise TypeError(f"[{op}] {name} is {t!r}; expected a tensor")
-        plain = False
+        plain = plain and _is_marked_parameter(t)
     return plain
+
+
+def _is_marked_parameter(t: Any) -> bool:
+    """True for a subclass of Parameter that changes no behavior of tensors."""
+    kind = type(t)
+    return (
+        isinstance(t, Parameter)
+        and kind.__torch_function__ is Parameter.__torch_function__
+        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
 
 
 def product_dtype(op: str, tensors: tuple[Any, ...], names: tuple[str, ...]) -> torch.dtype:
     """Return the dtype of a 16-bit product; FP32 if it is torch's affair altogether."""
-    if not _is_plain(op, tensors, names) or torch.autograd.forward_ad._current_level >= 0:
+    if (
+        not _is_plain(op, tensors, names)
+        or tensors[0].is_nested
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
         return torch.float32
     input = tensors[0]
     device, dtype, kind = input.device, input.dtype, input.device.type

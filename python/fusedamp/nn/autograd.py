@@ -12,11 +12,6 @@ from ..ops import library, linear
 from .gradients import Layer
 
 
-def as_rows(t: Tensor) -> Tensor:
-    """``t`` as a matrix."""
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-
-
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t.to(dtype)``, 16 bits; these methods take half its host time."""
     if t.dtype is dtype:
@@ -43,15 +38,33 @@ def apply_transformed(function: type[torch.autograd.Function], *arguments: Any) 
     return y
 
 
+def autocast_copy(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return the 16-bit copy of an FP32 parameter that autocast keeps until its region ends: all calls in the
+    region then save the same memory. None to cast it; small ones are cast faster.
+
+    torch has no function for this. A product without rows takes the copy, and saves it for its gradient.
+    """
+    if weight.numel() < 1 << 16 or weight.dtype is not torch.float32 or torch.compiler.is_compiling():
+        return None
+    rows = torch.empty(0, weight.shape[1], device=weight.device, requires_grad=True)
+    saved = getattr(F.linear(rows, weight).grad_fn, "_saved_mat2", None)
+    if saved is None or saved.dtype is not dtype or saved.shape != (weight.shape[1], weight.shape[0]):
+        return None
+    copy: Tensor = saved.detach().t()
+    return copy
+
+
 class Linear(torch.autograd.Function):
-    """``F.linear`` of a 16-bit input, with gradients of weight and bias in their ``grad_dtype``."""
+    """``F.linear`` of a 16-bit matrix, with gradients of weight and bias in their ``grad_dtype``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, copy: Tensor | None
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.layer = layer
         dtype = x.dtype
-        used = cast(weight, dtype)
+        used = cast(weight, dtype) if copy is None else copy
         needs = ctx.needs_input_grad
         ctx.save_for_backward(x if needs[1] else None, used if needs[0] else None)
         return linear.linear(x, used, None if bias is None else cast(bias, dtype))
@@ -59,23 +72,22 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         x, weight = ctx.saved_tensors
         needs, layer = ctx.needs_input_grad, ctx.layer
+        if grad.is_sparse:
+            grad = grad.to_dense()
         if torch.is_grad_enabled() or not has_ops(grad):
-            return *layer.composed_grads(grad, x, weight, needs), None
-        flat = as_rows(grad)
+            return *layer.composed_grads(grad, x, weight, needs), None, None
         x_grad = weight_grad = bias_grad = None
         if needs[0]:
-            x_grad = linear.linear_input_grad(flat, weight)
-            if flat is not grad:
-                x_grad = x_grad.view(*grad.shape[:-1], weight.shape[1])
+            x_grad = linear.linear_input_grad(grad, weight)
         if needs[1]:
             accumulate = None if torch.compiler.is_compiling() else ctx.next_functions[1][0]
-            weight_grad, bias_grad = layer.grads(flat, as_rows(x), needs[1:3], accumulate)
+            weight_grad, bias_grad = layer.grads(grad, x, needs[1:3], accumulate)
         elif needs[2]:
-            bias_grad = flat.sum(0, dtype=torch.float32).to(layer.bias_dtype)
-        return x_grad, weight_grad, bias_grad, None
+            bias_grad = grad.sum(0, dtype=torch.float32).to(layer.bias_dtype)
+        return x_grad, weight_grad, bias_grad, None, None
 
 
 class TransformedLinear(torch.autograd.Function):
@@ -117,10 +129,10 @@ class LinearGELU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.layer = layer
-        used, flat = cast(weight, x.dtype), as_rows(x)
-        y, pre = linear.linear_gelu(flat, used, None if bias is None else cast(bias, x.dtype))
-        ctx.save_for_backward(flat, used, pre)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        used = cast(weight, x.dtype)
+        y, pre = linear.linear_gelu(x, used, None if bias is None else cast(bias, x.dtype))
+        ctx.save_for_backward(x, used, pre)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -130,10 +142,8 @@ class LinearGELU(torch.autograd.Function):
         x, weight, pre = ctx.saved_tensors
         needs = ctx.needs_input_grad
         accumulate = None if torch.compiler.is_compiling() else ctx.next_functions[1][0]
-        inner = torch.ops.aten.gelu_backward(grad.reshape(pre.shape), pre, approximate="tanh")
-        x_grad = None
-        if needs[0]:
-            x_grad = linear.linear_input_grad(inner, weight).view(*grad.shape[:-1], weight.shape[1])
+        inner = torch.ops.aten.gelu_backward(grad, pre, approximate="tanh")
+        x_grad = linear.linear_input_grad(inner, weight) if needs[0] else None
         return x_grad, *ctx.layer.grads(inner, x, needs[1:3], accumulate), None
 
 
@@ -153,16 +163,16 @@ class MLP(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.layers, ctx.second_at = layers, 2 + (b1 is not None)
-        flat, dtype = as_rows(x), x.dtype
+        dtype = x.dtype
         c1, c2 = cast(w1, dtype), cast(w2, dtype)
         d1, d2 = (None if b is None else cast(b, dtype) for b in (b1, b2))
         if fuse_gelu:
-            hidden, pre = linear.linear_gelu(flat, c1, d1)
+            hidden, pre = linear.linear_gelu(x, c1, d1)
         else:
-            pre = linear.linear(flat, c1, d1)
+            pre = linear.linear(x, c1, d1)
             hidden = F.gelu(pre, approximate="tanh")
-        ctx.save_for_backward(flat, c1, pre, hidden, c2)
-        return linear.linear(hidden, c2, d2).view(*x.shape[:-1], w2.shape[0])
+        ctx.save_for_backward(x, c1, pre, hidden, c2)
+        return linear.linear(hidden, c2, d2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -172,14 +182,11 @@ class MLP(torch.autograd.Function):
         x, w1, pre, hidden, w2 = ctx.saved_tensors
         needs, (first, second) = ctx.needs_input_grad, ctx.layers
         after = (None,) * 5 if torch.compiler.is_compiling() else [node for node, _ in ctx.next_functions]
-        flat = as_rows(grad)
-        second_grads = second.grads(flat, hidden, needs[3:5], after[ctx.second_at])
+        second_grads = second.grads(grad, hidden, needs[3:5], after[ctx.second_at])
         if not any(needs[:3]):
             return None, None, None, *second_grads, None, None
         dtype = first.bias_dtype or torch.float32
-        inner, sums = linear.linear_gelu_input_grad(flat, w2, pre, bias_grad=needs[2], bias_dtype=dtype)
-        x_grad = None
-        if needs[0]:
-            x_grad = linear.linear_input_grad(inner, w1).view(*grad.shape[:-1], w1.shape[1])
+        inner, sums = linear.linear_gelu_input_grad(grad, w2, pre, bias_grad=needs[2], bias_dtype=dtype)
+        x_grad = linear.linear_input_grad(inner, w1) if needs[0] else None
         weight_grad, _ = first.grads(inner, x, (needs[1], False), after[1])
         return x_grad, weight_grad, sums if needs[2] else None, *second_grads, None, None

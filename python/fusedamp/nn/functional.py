@@ -27,9 +27,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     weights) are ``F.linear`` itself.
 
     Where backward accumulates into an FP32 ``weight.grad`` that exists and the weight has no tensor hooks,
-    the product
-    adds to it in place: ``.grad`` keeps its identity, post-accumulate hooks run, and nothing of its shape is
-    allocated. Do not run backward on one weight in two threads at once.
+    the product adds to it in place: ``.grad`` keeps its identity, post-accumulate hooks run, and nothing of
+    its shape is allocated. Three things cannot be seen from here: hooks of the AccumulateGrad node itself get
+    None for such a gradient; code that reads or replaces ``.grad`` while backward still runs sees partial
+    sums; two threads must not run backward on one weight at once.
 
     Args:
         input ([..., K], floating-point), weight ([N, K]), bias ([N] or None): on one device; of one dtype
@@ -46,6 +47,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         "linear", (input, weight, bias), ("input", "weight", "bias")
     )
     if dtype not in HALF:
+        if isinstance(input, torch.fx.Proxy):  # a graph records this function, not F.linear
+            y: Tensor = torch.overrides.handle_torch_function(linear, (input,), input, weight, bias)
+            return y
         return F.linear(input, weight, bias)
     return _linear(input, weight, bias, dtype)
 
@@ -66,9 +70,8 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     dtype = product_dtype("linear_gelu", (input, weight, bias), ("input", "weight", "bias"))
     if dtype not in HALF or not _fuses("gelu", input):
         return F.gelu(linear(input, weight, bias), approximate="tanh")
-    return autograd.apply(
-        autograd.LinearGELU, autograd.cast(input, dtype), weight, bias, _layer(weight, bias)
-    )
+    rows = _rows(autograd.cast(input, dtype))
+    return _unflatten(autograd.apply(autograd.LinearGELU, rows, weight, bias, _layer(weight, bias)), input)
 
 
 def mlp(
@@ -100,16 +103,19 @@ def mlp(
     if dtype not in HALF or not _fuses("gelu_grad", x):
         return linear(linear_gelu(x, w1, b1), w2, b2)
     layers = _layer(w1, b1), _layer(w2, b2)
-    return autograd.apply(autograd.MLP, autograd.cast(x, dtype), w1, b1, w2, b2, layers, is_fused("gelu", x))
+    rows = _rows(autograd.cast(x, dtype))
+    y = autograd.apply(autograd.MLP, rows, w1, b1, w2, b2, layers, is_fused("gelu", x))
+    return _unflatten(y, x)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     weight_dtype = grad_dtype_of(weight)
     bias_dtype = None if bias is None else grad_dtype_of(bias)
+    transformed = _is_transformed()  # a compiler sees no requires_grad in there
     grads = float32 = False
     if torch.is_grad_enabled():
-        float32 = (weight_dtype is torch.float32 and weight.requires_grad) or (
-            bias is not None and bias_dtype is torch.float32 and bias.requires_grad
+        float32 = (weight_dtype is torch.float32 and (weight.requires_grad or transformed)) or (
+            bias is not None and bias_dtype is torch.float32 and (bias.requires_grad or transformed)
         )
         grads = (
             float32
@@ -119,22 +125,41 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
         )
     if not float32 and (ops.torch_is_fast(input, dtype) or (not grads and ops.has_few_rows(input, weight))):
         return F.linear(input, weight, bias)
-    input = autograd.cast(input, dtype)
+    rows = _rows(autograd.cast(input, dtype))
     if not grads:
         bias = None if bias is None else autograd.cast(bias, dtype)
-        return ops.linear(input, autograd.cast(weight, dtype), bias)
-    if _is_transformed():
-        return autograd.apply_transformed(autograd.TransformedLinear, input, weight, bias)
-    layer = layer_of(weight, weight_dtype, bias_dtype, is_fused("bias_grad", input))
-    if float32 and weight.dtype in HALF and torch.compiler.is_compiling():
-        return _linear_with_float32_grads_of_16_bit_weights(input, weight, bias, layer)
-    return autograd.apply(autograd.Linear, input, weight, bias, layer)
+        y = ops.linear(rows, autograd.cast(weight, dtype), bias)
+    elif transformed:
+        if torch.compiler.is_compiling():  # it would trace the forward function alone, and round the gradient
+            raise NotImplementedError(
+                "[linear] torch.func inside torch.compile; call the transform in eager mode"
+            )
+        y = autograd.apply_transformed(autograd.TransformedLinear, rows, weight, bias)
+    else:
+        layer = layer_of(weight, weight_dtype, bias_dtype, is_fused("bias_grad", input))
+        arguments = rows, weight, bias, layer, autograd.autocast_copy(weight, dtype)
+        if float32 and weight.dtype in HALF and torch.compiler.is_compiling():
+            y = _linear_with_float32_grads_of_16_bit_weights(*arguments)
+        else:
+            y = autograd.apply(autograd.Linear, *arguments)
+    return _unflatten(y, input)
 
 
 @_disable_dynamo
 def _linear_with_float32_grads_of_16_bit_weights(*arguments: Any) -> Tensor:
     """Run outside of compiled graphs, which would round the gradient to the dtype of the weight."""
     return autograd.apply(autograd.Linear, *arguments)
+
+
+# Views are made outside of the functions: in-place operations on a view that a function returned would raise.
+def _rows(t: Tensor) -> Tensor:
+    if t.dim() == 2:
+        return t
+    return t.flatten(0, -2) if t.dim() > 2 else t[None]
+
+
+def _unflatten(y: Tensor, input: Tensor) -> Tensor:
+    return y if input.dim() == 2 else y.view(*input.shape[:-1], y.shape[1])
 
 
 def _layer(weight: Tensor, bias: Tensor | None) -> Layer:

@@ -88,7 +88,7 @@ def fusions(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = _device(device)
     before = dict(_chosen)
     choice = {"bias_grad": bias_grad, "gelu": gelu, "gelu_grad": gelu_grad}
     for kind, value in choice.items():
@@ -104,6 +104,18 @@ def fusions(
     report = Fusions(rows)
     report._before = before
     return report
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f'[fusions] device is {device!r}; expected a device. Pass "cpu" or "cuda".'
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'[fusions] device is {found}, and torch finds no GPU. Pass "cpu".')
+    return found
 
 
 def _why(kind: str, device: torch.device) -> str:

@@ -43,11 +43,14 @@ def _engine_runs(accumulate: Any) -> bool | None:
 
 
 def _on_its_stream(weight: Tensor) -> bool:
-    """True if AccumulateGrad of ``weight`` cannot run on another stream than the current one."""
+    """True if AccumulateGrad of ``weight`` runs on the current stream, as far as Python can tell.
+
+    It runs on the stream that was current when its node was made; the engine waits for other streams only for
+    gradients that are returned.
+    """
     if not weight.is_cuda:
         return True
-    current = torch.cuda.current_stream(weight.device)
-    return current == torch.cuda.default_stream(weight.device) or torch.cuda.is_current_stream_capturing()
+    return torch.cuda.current_stream(weight.device) == torch.cuda.default_stream(weight.device)
 
 
 def _accumulator(weight: Tensor | None, accumulate: Any) -> Any:
@@ -59,13 +62,22 @@ def _accumulator(weight: Tensor | None, accumulate: Any) -> Any:
     """
     if torch.compiler.is_compiling() or weight is None or not weight.is_leaf:
         return None  # a traced backward would record today's .grad
+    if not weight.requires_grad:  # frozen since forward
+        return _SKIP
+    if torch.is_anomaly_enabled():  # it reads what is returned
+        return None
     runs = _engine_runs(accumulate)
     if runs is None:
         return None
     if not runs:
         return _SKIP
     grad = weight.grad
-    plain = type(grad) is Tensor and grad.dtype is torch.float32 and grad.is_contiguous()
+    plain = (
+        type(grad) is Tensor
+        and grad.dtype is torch.float32
+        and grad.is_contiguous()
+        and not grad.is_neg()  # a lazy negation, of complex numbers
+    )
     return grad if plain and not weight._backward_hooks and _on_its_stream(weight) else None
 
 
@@ -86,9 +98,9 @@ class Layer(NamedTuple):
         weight_grad = sums = None
         fuse = needs[1] and self.fuse_bias
         if into is None:
-            weight_grad, sums = linear.weight_grad(grad, x, self.weight_dtype, fuse)
+            weight_grad, sums = linear.linear_weight_grad(grad, x, dtype=self.weight_dtype, bias_grad=fuse)
         elif into is not _SKIP:
-            sums = linear.add_weight_grad(into, grad, x, fuse)
+            sums = linear.linear_weight_grad_(into, grad, x, bias_grad=fuse)
         if not needs[1]:
             return weight_grad, None
         if not fuse or sums is None:
@@ -103,14 +115,12 @@ class Layer(NamedTuple):
         if weight is not None and torch.is_grad_enabled():
             weight = self._differentiable(weight)
         with torch.autocast(grad.device.type, enabled=False):
-            flat = grad.reshape(-1, grad.shape[-1])
             x_grad = torch.matmul(grad, weight) if weight is not None and needs[0] else None
             weight_grad = bias_grad = None
             if x is not None and needs[1]:
-                weight_grad = flat.t().float() @ x.reshape(-1, x.shape[-1]).float()
-                weight_grad = weight_grad.to(self.weight_dtype)
+                weight_grad = (grad.t().float() @ x.float()).to(self.weight_dtype)
             if needs[2]:
-                bias_grad = flat.sum(0, dtype=torch.float32).to(self.bias_dtype)
+                bias_grad = grad.sum(0, dtype=torch.float32).to(self.bias_dtype)
             return x_grad, weight_grad, bias_grad
 
     def _differentiable(self, used: Tensor) -> Tensor:
@@ -128,4 +138,6 @@ def layer_of(
     weight: Tensor, weight_dtype: torch.dtype, bias_dtype: torch.dtype | None, fuse_bias: bool
 ) -> Layer:
     """``weight_dtype``, ``bias_dtype``: of the gradients."""
-    return Layer(weight, weight._version, weight_dtype, bias_dtype, fuse_bias)
+    untracked = torch.compiler.is_compiling() or weight.is_inference()
+    version = 0 if untracked else weight._version
+    return Layer(weight, version, weight_dtype, bias_dtype, fuse_bias)

@@ -23,10 +23,12 @@ compile, checkpoint, any optimizer |
 ``fusedamp.optim`` and ``GradScaler`` |
     | FP32, FP64 | torch's | torch's | everything |
 
-    Limits of 16-bit weights with FP32 gradients (torch 2.11 to 2.14): optimizers of ``torch.optim`` and DDP
-    raise; FSDP2 drops torch's attribute ``grad_dtype``, so gradients have 16 bits; in a compiled graph the
-    gradient of each backward pass is rounded to the weight's dtype, while its dtype and the sum over passes
-    are FP32.
+    Limits of 16-bit weights with FP32 gradients (torch 2.11 to 2.14): optimizers of ``torch.optim``, DDP and
+    compiled autograd raise; FSDP2 drops torch's attribute ``grad_dtype``, so gradients have 16 bits; in a
+    compiled model the layer runs outside of the graph, and ``fullgraph=True`` raises.
+
+    ``torch.ao.quantization`` knows ``nn.Linear`` alone, and ``torch.jit.script`` cannot compile this class:
+    load the weights into the original model for these.
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``. Same keys, same initial values.
@@ -87,6 +89,7 @@ def need_grad_dtype(where: str, grad_dtype: Any) -> None:
 def set_grad_dtype(module: Linear) -> None:
     """Set torch's ``grad_dtype`` of 16-bit parameters: copies and pickles of tensors lose it."""
     if module.grad_dtype is not None:
+        need_grad_dtype(type(module).__name__, module.grad_dtype)
         _set_grad_dtype(module)
 
 
@@ -103,11 +106,10 @@ def need_float32_grads(where: str, module: nn.Module, grad_dtype: torch.dtype | 
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.dtype not in (torch.float16, torch.bfloat16) or not parameter.is_leaf:
             continue
-        if type(parameter) is not nn.Parameter:
+        if type(parameter) not in (nn.Parameter, Tensor):
             raise RuntimeError(
-                f"[{where}] {name} is a {type(parameter).__name__}; expected a plain parameter, as "
-                f"grad_dtype={grad_dtype}. Keep its weights in FP32 and run under autocast, or with FSDP2's "
-                "MixedPrecisionPolicy(param_dtype=..., reduce_dtype=torch.float32)."
+                f"[{where}] {name} is a {type(parameter).__name__}; expected a plain tensor, as "
+                f"grad_dtype={grad_dtype}. Keep its weights in FP32 and run under autocast."
             )
         if parameter.grad is not None and parameter.grad.dtype is not grad_dtype:
             raise RuntimeError(

@@ -43,12 +43,21 @@ class MLP(nn.Module):
         grad_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        need_activation("MLP", activation)
+        self.activation = activation
         out_features = in_features if out_features is None else out_features
         options: dict[str, Any] = {"device": device, "dtype": dtype, "grad_dtype": grad_dtype}
         self.fc1 = Linear(in_features, hidden_features, bias, **options)
         self.fc2 = Linear(hidden_features, out_features, bias, **options)
-        self.activation = activation
+
+    @property
+    def activation(self) -> str:
+        """ "gelu_tanh" or "relu"; may be set."""
+        return self._activation
+
+    @activation.setter
+    def activation(self, name: str) -> None:
+        need_activation("MLP", name)
+        self._activation = name
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "gelu_tanh" and _is_untouched(self.fc1) and _is_untouched(self.fc2):
@@ -69,6 +78,7 @@ def _is_untouched(module: nn.Module) -> bool:
     return (
         type(module) is Linear
         and "forward" not in vars(module)
+        and module._compiled_call_impl is None
         and not has_hooks(module)
         and not torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
     )

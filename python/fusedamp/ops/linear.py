@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import library
 from .call import bump, call
@@ -84,20 +85,6 @@ def linear_weight_grad_(acc: Tensor, grad: Tensor, x: Tensor, *, bias_grad: bool
     return sums
 
 
-def weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    """:func:`linear_weight_grad` of checked arguments."""
-    run = torch.ops.fusedamp.linear_weight_grad.default
-    out, sums = run(grad, x, dtype=dtype, bias_grad=bias_grad)
-    return out, sums
-
-
-def add_weight_grad(acc: Tensor, grad: Tensor, x: Tensor, bias_grad: bool) -> Tensor:
-    """:func:`linear_weight_grad_` of checked arguments."""
-    sums: Tensor = torch.ops.fusedamp.linear_weight_grad_.default(acc, grad, x, bias_grad=bias_grad)
-    bump([acc])
-    return sums
-
-
 def _has_fp16_products() -> bool:
     try:  # oneDNN has kernels for processors with FP16 arithmetic; on others torch's loop runs
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
@@ -122,12 +109,11 @@ def has_few_rows(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of 16-bit tensors of one dtype, x of any dimension; by FP32 products where FP16 ones are
-    slow."""
+    """``F.linear`` of a 16-bit matrix; by an FP32 product where FP16 ones are slow."""
     if torch_is_fast(x, x.dtype) or has_few_rows(x, weight):
         return F.linear(x, weight, bias)
-    product: Tensor = torch.ops.fusedamp._linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    return product.view(*x.shape[:-1], weight.shape[0])
+    product: Tensor = torch.ops.fusedamp._linear(x, weight, bias)
+    return product
 
 
 def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
@@ -215,3 +201,23 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"fusedamp::{_name}", _fake)
+
+
+@register_flop_formula([torch.ops.fusedamp._linear, torch.ops.fusedamp.linear_gelu])
+def _forward_flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
+@register_flop_formula([torch.ops.fusedamp._linear_input_grad, torch.ops.fusedamp.linear_gelu_input_grad])
+def _input_grad_flops(grad: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+    return 2 * grad[0] * grad[1] * weight[1]
+
+
+@register_flop_formula(torch.ops.fusedamp.linear_weight_grad)
+def _weight_grad_flops(grad: list[int], x: list[int], *_: Any, **__: Any) -> int:
+    return 2 * grad[0] * grad[1] * x[1]
+
+
+@register_flop_formula(torch.ops.fusedamp.linear_weight_grad_)
+def _added_weight_grad_flops(_acc: list[int], grad: list[int], x: list[int], *_: Any, **__: Any) -> int:
+    return _weight_grad_flops(grad, x)
