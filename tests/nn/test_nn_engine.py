@@ -175,12 +175,16 @@ def test_a_modified_16_bit_weight_is_refused_by_torch():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("size", [5, 256])  # casts of large weights are shared
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(reentrant, mode):
-    weight, bias = mode.parameters(5, 5)
-    x, dy = whole(4, 5), whole(4, 5, seed=7)
+def test_checkpoint(reentrant, size, mode):
+    weight, bias = mode.parameters(size, size)
+    x, dy = whole(4, size), whole(4, size, seed=7)
+
+    runs = []
 
     def block(x):
+        runs.append(1)
         return mode.linear(mode.linear(x, weight, bias), weight, bias).float()
 
     results = []
@@ -192,6 +196,7 @@ def test_checkpoint(reentrant, mode):
         results.append((inner.grad, weight.grad, bias.grad))
         weight.grad = bias.grad = None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(runs) == 2 + 4  # of two passes; with checkpoint each runs forward twice
 
 
 def test_without_the_engines_question(mode, monkeypatch):

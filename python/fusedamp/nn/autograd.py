@@ -38,6 +38,10 @@ def apply_transformed(function: type[torch.autograd.Function], *arguments: Any) 
     return y
 
 
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
 def autocast_copy(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return the 16-bit copy of an FP32 parameter that autocast keeps until its region ends: all calls in the
     region then save the same memory. None to cast it; small ones are cast faster.
@@ -47,7 +51,8 @@ def autocast_copy(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     if weight.numel() < 1 << 16 or weight.dtype is not torch.float32 or torch.compiler.is_compiling():
         return None
     rows = torch.empty(0, weight.shape[1], device=weight.device, requires_grad=True)
-    saved = getattr(F.linear(rows, weight).grad_fn, "_saved_mat2", None)
+    with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):  # not checkpoint's or offload's
+        saved = getattr(F.linear(rows, weight).grad_fn, "_saved_mat2", None)
     if saved is None or saved.dtype is not dtype or saved.shape != (weight.shape[1], weight.shape[0]):
         return None
     copy: Tensor = saved.detach().t()
