@@ -119,6 +119,17 @@ def test_bad_arguments(options, error, match):
         GradScaler(DEVICE, **{"init_scale": 8.0, **options})
 
 
+@pytest.mark.parametrize("device", ["tpu", "mps", "meta", None, 3.5])
+def test_devices_without_kernels(device):
+    """Refused before the first step; a disabled scaler does nothing on any device."""
+    with pytest.raises(
+        ValueError, match=r"\[GradScaler\] device is .*; expected \"cuda\" or \"cpu\".*torch.amp"
+    ):
+        GradScaler(device)
+    assert not GradScaler(device, enabled=False).is_enabled()
+    assert GradScaler("cpu:0").is_enabled()
+
+
 def test_bad_arguments_of_torch_are_not_looked_at_when_disabled():
     GradScaler(DEVICE, 0.0, 0.5, 2.0, 0, enabled=False)
     with pytest.raises(ValueError, match="hysteresis"):

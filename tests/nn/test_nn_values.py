@@ -15,7 +15,15 @@ from linear_reference import Exact, after_gelu, before_gelu, gelu, gelu_slope, p
 from on_device import DEVICE
 
 HALF = [torch.float16, torch.bfloat16]
-SHAPES = [((7,), 5, 3), ((2, 3), 1, 9), ((1,), 65, 64), ((), 12, 10), ((257,), 31, 33), ((4, 1, 5), 127, 1)]
+SHAPES = [
+    ((7,), 5, 3),
+    ((2, 3), 1, 9),
+    ((1,), 65, 64),
+    ((), 12, 10),
+    ((257,), 31, 33),
+    ((4, 1, 5), 127, 1),
+    ((8,), 256, 300),
+]
 
 
 def random_layer(batch, k, n, dtype=torch.float32, seed=0):

@@ -32,6 +32,19 @@ _count = partial(checks.count, "[GradScaler]")
 _refuse = partial(checks.refuse, "[GradScaler]")
 
 
+def check_device(value: Any) -> None:
+    """Raise if fusedamp has no kernels for a device."""
+    try:
+        kind = torch.device(value).type
+    except (RuntimeError, TypeError):
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(
+            f'[GradScaler] device is {value!r}; expected "cuda" or "cpu", which have kernels. Use '
+            "torch.amp.GradScaler there, or enabled=False."
+        )
+
+
 def check_scale(name: str, value: Any) -> float:
     scale = number(name, value)
     if not 0 < scale <= FP32_MAX:

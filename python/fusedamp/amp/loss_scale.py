@@ -72,6 +72,7 @@ class LossScale(torch.amp.GradScaler):
         )
         if enabled:  # torch compares these without checking that they are numbers
             limits.number("growth_factor", growth_factor), limits.number("backoff_factor", backoff_factor)
+            limits.check_device(device)
         super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         if self._enabled:  # otherwise torch does not check its arguments either
             self._growth_factor = limits.check_growth_factor(growth_factor)

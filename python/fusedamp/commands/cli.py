@@ -20,7 +20,11 @@ from fusedamp.commands.repro import options as repro_options
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 success, 1 a claim was not confirmed, 2 invalid options."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
     if args.command == "info":
         info = system_info()
         print(json.dumps(info, indent=2) if args.json else describe(info))
@@ -32,11 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fusedamp", description="Mixed-precision training for PyTorch."
+        prog="python -m fusedamp",
+        description="Mixed-precision training for PyTorch.",
+        epilog="Start with `python -m fusedamp info`. `python -m fusedamp COMMAND --help` lists options.",
     )
     version = f"fusedamp {build_info()['version']}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     info = commands.add_parser("info", help="versions, build, devices, and which 16-bit format to choose")
     info.add_argument("--json", action="store_true", help="machine-readable")
     demo = commands.add_parser(
