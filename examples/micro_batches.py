@@ -37,6 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; use --device cpu")
     device, dtype = options.device, DTYPES[options.dtype]
     torch.manual_seed(0)
 

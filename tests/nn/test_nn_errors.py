@@ -52,7 +52,7 @@ REFUSED = {
     "a list": (
         lambda: functional.linear([1.0], WEIGHT),
         TypeError,
-        r"\[linear\] input is \[1.0\]; expected a tensor",
+        r"\[linear\] input is a list; expected a tensor",
     ),
     "no weight": (
         lambda: functional.linear(X, None),
@@ -102,13 +102,33 @@ REFUSED = {
     "convert: no module": (
         lambda: convert([nn.Linear(2, 2)]),
         TypeError,
-        r"\[convert\] model is \[.*expected an nn.Module",
+        r"\[convert\] model is a list; expected an nn.Module",
     ),
-    "convert: a class": (lambda: convert(nn.Linear), TypeError, r"\[convert\] model is <class"),
+    "convert: a class": (lambda: convert(nn.Linear), TypeError, r"\[convert\] model is the class Linear"),
     "convert: grad_dtype": (
         lambda: convert(nn.Linear(2, 2), grad_dtype=torch.bfloat16),
         ValueError,
         r"\[convert\] grad_dtype is torch.bfloat16",
+    ),
+    "Linear: a size": (
+        lambda: Linear(4.5, 2),
+        ValueError,
+        r"\[Linear\] in_features is 4.5; expected a whole number",
+    ),
+    "Linear: negative": (
+        lambda: Linear(4, -1),
+        ValueError,
+        r"\[Linear\] out_features is -1; expected a whole number",
+    ),
+    "Linear: dtype": (
+        lambda: Linear(4, 4, dtype=torch.int8),
+        TypeError,
+        r"\[Linear\] dtype is torch.int8; expected a flo",
+    ),
+    "MLP: activation in the wrong place": (
+        lambda: MLP(4, 8, "relu"),
+        TypeError,
+        r"\[MLP\] out_features is 'relu'; exp",
     ),
     "fusions: device": (
         lambda: fusedamp.nn.fusions("gpu0"),

@@ -118,12 +118,28 @@ def test_what_convert_must_not_join():
     assert not joined(Owned(nn.Linear(2, 2), nn.GELU("tanh")))
 
 
-def test_convert_warns_if_there_is_nothing_to_do():
-    with pytest.warns(UserWarning, match=r"\[convert\] Sequential has no nn.Linear; nothing was converted"):
+def test_convert_names_what_it_leaves():
+    """Their gradients stay rounded."""
+    nothing = (
+        r"\[convert\] nothing of Sequential was converted: it has no nn.Linear: 1 Own, whose weight gradients"
+    )
+    with pytest.warns(UserWarning, match=nothing):
         convert(nn.Sequential(nn.Conv2d(1, 1, 1), Own(2, 2)))
+    with pytest.warns(UserWarning, match=r"nothing of Conv2d was converted: it has no nn.Linear\.$"):
+        convert(nn.Conv2d(1, 1, 1))
+    with pytest.warns(
+        UserWarning, match=r"some layers of TransformerEncoderLayer stay as they are: 1 MultiheadA"
+    ):
+        convert(nn.TransformerEncoderLayer(4, 2, 8))
+    with pytest.warns(UserWarning, match="1 LazyLinear.*Run one batch before convert"):
+        convert(nn.Sequential(nn.LazyLinear(2)))
+    for exact in (nn.Sequential(nn.Linear(2, 2), nn.GELU()), nn.Sequential(nn.Linear(2, 2))):
+        with pytest.warns(UserWarning, match=r"\[convert\] fuse_gelu=True joined nothing.*LinearGELU"):
+            convert(exact, fuse_gelu=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(convert(nn.Sequential(nn.Linear(2, 2))))
+        convert(convert(nn.Sequential(nn.Linear(2, 2), nn.GELU("tanh")), fuse_gelu=True), fuse_gelu=True)
 
 
 def test_to_plain_torch_and_back():

@@ -9,7 +9,7 @@ it from the product in FP32::
 from . import functional
 from .convert import convert
 from .fusions import fusions
-from .linear import Linear, LinearGELU
+from .layers import Linear, LinearGELU
 from .mlp import MLP
 
 __all__ = ["MLP", "Linear", "LinearGELU", "convert", "functional", "fusions"]

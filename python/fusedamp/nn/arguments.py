@@ -49,7 +49,8 @@ def _is_plain(op: str, tensors: tuple[Any, ...], names: tuple[str, ...]) -> bool
             plain = plain and (t is None or t.layout is torch.strided)
             continue
         if not hasattr(t, "__torch_function__"):
-            raise TypeError(f"[{op}] {name} is {t!r}; expected a tensor")
+            got = "None" if t is None else f"a {type(t).__name__}"
+            raise TypeError(f"[{op}] {name} is {got}; expected a tensor. Pass torch.as_tensor of it.")
         plain = plain and _is_marked_parameter(t)
     return plain
 
@@ -120,7 +121,10 @@ def _refuse_shape(
     op: str, name: str, got: Tensor, wanted: str, like_name: str = "", like: Tensor | None = None
 ) -> NoReturn:
     why = "" if like is None else f", as {like_name} {list(like.shape)}"
-    raise ValueError(f"[{op}] {name} has shape {list(got.shape)}; expected {wanted}{why}")
+    raise ValueError(
+        f"[{op}] {name} has shape {list(got.shape)}; expected {wanted}{why}. Reshape it, or use a layer of "
+        "its size."
+    )
 
 
 def need_activation(op: str, activation: Any) -> None:

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .linear import Linear, LinearGELU, need_float32_grads, need_grad_dtype, set_grad_dtype
+from .layers import Linear, LinearGELU, need_float32_grads, need_grad_dtype, set_grad_dtype
 from .mlp import has_hooks
 
+KNOWN = (nn.Linear, Linear, LinearGELU)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -33,20 +34,17 @@ def convert(model: Model, *, grad_dtype: torch.dtype | None = None, fuse_gelu: b
     Returns: the model.
     Raises: TypeError, ValueError naming the argument. RuntimeError if a 16-bit gradient exists and FP32 is
         asked for.
-    Warns: UserWarning if the model has no layer to convert.
+    Warns: UserWarning naming linear layers that stay as they are (subclasses, ``nn.MultiheadAttention``,
+        whose projections are no modules), and if ``fuse_gelu`` joins nothing.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"[convert] model is {model!r}; expected an nn.Module. Pass the model itself.")
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"[convert] model is {got}; expected an nn.Module. Pass the model itself.")
     need_grad_dtype("convert", grad_dtype)
     if not isinstance(fuse_gelu, bool):
         raise TypeError(f"[convert] fuse_gelu is {fuse_gelu!r}; expected True or False")
-    layers: list[Any] = [m for m in model.modules() if type(m) in (nn.Linear, Linear, LinearGELU)]
-    if not layers:
-        warnings.warn(
-            f"[convert] {type(model).__name__} has no nn.Linear; nothing was converted. Subclasses of "
-            "nn.Linear are left alone.",
-            stacklevel=2,
-        )
+    layers: list[Any] = [m for m in model.modules() if type(m) in KNOWN]
+    _warn_of_others(model, bool(layers))
     for layer in layers if grad_dtype is not None else ():
         need_float32_grads("convert", layer, grad_dtype)
     for layer in layers:
@@ -55,12 +53,36 @@ def convert(model: Model, *, grad_dtype: torch.dtype | None = None, fuse_gelu: b
         if grad_dtype is not None:
             layer.grad_dtype = grad_dtype
             set_grad_dtype(layer)
-    if fuse_gelu:
-        _join_gelu(model)
+    if fuse_gelu and not _join_gelu(model) and not any(type(m) is LinearGELU for m in model.modules()):
+        warnings.warn(
+            "[convert] fuse_gelu=True joined nothing: no nn.Sequential has an nn.Linear before an "
+            'nn.GELU("tanh") without hooks. Use fusedamp.nn.LinearGELU or fusedamp.nn.MLP.',
+            stacklevel=2,
+        )
     return model
 
 
-def _join_gelu(model: nn.Module) -> None:
+def _warn_of_others(model: nn.Module, converted: bool) -> None:
+    """Name the linear layers whose gradients stay rounded."""
+    inside = {id(m) for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules()}
+    others = Counter(
+        type(m).__name__
+        for m in model.modules()
+        if isinstance(m, nn.MultiheadAttention)
+        or (isinstance(m, nn.Linear) and type(m) not in KNOWN and id(m) not in inside)
+    )
+    names = ", ".join(f"{count} {name}" for name, count in sorted(others.items()))
+    if converted and not others:
+        return
+    text = f"[convert] {'some layers' if converted else 'nothing'} of {type(model).__name__}"
+    text += " stay as they are" if converted else " was converted: it has no nn.Linear"
+    text += f": {names}, whose weight gradients are rounded to 16 bits" if names else ""
+    lazy = " Run one batch before convert, which makes lazy layers nn.Linear." if "Lazy" in names else ""
+    warnings.warn(f"{text}.{lazy}", stacklevel=3)
+
+
+def _join_gelu(model: nn.Module) -> int:
+    joined = 0
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     for sequence in [m for m in model.modules() if type(m) is nn.Sequential and not has_hooks(m)]:
         for (_, layer), (name, gelu) in pairwise(list(sequence._modules.items())):
@@ -69,3 +91,5 @@ def _join_gelu(model: nn.Module) -> None:
             if places[id(layer)] == 1 and not has_hooks(layer) and not has_hooks(gelu):
                 layer.__class__ = LinearGELU
                 sequence._modules[name] = nn.Identity()
+                joined += 1
+    return joined

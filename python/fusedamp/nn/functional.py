@@ -15,6 +15,8 @@ from .arguments import HALF, need_activation, product_dtype, quick_dtype
 from .fusions import is_fused
 from .gradients import Layer, grad_dtype_of, layer_of
 
+__all__ = ["linear", "linear_gelu", "mlp"]
+
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute ``input @ weight.T + bias`` as ``F.linear`` does, with gradients that are not rounded to 16

@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from . import functional
 from .arguments import need_activation
-from .linear import Linear, set_grad_dtype
+from .layers import Linear, need_size, set_grad_dtype
 
 
 class MLP(nn.Module):
@@ -44,7 +44,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
-        out_features = in_features if out_features is None else out_features
+        hidden_features = need_size("MLP", "hidden_features", hidden_features)
+        out_features = in_features if out_features is None else need_size("MLP", "out_features", out_features)
         options: dict[str, Any] = {"device": device, "dtype": dtype, "grad_dtype": grad_dtype}
         self.fc1 = Linear(in_features, hidden_features, bias, **options)
         self.fc2 = Linear(hidden_features, out_features, bias, **options)

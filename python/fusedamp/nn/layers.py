@@ -1,4 +1,4 @@
-"""Linear modules: ``nn.Linear`` with gradients that are not rounded to 16 bits."""
+"""Linear layers: ``nn.Linear`` with gradients that are not rounded to 16 bits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from ..ops import checks
 from . import functional
 
 
@@ -23,9 +24,9 @@ compile, checkpoint, any optimizer |
 ``fusedamp.optim`` and ``GradScaler`` |
     | FP32, FP64 | torch's | torch's | everything |
 
-    Limits of 16-bit weights with FP32 gradients (torch 2.11 to 2.14): optimizers of ``torch.optim``, DDP and
-    compiled autograd raise; FSDP2 drops torch's attribute ``grad_dtype``, so gradients have 16 bits; in a
-    compiled model the layer runs outside of the graph, and ``fullgraph=True`` raises.
+    Limits of 16-bit weights with FP32 gradients (torch 2.11 to 2.14): torch's Adam and its relatives, fused
+    optimizers, DDP and compiled autograd raise; FSDP2 drops torch's attribute ``grad_dtype``, so gradients
+    have 16 bits; in a compiled model the layer runs outside of the graph, and ``fullgraph=True`` raises.
 
     ``torch.ao.quantization`` knows ``nn.Linear`` alone, and ``torch.jit.script`` cannot compile this class:
     load the weights into the original model for these.
@@ -52,7 +53,11 @@ compile, checkpoint, any optimizer |
         *,
         grad_dtype: torch.dtype | None = None,
     ) -> None:
-        need_grad_dtype(type(self).__name__, grad_dtype)
+        where = type(self).__name__
+        need_grad_dtype(where, grad_dtype)
+        need_dtype(where, dtype)
+        in_features = need_size(where, "in_features", in_features)
+        out_features = need_size(where, "out_features", out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.grad_dtype = grad_dtype
         set_grad_dtype(self)
@@ -84,6 +89,15 @@ def need_grad_dtype(where: str, grad_dtype: Any) -> None:
         raise kind(
             f"[{where}] grad_dtype is {grad_dtype!r}; expected torch.float32 or None. Pass one of them."
         )
+
+
+def need_size(where: str, name: str, value: Any) -> int:
+    return checks.count(f"[{where}]", name, value, "a number of features", low=0)
+
+
+def need_dtype(where: str, dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"[{where}] dtype is {dtype!r}; expected a floating-point torch.dtype or None.")
 
 
 def set_grad_dtype(module: Linear) -> None:
