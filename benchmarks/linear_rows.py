@@ -40,7 +40,7 @@ CHAIN, REUSED = 64, 16  # layers of a host time row; calls of one layer in an au
 ROUNDS = "torch multiplies in BF16 and rounds the gradient to 16 bits; ours is an unrounded FP32 product"
 PYTHON = "an autograd function in Python, and checks, cost more than torch's in C++"
 FEW = "with few rows, reading an FP32 copy of the weight costs more than the product"
-CACHED = "torch casts an FP32 weight once per autocast region, fusedamp.nn once per call"
+CACHED = "finding the cast that autocast keeps takes host time in each call"
 
 
 @dataclass(frozen=True)
