@@ -44,7 +44,7 @@ check: $(VENV)/.fusedamp-dev
 	$(PYTHON) tests/anchors.py
 	find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
-release: $(VENV)/.fusedamp-dev
+release: $(VENV)/.fusedamp-release
 	$(PYTHON) .ci/release.py $(ARGS)
 
 dev: $(VENV)/.fusedamp-dev $(VENV)/.fusedamp-test $(VENV)/.fusedamp-demo
@@ -64,9 +64,9 @@ $(VENV)/.fusedamp-%: $(SOURCES) | $(PYTHON)
 
 # The tools alone: nothing is compiled.
 EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
-$(VENV)/.fusedamp-dev: pyproject.toml | $(PYTHON)
+$(VENV)/.fusedamp-dev $(VENV)/.fusedamp-release: pyproject.toml | $(PYTHON)
 	@$(HAS_TORCH)
-	$(PYTHON) -c '$(EXTRA)' dev | $(PYTHON) -m pip install -r /dev/stdin
+	$(PYTHON) -c '$(EXTRA)' $(@:$(VENV)/.fusedamp-%=%) | $(PYTHON) -m pip install -r /dev/stdin
 	@touch $@
 
 .PHONY: demo test quick bench evidence mutants check release dev
