@@ -110,7 +110,8 @@ def check_contents(wheel: Path, sdist: Path, cuda: bool) -> None:
         n.removeprefix("python/") for n in inside if re.match(r"python/fusedamp/.*(\.py|py\.typed)$", n)
     }
     need(python == source, "wheel: Python files of the sdist", f"these differ: {sorted(python ^ source)}")
-    origins = [set(re.findall(rb"[\w.]+, sources [0-9a-f]{12}", contents[name])) for name in objects]
+    pattern = re.escape(wheel.name.split("-")[1]).encode() + rb", sources [0-9a-f]{12}"
+    origins = [set(re.findall(pattern, contents[name])) for name in objects]
     need(
         all(len(found) == 1 for found in origins) and len(set.union(*origins)) == 1,
         "wheel: objects of one source",
