@@ -152,9 +152,9 @@ def try_out(wheel: Path, sdist: Path, folder: Path, torch: str) -> None:
     """Install the file in a fresh environment, and run info, the demo and the quick tests of the sdist."""
     venv.create(folder / "fresh", with_pip=True)
     python = folder / "fresh/bin/python"
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
-    }
+    # make hands its own variables down, such as ARGS.
+    mine = ("PYTHONPATH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS", "INSTALL", "PYTHON", "TORCH", "VENV")
+    clean = {k: v for k, v in os.environ.items() if k not in mine}
     clean |= {"VIRTUAL_ENV": str(folder / "fresh"), "PATH": f"{python.parent}:{os.environ['PATH']}"}
     output(python, "-m", "pip", "install", "-q", torch, cwd=folder, env=clean)
     output(python, "-m", "pip", "install", "-q", "--only-binary", "fusedamp", f"{wheel}[demo]", env=clean)
