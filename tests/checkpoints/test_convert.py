@@ -57,6 +57,16 @@ def test_apex():
     assert_continues(mine, loaded(saved, "apex", mine), torch.float32, lambda p, entry: p)
 
 
+@pytest.mark.parametrize("source", ["apex", "te", "deepspeed"])
+def test_masters_that_the_user_added(source):
+    params, optimizer = reference(torch.bfloat16)
+    saved, mine = apex(params, optimizer), half(params, torch.bfloat16)
+    for entry, p in zip(saved["state"].values(), params, strict=True):
+        entry["master"] = p.detach().clone()
+    ours = loaded(saved, source, mine)
+    assert_continues(mine, ours, torch.bfloat16, lambda p, entry: entry["master"])
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_apex_with_fp32_weights(dtype):
     """Guards O2: Apex's masters are in no optimizer checkpoint, the model's FP32 weights are."""

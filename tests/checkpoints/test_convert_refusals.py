@@ -83,6 +83,18 @@ def test_coupled_decay_is_refused():
     convert(saved, optim.Adam(half(params, torch.float32)), "optimi")
 
 
+def test_states_in_groups_are_refused():
+    """Guards Apex's NovoGrad, which keeps norms per group and dtype."""
+    params, optimizer = reference()
+    saved = apex(params, optimizer, exp_avg_sq=[torch.ones(6), torch.ones(0)])
+    for entry in saved["state"].values():
+        del entry["exp_avg_sq"]
+    with pytest.raises(
+        ValueError, match=r"gives no \['exp_avg_sq'\]; expected the states of NovoGrad as Apex"
+    ):
+        convert(saved, optim.NovoGrad(half(params, torch.float32)), "apex")
+
+
 def test_other_refusals():
     params, optimizer = reference()
     saved, ours = apex(params, optimizer), optim.AdamW(half(params, torch.float32))
@@ -103,6 +115,8 @@ def test_other_refusals():
         convert(saved, ours, "apex")
     with pytest.raises(ValueError, match=r"keys \['a'\]; expected 'state' and 'param_groups'"):
         convert({"a": 1}, ours, "te")
+    with pytest.raises(ValueError, match=r"got a checkpoint of fusedamp; .* Load it as it is"):
+        convert(optimizer.state_dict(), ours, "apex")
 
 
 @pytest.mark.parametrize("source", LAYOUTS)

@@ -111,3 +111,36 @@ def test_wrappers_and_refusals():
         fp32_state_dict(nn.Linear(2, 2), optimizer)
     with pytest.raises(TypeError, match=r"optimizer is SGD; expected an optimizer of fusedamp.optim"):
         fp32_state_dict(net, torch.optim.SGD(net.parameters()))
+
+
+@pytest.mark.parametrize("master_weights", ["fp32", "split"])
+def test_sharded_weights(tmp_path, master_weights):
+    """Guards FSDP2: DTensors come out, with the values of the unsharded run."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    def trained_on(shard):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)).bfloat16()
+        shard(net)
+        optimizer = optim.AdamW(net.parameters(), lr=1e-2, master_weights=master_weights)
+        for _ in range(3):
+            net(torch.ones(4, 8, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+        return fp32_state_dict(net, optimizer)
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        found = trained_on(lambda net: fully_shard(net, mesh=init_device_mesh("cpu", (1,))))
+        whole = {name: value.full_tensor() for name, value in found.items() if isinstance(value, DTensor)}
+    finally:
+        dist.destroy_process_group()
+    plain = trained_on(lambda net: net)
+    assert whole.keys() == found.keys() == plain.keys()
+    for name, value in whole.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, plain[name])

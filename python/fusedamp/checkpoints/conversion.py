@@ -108,6 +108,10 @@ def _check_groups(saved: dict[str, Any], optimizer: FusedOptimizer) -> None:
             f"[convert] got a dict with keys {sorted(map(str, saved))}; expected 'state' and 'param_groups'. "
             "Pass what an optimizer's state_dict() returned."
         )
+    if any("master_weights" in group for group in saved["param_groups"]):
+        raise ValueError(
+            "[convert] got a checkpoint of fusedamp; expected one of another library. Load it as it is."
+        )
     theirs = [len(group["params"]) for group in saved["param_groups"]]
     ours = [len(group["params"]) for group in optimizer.param_groups]
     if theirs != ours:

@@ -13,6 +13,7 @@ from ..optim.adam import Adam
 from ..optim.core.optimizer import FusedOptimizer
 from ..optim.lion import Lion
 from ..optim.state.foreign import BNB_NESTED, BNB_STATES, DEEPSPEED_FLAT
+from ..tensors.layout import fitted
 
 Entry = dict[str, Any]
 _BNB_BLOCKS = (256, 2048)  # elements that share a scale, in newer and in older versions
@@ -52,8 +53,10 @@ class Layout:
 
 
 def _same_names(saved: Saved) -> Entry:
-    """States under torch's names; tensor subclasses are dequantized."""
-    found = {name: saved.entry[name] for name in saved.names if saved.entry.get(name) is not None}
+    """States under torch's names, and a master that the user added; tensor subclasses are dequantized."""
+    found = {
+        name: saved.entry[name] for name in (*saved.names, "master") if saved.entry.get(name) is not None
+    }
     return {name: value.dequantize() if hasattr(value, "codes") else value for name, value in found.items()}
 
 
@@ -71,11 +74,6 @@ def _te(saved: Saved) -> Entry:
     return {**new, "master": master}
 
 
-def _deepspeed(saved: Saved) -> Entry:
-    new, master = _same_names(saved), saved.entry.get("master")
-    return new if master is None else {**new, "master": master}
-
-
 def _optimi(saved: Saved) -> Entry:
     """optimi stores averages with the bias correction applied, and the rounding error of 16-bit weights."""
     new, step = _same_names(saved), float(saved.step or 0)
@@ -84,7 +82,7 @@ def _optimi(saved: Saved) -> Entry:
             new[name] = new[name].float() * (1 - beta**step)
     error = saved.entry.get("kahan_comp")
     if error is not None and error.dtype == saved.param.dtype:
-        new["master"] = saved.param.detach().float() + error.to(saved.param.device).float()
+        new["master"] = fitted(saved.param, saved.param) + fitted(error, saved.param)
     return new
 
 
@@ -171,7 +169,7 @@ _ANY: tuple[Any, ...] = ()
 LAYOUTS: dict[str, Layout] = {
     "apex": Layout("Apex", _same_names, neutral={"grad_averaging": (True,)}),
     "te": Layout("TransformerEngine", _te),
-    "deepspeed": Layout("DeepSpeed", _deepspeed, _cut),
+    "deepspeed": Layout("DeepSpeed", _same_names, _cut),
     # AdEMAMix has another alpha; Lion has an eps that it does not read.
     "bitsandbytes": Layout(
         "bitsandbytes",

@@ -44,7 +44,7 @@ WAYS_OUT: dict[str, str] = {
     "master_weight_bits": 'Use master_weights="split" for 24 and 32 bits, and "none" for None.',
     "exp_avg_dtype": "Use state_dtype=torch.bfloat16, which applies to all states.",
     "exp_avg_sq_dtype": "Use state_dtype=torch.bfloat16, which applies to all states.",
-    "use_decoupled_grad": "Leave it out: param.main_grad is read where param.grad is None.",
+    "use_decoupled_grad": "Leave it out, and put such gradients into param.main_grad.",
     "optim_bits": 'Use state_dtype="int8" for 8, and leave out 32.',
     "min_8bit_size": _NOT_8_BIT + " Put small tensors into a group of their own.",
     "block_size": _NOT_8_BIT,

@@ -60,10 +60,12 @@ def name_dtypes(group: Entry) -> None:
     take. Replace other spellings of storage options by ours."""
     for name, value in group.items():
         if isinstance(value, torch.dtype):
-            group[name] = value = str(value).removeprefix("torch.")
-        if name in _SPELLINGS and isinstance(value, (str, bool)):
+            group[name] = str(value).removeprefix("torch.")
+    for name, spellings in _SPELLINGS.items():
+        value = group.get(name)
+        if isinstance(value, (str, bool)):
             value = value.removeprefix("torch.") if isinstance(value, str) else value
-            group[name] = _SPELLINGS[name].get(value, value)
+            group[name] = spellings.get(value, value)
 
 
 def spelled_out(cls: type) -> inspect.Signature:
