@@ -29,6 +29,25 @@ def torchao(params):
     return pytest.importorskip("torchao.optim").AdamW8bit(params, lr=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_values_of_torchao(monkeypatch, kind):
+    """Guards each of its formats: the values are those that it dequantizes itself."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    param = nn.Parameter(torch.randn(128, 64, generator=torch.Generator().manual_seed(0)))
+    theirs = getattr(pytest.importorskip("torchao.optim"), kind)([param], lr=1e-3)
+    for _ in range(3):
+        param.grad = param.detach().square()
+        theirs.step()
+    ours = optim.AdamW([param], lr=1.0)
+    ours.load_state_dict(convert(theirs.state_dict(), ours, "torchao"))
+    for name in ("exp_avg", "exp_avg_sq"):
+        values = theirs.state[param][name]
+        assert type(values) is not torch.Tensor
+        assert torch.equal(ours.state[param][name], values.dequantize())
+    assert ours.state[param]["step"] == 3
+    assert ours.param_groups[0]["lr"] == pytest.approx(1e-3)  # a tensor there
+
+
 def train(model, optimizer, batches):
     """Steps toward the squares of the inputs' means; returns the distance that the weights travel."""
     before = [p.detach().float().clone() for p in model.parameters()]
