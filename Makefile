@@ -1,6 +1,7 @@
 # make demo      train in FP32, FP16 and BF16, with torch's AMP and with fusedamp; table and plot in demo-out/
 # make test      all tests                 make check    format, lint, types
 # make bench     time against torch        make mutants  broken variants that the tests must detect
+# make docs      the pages, in build/docs/
 # make evidence  on a machine with a GPU: builds for it, tests, measures, and writes benchmarks/results/
 # make dev       all tools, and git hooks
 #
@@ -21,6 +22,10 @@ test: $(VENV)/.fusedamp-test
 
 bench: $(VENV)/.fusedamp-bench
 	$(PYTHON) benchmarks/run.py $(ARGS)
+
+docs: $(VENV)/.fusedamp-docs
+	$(PYTHON) -m sphinx -q -W --keep-going -c docs . build/docs $(ARGS)
+	@echo "build/docs/index.html"
 
 # Installs nothing, for machines without network access. PYTHON=... selects the interpreter; it must have torch.
 evidence:
@@ -51,4 +56,4 @@ $(VENV)/.fusedamp-%: $(SOURCES) | $(PYTHON)
 	$(ARCHS) $(PYTHON) -m pip install $(if $(filter %.whl,$(INSTALL)),'$(INSTALL)[$*]',-e '.[$*]')
 	@touch $@
 
-.PHONY: demo test bench evidence mutants check dev
+.PHONY: demo test bench docs evidence mutants check dev
