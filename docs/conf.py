@@ -1,4 +1,5 @@
-"""Sphinx reads pages from docs/, and from other folders what these link to: the sources start at the checkout.
+"""Sphinx reads the pages in docs/, and those in other folders to which these link: the source folder is the
+checkout.
 
 `make docs` builds into build/docs. The API pages import the package, so build it first.
 """
@@ -78,8 +79,9 @@ def _fields(app, what, name, obj, options, lines):
 def _to_index(app, exception):
     """The pages are in build/docs/docs: lead there from the top."""
     if exception is None and app.builder.name == "html":
-        page = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html">\n'
-        Path(app.outdir, "index.html").write_text(page + '<a href="docs/index.html">fusedamp</a>\n')
+        refresh = '<meta http-equiv="refresh" content="0; url=docs/index.html">'
+        page = f'<!doctype html><meta charset="utf-8">{refresh}<a href="docs/index.html">fusedamp</a>\n'
+        Path(app.outdir, "index.html").write_text(page)
 
 
 def setup(app):

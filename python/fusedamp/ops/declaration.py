@@ -37,9 +37,9 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
             nearest even.
         grads (as ``params``, any of the dtypes; fp64 for fp64 params only): read only, still multiplied by
             the loss scale.
-        {states} (as ``params``, fp32; fp64 for fp64 params{without}): rewritten. Or, to save memory, all states of a
-            parameter bf16, rounded stochastically; or 8-bit values: uint8 of states that are never negative,
-            int8 of others.
+        {states} (as ``params``, fp32; fp64 for fp64 params{without}): rewritten.
+            Or, to save memory, all states of a parameter bf16, rounded stochastically; or 8-bit values: uint8
+            of states that are never negative, int8 of others.
         masters (as ``params``, fp32; one per parameter, all of them fp16 or bf16; or empty): rewritten.
             Where a weight is not its master rounded, the weight was modified, and the master follows it
             before the step: it keeps what it has below half a unit, where that fits the new weight. Or
