@@ -1,8 +1,12 @@
 # make demo      train in FP32, FP16 and BF16, with torch's AMP and with fusedamp; table and plot in demo-out/
-# make test      all tests                 make check    format, lint, types
-# make bench     time against torch        make mutants  broken variants that the tests must detect
+# make check     seconds: format, lint, types, without compiling
+# make quick     minutes: the tests that are not slow
+# make test      all tests
+# make bench     time against torch
+# make mutants   broken variants that the tests must detect
 # make docs      the pages, in build/docs/
 # make evidence  on a machine with a GPU: builds for it, tests, measures, and writes benchmarks/results/
+# make release   files for users in dist/, checked; uploads nothing
 # make dev       all tools, and git hooks
 #
 # They use the active virtual environment and its torch; without one, they create .venv and install torch there.
@@ -19,6 +23,9 @@ demo: $(VENV)/.fusedamp-demo
 
 test: $(VENV)/.fusedamp-test
 	$(PYTHON) -m pytest -n auto $(ARGS)
+
+quick: $(VENV)/.fusedamp-test
+	$(PYTHON) -m pytest -n auto -m "not slow and not integration" $(ARGS)
 
 bench: $(VENV)/.fusedamp-bench
 	$(PYTHON) benchmarks/run.py $(ARGS)
@@ -42,6 +49,9 @@ check: $(VENV)/.fusedamp-dev
 	$(PYTHON) tests/anchors.py
 	find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
+release: $(VENV)/.fusedamp-release
+	$(PYTHON) .ci/release.py $(ARGS)
+
 dev: $(VENV)/.fusedamp-dev $(VENV)/.fusedamp-test $(VENV)/.fusedamp-demo
 	@if [ -d .git ]; then $(PYTHON) -m pre_commit install; fi
 
@@ -51,9 +61,17 @@ $(PYTHON):
 # Installs fusedamp with the named extra, and again when compiled sources changed. With nvcc, it builds code for two
 # architectures and PTX, which run on every GPU from 8.0; code for all architectures takes minutes.
 ARCHS = TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0+PTX}"
+HAS_TORCH = $(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install '$(TORCH)'
 $(VENV)/.fusedamp-%: $(SOURCES) | $(PYTHON)
-	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install '$(TORCH)'
+	@$(HAS_TORCH)
 	$(ARCHS) $(PYTHON) -m pip install $(if $(filter %.whl,$(INSTALL)),'$(INSTALL)[$*]',-e '.[$*]')
 	@touch $@
 
-.PHONY: demo test bench docs evidence mutants check dev
+# The tools alone: nothing is compiled.
+EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
+$(VENV)/.fusedamp-dev $(VENV)/.fusedamp-release: pyproject.toml | $(PYTHON)
+	@$(HAS_TORCH)
+	$(PYTHON) -c '$(EXTRA)' $(@:$(VENV)/.fusedamp-%=%) | $(PYTHON) -m pip install -r /dev/stdin
+	@touch $@
+
+.PHONY: demo test quick bench docs evidence mutants check release dev

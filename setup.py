@@ -3,13 +3,15 @@
     libfusedamp_cpu.so, libfusedamp_cuda.so   the ops, on PyTorch's stable ABI: run under torch 2.11 and later
     _C.<python tag>.so                        build information, tensor access; tied to one Python version
 
-Needs a C++17 compiler and torch's headers (no GPU; torch itself is never imported). The CUDA object is built
-if nvcc is found. FUSEDAMP_CUDA=0 omits it, FUSEDAMP_CUDA=1 requires it; TORCH_CUDA_ARCH_LIST selects the
-architectures.
+Needs g++ 11 or clang++ 14 or later (CXX) and torch's headers (no GPU; torch itself is never imported). It
+downloads nothing. The CUDA object is built if nvcc is found. FUSEDAMP_CUDA=0 omits it, FUSEDAMP_CUDA=1
+requires it; TORCH_CUDA_ARCH_LIST selects the architectures, MAX_JOBS the number of compilers at a time.
 """
 
+import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -20,8 +22,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
 TORCH_TARGET = (2, 11)  # the oldest torch that the ops load under
 CXX_FLAGS = [
@@ -39,21 +42,40 @@ CPU_TARGETS = {  # instruction set -> flags; engine/cpu/kernels.cpp is compiled 
     "avx512": [f"-m{x}" for x in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")]
     + ["-mprefer-vector-width=512"],
 }
-if os.uname().machine != "x86_64":
+if platform.machine() != "x86_64":
     CPU_TARGETS = {"baseline": []}
 CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+
+
+OLDEST_COMPILERS = {"g++": 11, "clang++": 14}
 
 
 def stop(message: str) -> None:
     sys.exit(f"\nfusedamp: {message}\n")
 
 
-def find_torch() -> Path | None:
+def check_system() -> None:
+    """Stop on systems and Pythons that fusedamp does not support, before anything is built."""
+    if platform.system() != "Linux":
+        stop(f"{platform.system()} is not supported; expected Linux.")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        stop("free-threaded Pythons are not supported; use one with a GIL.")
+    if not os.access(ROOT / "python", os.W_OK):
+        stop(f"{ROOT} cannot be written. Build elsewhere: copy it, or build a wheel from the sdist.")
+
+
+def find_torch() -> Path:
     """Find torch's folder: importable, or in the environment of an isolated build."""
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
-    return next((place for place in places if (place / "include").is_dir()), None)
+    torch = next((place for place in places if (place / "include").is_dir()), None)
+    if torch is None:
+        stop(
+            "torch was not found; its headers are needed. Install it first: pip install torch (If it is "
+            "installed, and your tool hides it from builds: --no-build-isolation.)"
+        )
+    return torch
 
 
 def torch_headers(torch: Path) -> tuple[str, list[str]]:
@@ -77,13 +99,14 @@ def find_nvcc() -> str | None:
     if wish == "0" or nvcc is None:
         if wish == "1":
             stop(
-                "FUSEDAMP_CUDA=1, but no nvcc was found. Install the CUDA toolkit and set CUDA_HOME, or drop "
-                "FUSEDAMP_CUDA."
+                "FUSEDAMP_CUDA=1, but no nvcc was found. Install the CUDA toolkit and set CUDA_HOME (or nvcc "
+                "from pip: CONTRIBUTING.md), or drop FUSEDAMP_CUDA."
             )
         why = (
             "FUSEDAMP_CUDA=0"
             if wish == "0"
-            else "no nvcc; install the CUDA toolkit and set CUDA_HOME to have them"
+            else "no nvcc; to have them, install the CUDA toolkit and set CUDA_HOME, or nvcc from pip: "
+            "CONTRIBUTING.md"
         )
         print(f"fusedamp: building without CUDA kernels ({why}).", flush=True)
         return None
@@ -111,6 +134,51 @@ def gencode(archs: list[str]) -> list[str]:
     return flags
 
 
+def check_compiler(cxx: str) -> None:
+    """Stop if there is no compiler, or if it is too old."""
+    expected = "g++ 11 or later, or clang++ 14 or later"
+    if not shutil.which(cxx):
+        stop(f"no C++ compiler ({cxx}) was found. Install {expected} (Debian: apt install g++), or set CXX.")
+    done = subprocess.run([cxx, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True)
+    macros = dict(re.findall(r"^#define (\w+) (\d+)$", done.stdout, re.M))
+    name, macro = ("clang++", "__clang_major__") if "__clang_major__" in macros else ("g++", "__GNUC__")
+    if int(macros.get(macro, 0)) < OLDEST_COMPILERS[name]:
+        found = f"is {name} {macros[macro]}" if macro in macros else "is not g++ or clang++"
+        stop(f"{cxx} {found}; expected {expected}. Install one, or set CXX.")
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may use: of the machine, and of a container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def origin() -> str:
+    """Return the version and a hash of csrc/, which all objects of one build share."""
+    sources = hashlib.sha256()
+    for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file() and p.suffix != ".md"):
+        sources.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return f"{VERSION}, sources {sources.hexdigest()[:12]}"
+
+
+def files_read(depends: str) -> list[str]:
+    """Return the files that a compiler read, from its rule for make, which escapes blanks and signs."""
+    names = re.split(r"(?<!\\)\s+", depends.replace("\\\n", " ").partition(": ")[2].strip())
+    return [re.sub(r"\\([ #\\])", r"\1", name).replace("$$", "$") for name in names if name]
+
+
+class Metadata(dist_info):
+    """pip asks for metadata first, and then downloads what the package requires, such as torch."""
+
+    def run(self):
+        find_torch()
+        super().run()
+
+
 class Build(build_ext):
     """Compiles in parallel, recompiles only changed sources, and replaces objects atomically."""
 
@@ -120,22 +188,27 @@ class Build(build_ext):
         self.build_temp = str(ROOT / "build" / f"objects-{sysconfig.get_platform()}")
 
     def run(self):
-        torch = find_torch()
-        if torch is None:
-            stop("torch was not found; its headers are needed. Install it first: pip install torch")
-        if not shutil.which(self.cxx):
-            stop(
-                f"no C++ compiler ({self.cxx}) was found. Install g++ 11 or later (Debian: apt install g++), "
-                "or set CXX."
-            )
-        self.torch_version, self.torch_include = torch_headers(torch)
+        self.torch = find_torch()
+        self.torch_version, self.torch_include = torch_headers(self.torch)
+        check_compiler(self.cxx)
         self.nvcc = find_nvcc()
         self.archs = cuda_archs(self.nvcc) if self.nvcc else []
         if not self.nvcc:
-            self.extensions = [e for e in self.extensions if "cuda" not in e.name]
+            left_out = [e for e in self.extensions if "cuda" in e.name]
+            self.extensions = [e for e in self.extensions if e not in left_out]
+            self.remove(left_out)
         super().run()
 
     cxx = os.environ.get("CXX", "g++")
+
+    def remove(self, left_out):
+        """Remove objects of an earlier build that this one leaves out: they would be packed, or loaded."""
+        for name in (e.name for e in left_out):
+            places = [Path(self.build_lib) / self.get_ext_filename(name)]
+            places += [Path(self.get_ext_fullpath(name))] if self.inplace else []
+            for path in filter(Path.exists, places):
+                path.unlink()
+                print(f"fusedamp: removed {path}, an object of an earlier build with CUDA.", flush=True)
 
     def get_ext_filename(self, name):
         if name.rpartition(".")[2].startswith("lib"):  # not a Python module: no Python tag
@@ -146,8 +219,8 @@ class Build(build_ext):
         jobs = getattr(
             self, "jobs_for_" + ext.name.rpartition(".")[2].removeprefix("libfusedamp").strip("_").lower()
         )()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda job: self.compile(ext.name, *job), jobs))
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or usable_cores())) as pool:
+            objects = list(pool.map(lambda job: self.compile(ext.name, *job), [*jobs, self.origin_job()]))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and all(target.stat().st_mtime > Path(o).stat().st_mtime for o in objects):
@@ -177,6 +250,14 @@ class Build(build_ext):
         return [as_needed, f"-L{folder}", *(f"-l{library}" for library in libraries)]
 
     # Each job: source, name of its object, command without input and output.
+    def origin_job(self):
+        source = Path(self.build_temp) / "origin.cpp"
+        text = f'namespace fusedamp {{\nconst char* origin() {{ return "{origin()}"; }}\n}}\n'
+        if not source.exists() or source.read_text() != text:
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.write_text(text)
+        return source, "origin", [self.cxx, *CXX_FLAGS]
+
     def jobs_for_cpu(self):
         for source in ROOT.glob("csrc/engine/cpu/*.cpp"):
             targets = CPU_TARGETS if source.stem == "kernels" else {"": []}
@@ -241,11 +322,17 @@ class Build(build_ext):
             and stamp.read_text() == "\n".join(command)
             and depends.exists()
         ):
-            read = depends.read_text().replace("\\\n", " ").partition(":")[2].split()
-            if all(Path(f).exists() and Path(f).stat().st_mtime <= target.stat().st_mtime for f in read):
+            read = [Path(f) for f in files_read(depends.read_text())]
+            if all(f.exists() and f.stat().st_mtime <= target.stat().st_mtime for f in read):
                 return str(target)
+        paths = [
+            f"-ffile-prefix-map={ROOT}=.",
+            f"-ffile-prefix-map={self.torch}=torch",
+        ]  # same bytes anywhere
+        if command[0] == self.nvcc:
+            paths = [text for path in paths for text in ("-Xcompiler", path)]
         self.call(
-            [*command, "-MD", "-MF", str(depends), "-c", str(source), "-o", str(target)],
+            [*command, *paths, "-MD", "-MF", str(depends), "-c", str(source), "-o", str(target)],
             str(source.relative_to(ROOT)),
         )
         stamp.write_text("\n".join(command))
@@ -257,9 +344,8 @@ class Build(build_ext):
             stop(f"{what} failed:\n  {' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
+check_system()
 setup(
     ext_modules=[Extension(f"fusedamp.{name}", []) for name in ("libfusedamp_cpu", "libfusedamp_cuda", "_C")],
-    cmdclass={"build_ext": Build},
-    # An isolated build must request torch, unless its environment has it.
-    setup_requires=[] if find_torch() else ["torch>=2.11"],
+    cmdclass={"build_ext": Build, "dist_info": Metadata},
 )

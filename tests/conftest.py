@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from on_device import DEVICE, OnDevice
+from tiers import marks_of
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: more threads would only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"  # of what a test starts
@@ -22,6 +23,13 @@ def pytest_configure() -> None:
 def pytest_collectstart(collector) -> None:
     if _on_device is not None and isinstance(collector, pytest.Module):
         _on_device.enter_module(collector.path.stem)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        for mark in marks_of(item.path):
+            item.add_marker(mark)
 
 
 def pytest_runtest_setup(item) -> None:

@@ -47,6 +47,8 @@ struct Cpu {
   }
 };
 
+std::string cpu_origin() { return origin(); }
+
 std::string cpu_target() { return cpu::kernels().name; }
 
 std::string step_ops() {
@@ -61,6 +63,7 @@ int64_t rule_of(std::string op, int64_t states) { return rule_for(op, 1, states)
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusedamp, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_origin", TORCH_BOX(&cpu_origin));
   m.impl("cpu_target", TORCH_BOX(&cpu_target));
   m.impl("step_ops", TORCH_BOX(&step_ops));
   m.impl("_rule_of", TORCH_BOX(&rule_of));

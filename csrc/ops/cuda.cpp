@@ -42,8 +42,11 @@ class Cuda {
   cuda::Device device_;
 };
 
+std::string cuda_origin() { return origin(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusedamp, CUDA, m) { Ops<Cuda>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fusedamp, CompositeExplicitAutograd, m) { m.impl("_cuda_origin", TORCH_BOX(&cuda_origin)); }
 
 }  // namespace fusedamp

@@ -20,7 +20,9 @@ STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kLinearGeluInputGradSchema);
   m.def(fusedamp::kLinearWeightGradSchema);
   m.def(fusedamp::kLinearWeightGradAddSchema);
-  m.def("_product_uses() -> str");               // what cuBLASLt was asked for (engine/cuda/lt_gemm.h)
+  m.def("_product_uses() -> str");  // what cuBLASLt was asked for (engine/cuda/lt_gemm.h)
+  m.def("_cpu_origin() -> str");    // version and hash of the sources, as setup.py writes them
+  m.def("_cuda_origin() -> str");
   m.def("cpu_target() -> str");                  // the instruction set that the CPU ops run on
   m.def("step_ops() -> str");                    // the names of all step ops, separated by blanks
   m.def("_rule_of(str op, int states) -> int");  // the number of the rule that has so many states per param

@@ -14,6 +14,8 @@
 
 namespace fusedamp {
 
+const char* origin();  // version and hash of the sources; setup.py writes it
+
 #define FUSEDAMP_OP(op, Hyper, names) inline constexpr const char* kName_##op = #op "_";
 #include "../math/optimizers.def"
 

@@ -9,6 +9,19 @@
 #include "pages.h"
 #include "plan.h"
 
+namespace fusedamp {
+const char* origin();  // setup.py writes it
+}
+
+#define FUSEDAMP_TEXT_OF(value) #value
+#define FUSEDAMP_TEXT(value) FUSEDAMP_TEXT_OF(value)
+#if defined(__clang__)
+#define FUSEDAMP_COMPILER \
+  "clang++ " FUSEDAMP_TEXT(__clang_major__) "." FUSEDAMP_TEXT(__clang_minor__) "." FUSEDAMP_TEXT(__clang_patchlevel__)
+#else
+#define FUSEDAMP_COMPILER "g++ " __VERSION__
+#endif
+
 namespace py = pybind11;
 using namespace pybind11::literals;
 
@@ -19,7 +32,8 @@ PYBIND11_MODULE(_C, m) {
       [] {
         py::dict info;
         info["version"] = FUSEDAMP_VERSION;
-        info["compiler"] = "g++ " __VERSION__;
+        info["origin"] = fusedamp::origin();
+        info["compiler"] = FUSEDAMP_COMPILER;
         info["torch"] = FUSEDAMP_TORCH;
         info["torch_abi_target"] = FUSEDAMP_TORCH_TARGET;
         info["nvcc"] = FUSEDAMP_NVCC;
@@ -27,8 +41,9 @@ PYBIND11_MODULE(_C, m) {
         info["cpu_targets"] = std::vector<std::string>{FUSEDAMP_CPU_TARGETS};
         return info;
       },
-      "Version, compiler, torch version of the headers, oldest torch version that loads the ops, nvcc's release\n"
-      "(empty in a CPU-only build), and the CUDA architectures and CPU instruction sets in the binaries.");
+      "Version, origin (version and hash of the sources), compiler, torch version of the headers, oldest torch\n"
+      "version that loads the ops, nvcc's release (empty in a CPU-only build), and the CUDA architectures and CPU\n"
+      "instruction sets in the binaries.");
   m.def("bind_tensors", &fusedamp::bind_tensors, "tensor"_a, "parameter"_a, "exchange"_a, "negated"_a, "leaves"_a,
         "Set torch's types, the capsule of DLPack's exchange interface, pairs of tensors and their lazy\n"
         "negations, and leaves with and without gradients; False for an unknown version.");

@@ -5,89 +5,23 @@ And what the installed build says of itself and links to.
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
+from zipfile import ZipFile
 
 import fusedamp
 import pytest
+import torch
+from build_sandbox import ROOT, Sandbox
 from fusedamp import _C
 from fusedamp.ops import library
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(fusedamp.__file__).parent
-
-# Writes what a compiler would: the object, and the list of files that it read.
-COMPILER = r"""#!/bin/sh
-case "$*" in
-  *--list-gpu-code*) echo "sm_80 sm_90 sm_100"; exit ;;
-  *--version*) echo "Cuda compilation tools, release 13.0, V13.0.1"; exit ;;
-esac
-echo "${0##*/} $*" >> "${0%/*}/calls"
-while [ $# -gt 0 ]; do
-  case "$1" in
-    -o) : > "$2" ;;
-    -c) source=$2 ;;
-    -MF) depends=$2 ;;
-  esac
-  shift
-done
-[ -z "$depends" ] || echo "object: $source" > "$depends"
-"""
-# setup.py sees no nvcc, compiler or torch but those of the test, wherever else this machine has them.
-DRIVER = """
-import importlib.util, os, runpy, shutil, sys, sysconfig
-which, find_spec, get_path, here = shutil.which, importlib.util.find_spec, sysconfig.get_path, os.getcwd()
-
-def which_here(name, mode=1, path=None):
-    found = which(name, mode, path)
-    return found if found and found.startswith(here) else None
-
-def path_here(kind, *args, **kwargs):
-    return f"{here}/site" if kind in ("platlib", "purelib") else get_path(kind, *args, **kwargs)
-
-shutil.which, sysconfig.get_path = which_here, path_here
-importlib.util.find_spec = lambda name, *more: None if name == "torch" else find_spec(name, *more)
-sys.argv = ["setup.py", "build_ext", "--inplace"]
-runpy.run_path("setup.py", run_name="__main__")
-"""
-
-
-class Sandbox:
-    """A copy of the sources with a stand-in torch and stand-in compilers."""
-
-    def __init__(self, folder, torch="2.13.0", compilers=("g++",)):
-        self.folder, self.bin = folder, folder / "bin"
-        shutil.copytree(ROOT / "csrc", folder / "csrc")
-        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-            if (ROOT / name).exists():
-                shutil.copy(ROOT / name, folder)
-        (folder / "python/fusedamp").mkdir(parents=True)
-        (folder / "python/fusedamp/__init__.py").touch()
-        self.bin.mkdir()
-        for name in compilers:
-            (self.bin / name).write_text(COMPILER)
-            (self.bin / name).chmod(0o755)
-        if torch:
-            (folder / "site/torch/include").mkdir(parents=True)
-            (folder / "site/torch/version.py").write_text(f"__version__ = '{torch}'\n")
-
-    def build(self, **variables):
-        """Return the exit code and the output."""
-        keep = {
-            k: v for k, v in os.environ.items() if not k.startswith(("FUSEDAMP_", "CUDA", "TORCH_", "CXX"))
-        }
-        environment = keep | {"PATH": f"{self.bin}:{os.environ['PATH']}"} | variables
-        (self.bin / "calls").write_text("")
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER], cwd=self.folder, env=environment, capture_output=True, text=True
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    def calls(self):
-        return (self.bin / "calls").read_text().splitlines()
-
+OBJECT_NAMES = ("_C", "libfusedamp_cpu", "libfusedamp_cuda")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
 
@@ -96,6 +30,10 @@ REFUSALS = {
     "old torch": (dict(torch="2.10.1+cu126"), {}, "torch 2.10.1+cu126 is too old; expected", "install -U"),
     "no compiler": (dict(compilers=()), {}, "no C++ compiler (g++) was found.", "or set CXX"),
     "no such CXX": ({}, dict(CXX="clang++-99"), "no C++ compiler (clang++-99) was found.", "or set CXX"),
+    "old g++": (dict(gcc=10), {}, "g++ is g++ 10; expected g++ 11 or later, or clang++ 14", "set CXX"),
+    "not Linux": ({}, dict(STAND_IN_SYSTEM="Windows"), "Windows is not supported; expected Linux.", ""),
+    "no GIL": ({}, dict(STAND_IN_GIL_DISABLED="1"), "free-threaded Pythons are not supported", "with a GIL"),
+    "read-only": ({}, dict(STAND_IN_READ_ONLY="1"), "cannot be written.", "build a wheel from the sdist"),
     "CUDA=1": ({}, dict(FUSEDAMP_CUDA="1"), "FUSEDAMP_CUDA=1, but no nvcc was found.", "set CUDA_HOME"),
     "CUDA=yes": ({}, dict(FUSEDAMP_CUDA="yes"), "FUSEDAMP_CUDA=yes is unknown; expected auto, 0 or 1.", ""),
 }  # fmt: skip
@@ -114,8 +52,15 @@ def test_one_line_says_what_is_missing(name, tmp_path):
     assert not sandbox.calls()
 
 
+def test_metadata_need_torch(tmp_path):
+    """pip asks for them before it downloads torch."""
+    code, text = Sandbox(tmp_path, torch=None).run("dist_info")
+    assert code == 1
+    assert "torch was not found" in text
+
+
 @pytest.mark.parametrize(
-    ("wish", "why"), [("auto", "no nvcc; install the CUDA toolkit"), ("0", "FUSEDAMP_CUDA=0")]
+    ("wish", "why"), [("auto", "no nvcc; to have them, install the CUDA toolkit"), ("0", "FUSEDAMP_CUDA=0")]
 )
 def test_a_cpu_build_says_that_it_is_one(wish, why, tmp_path):
     sandbox = Sandbox(tmp_path, compilers=("g++",) if wish == "auto" else ("g++", "nvcc"))
@@ -124,6 +69,34 @@ def test_a_cpu_build_says_that_it_is_one(wish, why, tmp_path):
     assert [line for line in text.splitlines() if f"building without CUDA kernels ({why}" in line]
     made = {p.name.partition(".")[0] for p in (tmp_path / "python/fusedamp").glob("*.so")}
     assert made == {"libfusedamp_cpu", "_C"}
+
+
+def test_the_cuda_object_of_an_earlier_build_is_removed(tmp_path):
+    sandbox = Sandbox(tmp_path, compilers=("g++", "nvcc"))
+    cuda = tmp_path / "python/fusedamp/libfusedamp_cuda.so"
+    assert sandbox.build()[0] == 0
+    assert cuda.exists()
+    code, text = sandbox.build(FUSEDAMP_CUDA="0")
+    assert code == 0, text
+    assert f"removed {cuda}" in text
+    assert not list(tmp_path.rglob("libfusedamp_cuda.so"))
+
+
+def test_a_wheel_holds_what_its_build_made(tmp_path):
+    """Not what lies in the package's folder, or in the build folder from an earlier wheel."""
+    sandbox = Sandbox(tmp_path, compilers=("g++", "nvcc"))
+    wheel = ("bdist_wheel", "-d", str(tmp_path / "dist"))
+    assert sandbox.build()[0] == 0
+    for name in ("libfusedamp_old.so", "_C.cpython-39-x86_64-linux-gnu.so"):
+        (tmp_path / "python/fusedamp" / name).touch()
+    for cuda in ("1", "0"):
+        code, text = sandbox.run(*wheel, FUSEDAMP_CUDA=cuda)
+        assert code == 0, text
+        (path,) = (tmp_path / "dist").glob("*.whl")
+        objects = {name.partition(".")[0] for name in ZipFile(path).namelist() if name.endswith(".so")}
+        assert objects == {f"fusedamp/{name}" for name in OBJECT_NAMES[: 2 + int(cuda)]}
+        assert sum(name.endswith(".so") for name in ZipFile(path).namelist()) == len(objects)
+    assert (tmp_path / "python/fusedamp/libfusedamp_cuda.so").exists(), "a wheel changes no editable install"
 
 
 def test_flags(tmp_path):
@@ -163,21 +136,45 @@ def test_cuda_is_built_where_nvcc_is_found(asked, wanted, tmp_path):
     assert (tmp_path / "python/fusedamp/libfusedamp_cuda.so").exists()
 
 
-def test_compiles_only_what_changed(tmp_path):
-    sandbox = Sandbox(tmp_path)
-    sandbox.build()
+@pytest.mark.parametrize("name", ["plain", "a b #c"])
+def test_compiles_only_what_changed(name, tmp_path):
+    (folder := tmp_path / name).mkdir()
+    sandbox = Sandbox(folder)
+    assert sandbox.build()[0] == 0
     assert sandbox.build()[0] == 0
     assert not [call for call in sandbox.calls() if " -c " in call]
-    os.utime(tmp_path / "csrc/ops/rows.cpp", (2**31, 2**31))
+    os.utime(folder / "csrc/ops/rows.cpp", (2**31, 2**31))
     sandbox.build()
     compiled = [call for call in sandbox.calls() if " -c " in call]
     assert len(compiled) == 1
     assert "csrc/ops/rows.cpp" in compiled[0]
 
 
+def test_changed_sources_change_the_origin_of_all_objects(tmp_path):
+    sandbox = Sandbox(tmp_path)
+    assert sandbox.build()[0] == 0
+    before = next(tmp_path.glob("build/*/origin.cpp")).read_text()
+    with open(tmp_path / "csrc/ops/rows.cpp", "a") as file:
+        file.write("// changed\n")
+    assert sandbox.build()[0] == 0
+    assert next(tmp_path.glob("build/*/origin.cpp")).read_text() != before
+    compiled = [call for call in sandbox.calls() if " -c " in call]
+    assert sum("/origin.cpp" in call for call in compiled) == 2
+    assert len(compiled) == 3
+
+
+def test_max_jobs(tmp_path):
+    """One compiler at a time, where that is asked for."""
+    sandbox = Sandbox(tmp_path)
+    sandbox.compiler("g++", before="echo begin >> ${0%/*}/jobs; sleep 0.01; echo end >> ${0%/*}/jobs")
+    assert sandbox.build(MAX_JOBS="1")[0] == 0
+    jobs = (sandbox.bin / "jobs").read_text().split()
+    assert jobs == ["begin", "end"] * (len(jobs) // 2)
+
+
 def test_a_compiler_error_is_shown(tmp_path):
     sandbox = Sandbox(tmp_path)
-    (sandbox.bin / "g++").write_text("#!/bin/sh\necho 'rows.cpp:7: no such thing' >&2\nexit 1\n")
+    sandbox.compiler("g++", before="echo 'rows.cpp:7: no such thing' >&2; exit 1")
     code, text = sandbox.build()
     assert code == 1
     assert "failed:" in text
@@ -193,7 +190,36 @@ def test_build_info():
     assert "baseline" in info["cpu_targets"]
     assert library.cpu_target() in info["cpu_targets"]
     assert bool(info["nvcc"]) == bool(info["cuda_archs"]) == (PACKAGE / "libfusedamp_cuda.so").exists()
-    assert info["compiler"].startswith("g++ ")
+    assert re.fullmatch(r"(g|clang)\+\+ \d+\..*", info["compiler"])
+    assert re.fullmatch(rf"{re.escape(info['version'])}, sources [0-9a-f]{{12}}", info["origin"])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_objects_of_different_builds_are_refused(known, monkeypatch):
+    """The error has both versions and the way out. The objects of this build agree."""
+    library._check_origins(library.HAS_CUDA_OPS)
+    mine = _C.build_info()
+    monkeypatch.setattr(_C, "build_info", lambda: mine | {"origin": "0.0.1, sources abc"})
+    if not known:
+        monkeypatch.setattr(torch.ops.fusedamp, "_cpu_origin", Mock(side_effect=NotImplementedError))
+    other = re.escape(mine["origin"] if known else "unknown (an earlier build)")
+    with pytest.raises(ImportError, match=rf"_C\..* is 0.0.1, sources abc, .* is {other}\. .*pip install"):
+        library._check_origins(False)
+
+
+def test_a_cpu_build_warns_where_torch_has_cuda(tmp_path):
+    """Once, at import, with the way out."""
+    shutil.copytree(PACKAGE, tmp_path / "fusedamp", ignore=shutil.ignore_patterns("*cuda.so"))
+    code = (
+        "import torch; torch.version.cuda = '13.0'; import fusedamp; import fusedamp.ops; print('imported')"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.stdout == "imported\n", done.stderr
+    assert done.stderr.count("built without CUDA kernels") == 1
+    assert "CUDA_HOME" in done.stderr
 
 
 def test_a_build_in_place_needs_no_metadata():

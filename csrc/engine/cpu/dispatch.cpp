@@ -5,6 +5,9 @@
 #include <string>
 
 #include "kernels.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace fusedamp::cpu {
 namespace {
@@ -17,7 +20,9 @@ struct Candidate {
 const Kernels& choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;  // clang++ 14 does not know the name "f16c"
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const Candidate best_first[] = {{&kKernels_avx512, avx512}, {&kKernels_avx2, avx2}, {&kKernels_baseline, true}};

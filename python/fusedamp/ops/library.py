@@ -1,10 +1,13 @@
 """Loads the op libraries, and tells torch the shapes of what the ops return."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
+
+from .. import _C
 
 _HERE = Path(__file__).parent.parent
 
@@ -24,6 +27,32 @@ if not _load("fusedamp_cpu"):
     )
 # The CUDA object needs the CUDA half of torch itself, GPU or not.
 HAS_CUDA_OPS: bool = torch.version.cuda is not None and _load("fusedamp_cuda")
+
+
+def _check_origins(has_cuda_ops: bool) -> None:
+    """Objects of different builds disagree on tables and signatures."""
+    wanted = _C.build_info()["origin"]
+    for device in ("cpu", "cuda") if has_cuda_ops else ("cpu",):
+        try:
+            found = getattr(torch.ops.fusedamp, f"_{device}_origin")()
+        except (AttributeError, NotImplementedError):
+            found = "unknown (an earlier build)"
+        if found != wanted:
+            raise ImportError(
+                f"fusedamp's objects are of different builds: {Path(_C.__file__).name} is {wanted}, "
+                f"libfusedamp_{device}.so is {found}. Build all again: `pip install .` (or `pip install "
+                "-e .`) in the source folder."
+            )
+
+
+_check_origins(HAS_CUDA_OPS)
+if torch.version.cuda is not None and not HAS_CUDA_OPS:
+    warnings.warn(
+        f"fusedamp was built without CUDA kernels, and torch {torch.__version__} has CUDA: only CPU tensors "
+        "work. Install the CUDA toolkit and set CUDA_HOME (or nvcc from pip, five packages: see "
+        "CONTRIBUTING.md), then build fusedamp again: `pip install .`.",
+        stacklevel=1,
+    )
 
 STEP_OPS: tuple[str, ...] = tuple(torch.ops.fusedamp.step_ops().split())  # of csrc/math/optimizers.def
 
