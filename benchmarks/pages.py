@@ -203,6 +203,46 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def prose() -> list[str]:
+    """Return what README.md says in sentences, made from the results."""
+    parts = evidence()
+    step = {run["recipe"]: f"{run['step_ms']:.1f}" for run in parts["training"]["runs"]}
+    fp16, bf16 = (f"torch AMP, {name} autocast, fused AdamW" for name in ("FP16", "BF16"))
+    ours16, ours_b16 = (f"fusedamp, {name} weights with masters" for name in ("FP16", "BF16"))
+    cells = [re.findall(r"[\d.]+(?= \|)", line) for line in speed_on_the_gpu().splitlines()[2:]]
+    small = [float(line[-1]) for line in cells]
+    large = [float(cell) for line in cells for cell in line[:-1]]
+    one_thread = [
+        float(row["ratio_p50"])
+        for row in rows(EPYC)
+        if row["optimizer"] == "adamw" and row["rival"] in ("P1", "P3", "P4") and row["threads"] == "1"
+        if row["workload"] in ("W1", "W2", "W3")
+    ]
+    gaps = [
+        (name, float(low), float(high))
+        for name, low, high in re.findall(
+            r"^\| (.*?) \| [\d.]+ \| \S+ \| (\S+) to (\S+) \|", PARITY.read_text(), re.M
+        )
+    ]
+    lost = [gap for gap in gaps if "no masters" in gap[0] and "stochastic" not in gap[0]]
+    kept = [gap for gap in gaps if gap not in lost]
+    sum_of_bytes = bytes_per_parameter().splitlines()
+    return [
+        f"takes {step[ours16]} ms with FP16 weights, and {step[fp16]} ms under",
+        f"takes {step[ours_b16]} and {step[bf16]} ms",
+        f"{min(large):.1f} to {max(large):.1f} times as fast as with",
+        f"up to {max(small):.1f} times on 2,000",
+        f"{sum_of_bytes[6].split(' | ')[-1].rstrip(' |')} bytes per parameter instead of "
+        f"{sum_of_bytes[2].split(' | ')[-1].rstrip(' |')}",
+        f"{len(kept)} of {len(gaps)} formats end within {max(abs(x) for _, *ends in kept for x in ends):.4f}",
+        f"{min(low for _, low, _ in lost):.2f} to {max(high for *_, high in lost):.2f} behind",
+        f"{min(one_thread):.1f} to {max(one_thread):.1f} times as fast on one thread",
+        f"{json.loads(H200.read_text())['parts']['bitwise']['checks']} checks",
+        f"{parts['graphs']['graphs']} CUDA graphs",
+        f"{parts['suite']['counts']['tests']:,} tests",
+    ]
+
+
 def written(text: str) -> str:
     """Return a page with its tables made again."""
     return PLACE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "python"))
+if any((ROOT / "python" / "fusedamp").glob("_C.*")):  # built in place; otherwise it is installed
+    sys.path.insert(0, str(ROOT / "python"))
 
 import fusedamp  # noqa: E402
 

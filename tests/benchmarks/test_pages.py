@@ -27,6 +27,14 @@ def test_tables_show_the_results():
     assert not stale, "run python benchmarks/pages.py"
 
 
+def test_sentences_show_the_results():
+    import pages
+
+    text = " ".join((pages.ROOT / "README.md").read_text().split())
+    missing = [phrase for phrase in pages.prose() if phrase not in text]
+    assert not missing
+
+
 def test_every_table_is_on_a_page():
     import pages
 

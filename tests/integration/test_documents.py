@@ -1,4 +1,4 @@
-"""The Python blocks of docs/ run, and the pages build without a warning.
+"""The Python blocks of README.md and docs/ run, and the pages build without a warning.
 
 The blocks of a page share a namespace. `<!-- skip: next "reason" -->` skips the next block.
 """
@@ -16,7 +16,7 @@ sybil = pytest.importorskip("sybil")
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.exists()]
 PAGES = [page for page in PAGES if "```python" in page.read_text()]
 BLOCKS = sybil.Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(ROOT), patterns=["**/*.md"])
 pytestmark = [
