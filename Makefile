@@ -4,6 +4,7 @@
 # make test      all tests
 # make bench     time against torch
 # make mutants   broken variants that the tests must detect
+# make docs      the pages, in build/docs/
 # make evidence  on a machine with a GPU: builds for it, tests, measures, and writes benchmarks/results/
 # make release   files for users in dist/, checked; uploads nothing
 # make dev       all tools, and git hooks
@@ -28,6 +29,10 @@ quick: $(VENV)/.fusedamp-test
 
 bench: $(VENV)/.fusedamp-bench
 	$(PYTHON) benchmarks/run.py $(ARGS)
+
+docs: $(VENV)/.fusedamp-docs
+	$(PYTHON) -m sphinx -q -W --keep-going -c docs . build/docs $(ARGS)
+	@echo "build/docs/index.html"
 
 # Installs nothing, for machines without network access. PYTHON=... selects the interpreter; it must have torch.
 evidence:
@@ -69,4 +74,4 @@ $(VENV)/.fusedamp-dev $(VENV)/.fusedamp-release: pyproject.toml | $(PYTHON)
 	$(PYTHON) -c '$(EXTRA)' $(@:$(VENV)/.fusedamp-%=%) | $(PYTHON) -m pip install -r /dev/stdin
 	@touch $@
 
-.PHONY: demo test quick bench evidence mutants check release dev
+.PHONY: demo test quick bench docs evidence mutants check release dev

@@ -1,22 +1,48 @@
-"""The Python blocks of docs/ run: the blocks of a page share a namespace, and assert what the text says."""
+"""The Python blocks of README.md and docs/ run, and the pages build without a warning.
 
+The blocks of a page share a namespace. `<!-- skip: next "reason" -->` skips the next block.
+"""
+
+import contextlib
 import re
+import subprocess
+import sys
+import unittest
 from pathlib import Path
 
 import pytest
 
+sybil = pytest.importorskip("sybil")
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if "```python" in page.read_text()]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.exists()]
+PAGES = [page for page in PAGES if "```python" in page.read_text()]
+BLOCKS = sybil.Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(ROOT), patterns=["**/*.md"])
 pytestmark = [
     pytest.mark.host,
-    pytest.mark.skipif(not PAGES, reason="not a source checkout"),
+    pytest.mark.skipif(not (ROOT / "docs" / "conf.py").exists(), reason="not a source checkout"),
 ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_blocks_run(page):
-    text = page.read_text()
-    names = {}
-    for block in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S):
-        line = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * line + block[1], str(page), "exec"), names)
+    for example in BLOCKS.parse(page).examples():
+        with contextlib.suppress(unittest.SkipTest):
+            example.evaluate()  # failures name page and line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_skips_have_a_reason(page):
+    for comment in re.findall(r"<!--\s*(skip:.*?)-->", page.read_text()):
+        assert re.fullmatch(r'skip: next "\w.*" ', comment), comment
+
+
+@pytest.mark.slow
+def test_pages_build_without_a_warning(tmp_path):
+    for needed in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(needed)
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs", ".", str(tmp_path)]
+    made = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "docs" / "index.html").exists()

@@ -44,8 +44,6 @@ ALLOWED = (
     r"that are no powers of two",
 )
 
-# The README is rewritten with the documents.
-LATER = ("README.md",)
 NEVER = ("benchmarks/results", "benchmarks/partial", "tests/laws/test_words.py")
 TEXTS = {".py", ".h", ".cuh", ".cu", ".cpp", ".inc", ".def", ".md", ".toml"}
 FOLDERS = ("python/fusedamp", "csrc", "docs", "benchmarks", "tests")
@@ -58,7 +56,7 @@ def texts() -> list[Path]:
     found = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in TEXTS]
     found += [*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "setup.py"]
     names = {p: p.relative_to(ROOT).as_posix() for p in found if "build" not in p.parts}
-    return sorted(p for p, name in names.items() if not name.startswith((*LATER, *NEVER)))
+    return sorted(p for p, name in names.items() if not name.startswith(NEVER))
 
 
 def prose(path: Path) -> str:
@@ -108,8 +106,3 @@ def test_dialect_is_found(old):
 @pytest.mark.parametrize("good", ["Exit code 2", "dtype codes of n tensors", "as in Nesterov's look-ahead"])
 def test_terms_of_the_field_are_allowed(good):
     assert not dialect(good)
-
-
-def test_later_exists():
-    """A name in ``LATER`` that no longer exists would hide nothing, or a new file by mistake."""
-    assert all((ROOT / name).exists() for name in LATER)

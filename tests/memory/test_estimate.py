@@ -96,6 +96,16 @@ def test_rows_of_plain_torch_are_what_torch_allocates(case, dtype):
         assert parts(by_hand) == (2 * numel, 6 * numel, 4 * numel, amp.states)
 
 
+@pytest.mark.parametrize("storage", [{}, {"stochastic_rounding": True, "master_weights": "none"}])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_a_number_of_parameters_with_any_storage(state_dtype, storage):
+    made = estimate(10**9, optim.AdamW, dtype=torch.bfloat16, state_dtype=state_dtype, **storage)
+    usual = estimate(10**9, optim.AdamW, dtype=torch.bfloat16)
+    mode = f'fusedamp: master_weights="{storage.get("master_weights", "fp32")}", state_dtype="{state_dtype}"'
+    assert made.rows[0].name == mode
+    assert set(made.rows) == set(usual.rows)
+
+
 def test_figures_that_everybody_knows():
     """Guards the arithmetic: Adam in BF16 takes 16 B/param here, 20 with masters by hand, 8 in BF16 alone."""
     found = {row.name: row for row in estimate(10**12, optim.AdamW, dtype=torch.bfloat16).rows}

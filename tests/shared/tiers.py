@@ -9,6 +9,7 @@ TESTS = Path(__file__).resolve().parents[1]
 ONCE = (
     "benchmarks/test_benchmarks.py",
     "benchmarks/test_evidence.py",
+    "benchmarks/test_pages.py",
     "build/test_build.py",
     "build/test_content_cache.py",
     "build/test_machine_code.py",
@@ -19,6 +20,7 @@ ONCE = (
     "commands/test_repro_parity.py",
     "emulation/test_emulation.py",
     "emulation/test_linear_library.py",
+    "integration/test_troubleshooting.py",
     "laws/test_house.py",
     "laws/test_rooms.py",
     "laws/test_tiers.py",

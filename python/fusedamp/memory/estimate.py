@@ -19,6 +19,7 @@ from ..optim.state.formats import has_master, name_dtypes
 from ..tensors.layout import STATE_DTYPES
 from .planned import Weight, owned, plan
 
+_TO_NEAREST = {"stochastic_rounding": False}  # needs the same memory, and is valid in every mode
 _PLAIN = {option: values[0] for option, values in STORAGE.items()}
 
 
@@ -113,11 +114,11 @@ def estimate(
     name = _label(asked, has_masters) if asked else "fusedamp: as in the groups"
     rows = {name: _row(name, made, weights, {})}
     for values in itertools.product(*STORAGE.values()):
-        storage = dict(zip(STORAGE, values, strict=True))
+        storage: dict[str, Any] = dict(zip(STORAGE, values, strict=True))
         name = _label(storage, has_masters)
         if name not in rows:
             try:
-                rows[name] = _row(name, made, weights, storage)
+                rows[name] = _row(name, made, weights, storage | _TO_NEAREST)
             except (TypeError, ValueError):  # the optimizer does not support this mode for these parameters
                 continue
     count = sum(weight.meta.numel() for weight in weights)
@@ -149,7 +150,7 @@ def _plain_rows(optimizer: FusedOptimizer, weights: list[Weight]) -> list[Memory
                 row[0] += count * size
             continue
         wide = STATE_DTYPES[weight.meta.dtype]
-        entry = optimizer.planned_state(weight.meta.to(wide), {**weight.group, **_PLAIN})
+        entry = optimizer.planned_state(weight.meta.to(wide), {**weight.group, **_PLAIN, **_TO_NEAREST})
         step = _bytes(entry.pop("step"))
         full, is_narrow = _bytes(entry), wide.itemsize > size
         for row, parts in (

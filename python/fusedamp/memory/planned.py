@@ -132,9 +132,11 @@ def _need_no_shape(optimizer: FusedOptimizer) -> None:
     shapes = ((_PROBE, _PROBE), (_PROBE * _PROBE,))
     group = optimizer.param_groups[0]
     states = [optimizer.planned_state(torch.empty(shape, device="meta"), group) for shape in shapes]
-    if {name: value.numel() for name, value in states[0].items()} != {
-        name: value.numel() for name, value in states[1].items()
-    }:
+    of_matrix, of_vector = (
+        {name: value.numel() for name, value in entry.items() if isinstance(value, Tensor)}
+        for entry in states
+    )
+    if of_matrix != of_vector:
         raise ValueError(
             f"[estimate] a number of parameters is not enough for {type(optimizer).__name__}, which has "
             "different states for matrices and vectors; expected shapes. Pass a model, or its shapes."

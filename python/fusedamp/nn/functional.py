@@ -92,7 +92,7 @@ def mlp(
 
     Args:
         x ([..., K], floating-point), w1 ([H, K]), b1 ([H] or None), w2 ([N, H]), b2 ([N] or None): as for
-        :func:`linear`.
+            :func:`linear`.
         activation: "gelu_tanh" (the tanh approximation; the exact one has no fused form) or "relu".
     Returns: [..., N] in the dtype of the products.
     Raises: ValueError, TypeError naming the argument, what it got, what it wanted.

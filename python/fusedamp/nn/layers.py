@@ -15,14 +15,14 @@ from . import functional
 class Linear(nn.Linear):
     """Apply ``input @ weight.T + bias``: an ``nn.Linear`` whose weight gradient keeps FP32.
 
-    | weights | forward, input gradient | weight and bias gradient | holds for |
-    |---|---|---|---|
-    | FP32, autocast FP16/BF16 | 16 bits, FP32 sums | FP32 from the product into ``.grad`` | DDP, FSDP2, \
-compile, checkpoint, any optimizer |
-    | 16 bits, ``grad_dtype=None`` | 16 bits | 16 bits, as torch | everything |
-    | 16 bits, ``grad_dtype=torch.float32`` | 16 bits | FP32 into FP32 ``.grad`` | eager, one process, \
-``fusedamp.optim`` and ``GradScaler`` |
-    | FP32, FP64 | torch's | torch's | everything |
+    The weights decide which gradients you get:
+
+    - FP32 under autocast to FP16 or BF16: FP32, added to ``.grad`` from the product. Works with DDP, FSDP2,
+      ``torch.compile``, checkpointing and any optimizer.
+    - FP16 or BF16: 16 bits, as torch. Works everywhere.
+    - FP16 or BF16 with ``grad_dtype=torch.float32``: FP32 in an FP32 ``.grad``. Works in one process in eager
+      mode, with ``fusedamp.optim`` and ``GradScaler``.
+    - FP32 or FP64 without autocast: torch's. Works everywhere.
 
     Limits of 16-bit weights with FP32 gradients (torch 2.11 to 2.14): torch's Adam and its relatives, fused
     optimizers, DDP and compiled autograd raise; FSDP2 drops torch's attribute ``grad_dtype``, so gradients

@@ -37,9 +37,9 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
             nearest even.
         grads (as ``params``, any of the dtypes; fp64 for fp64 params only): read only, still multiplied by
             the loss scale.
-        {states} (as ``params``, fp32; fp64 for fp64 params): rewritten. Or, to save memory, all states of a
-            parameter bf16, rounded stochastically; or 8-bit values: uint8 of states that are never negative,
-            int8 of others.
+        {states} (as ``params``, fp32; fp64 for fp64 params{without}): rewritten.
+            Or, to save memory, all states of a parameter bf16, rounded stochastically; or 8-bit values: uint8
+            of states that are never negative, int8 of others.
         masters (as ``params``, fp32; one per parameter, all of them fp16 or bf16; or empty): rewritten.
             Where a weight is not its master rounded, the weight was modified, and the master follows it
             before the step: it keeps what it has below half a unit, where that fits the new weight. Or
@@ -111,10 +111,9 @@ def step_op(
             )
 
         whole = [name for name in states if parameters[name].annotation is not Scalars]
-        last = "the last: " if len(whole) > 1 else ""
-        without = f" ({last}empty without ``{last_state_with}``)" if last_state_with else ""
+        without = f"; {whole[-1]}: empty without ``{last_state_with}``" if last_state_with else ""
         run.__doc__ = _STEP_DOC.format(
-            title=title, formula=formula, states=", ".join(whole) + without, cost=cost, source=source
+            title=title, formula=formula, states=", ".join(whole), without=without, cost=cost, source=source
         )
         return cast(Declared, run)
 

@@ -17,8 +17,8 @@ class GradStats(NamedTuple):
     found_inf: Tensor
     """float32, 0-dim: 1 if an element is not finite before or after unscaling, else 0."""
     total: Tensor
-    """float64, 0-dim: the sum of |g * inv_scale|^p over all tensors (p = inf: the maximum; p = 0: how many
-    are not 0)."""
+    """float64, 0-dim: the sum of ``|g * inv_scale|^p`` over all tensors (p = inf: the maximum; p = 0: how
+    many are not 0)."""
     per_tensor: Tensor
     """float64, [n]: the same for each tensor."""
     counts: Tensor

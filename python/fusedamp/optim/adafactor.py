@@ -35,9 +35,9 @@ class Adafactor(ComposedOptimizer):
     Args:
         params, lr, beta2_decay, eps, d, weight_decay, maximize: as in torch; ``eps[0]`` None is the machine
             epsilon of the arithmetic (FP32, also for 16-bit parameters; torch uses that of the parameter's
-            dtype). ``lr`` may be a tensor of one element, which is read on the device at each step. foreach:
-        accepted and saved, without effect. A CUDA graph can capture the step after a first step has created
-            the state; torch's step reads norms and step counts on the host.
+            dtype). ``lr`` may be a tensor of one element, which is read on the device at each step.
+        foreach: accepted and saved, without effect. A CUDA graph can capture the step after a first step has
+            created the state; torch's step reads norms and step counts on the host.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step``; ``row_var`` and ``col_var`` over the last two dimensions for tensors with at least two,
         ``variance`` for others; and ``master``.

@@ -59,7 +59,7 @@ class Muon(ComposedOptimizer):
             too: put them into a separate group with ``use_muon=False`` and its own ``lr``.
         adamw_betas, adamw_eps: AdamW's; its ``lr`` and ``weight_decay`` are the group's.
         ns_dtype: dtype of the Newton-Schulz iterations, or its name: bfloat16 (as in torch), float16,
-        float32, float64.
+            float32, float64.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step`` and ``momentum_buffer``, or AdamW's ``exp_avg`` and ``exp_avg_sq``; and ``master``.
     Cost: 3 matrix products per iteration, by torch's matmul; AdamW's part is one fused op. No host sync.

@@ -1,0 +1,267 @@
+"""Writes the tables of README.md and docs/ from committed results and from the package itself.
+
+python benchmarks/pages.py [--check]
+
+A table stands between `<!-- table: name -->` and `<!-- end -->`. `--check` writes nothing, and exits with 1
+if a page differs. Pictures: `python benchmarks/pictures.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+H200 = RESULTS / "nvidia-h200-2026-11-26.json"
+EPYC = RESULTS / "amd-epyc-avx512-2-cores.csv"
+EPYC_STORAGE = RESULTS / "amd-epyc-avx512-2-cores-storage.csv"
+PARITY = ROOT / "docs" / "parity.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
+
+STORAGE = {  # of AdamW: the words of the tables, and the options
+    "FP32 master weights and states": {},
+    '`master_weights="split"`': {"master_weights": "split"},
+    "and `state_dtype=torch.bfloat16`": {"master_weights": "split", "state_dtype": "bfloat16"},
+    'and `state_dtype="int8"`': {"master_weights": "split", "state_dtype": "int8"},
+    '`master_weights="none", stochastic_rounding=True, state_dtype="int8"`': {
+        "master_weights": "none",
+        "stochastic_rounding": True,
+        "state_dtype": "int8",
+    },
+}
+RECIPES = {  # of the GPU report: their names there and on the pages
+    "torch AMP, FP16 autocast, fused AdamW": "torch AMP, FP16 autocast, fused AdamW",
+    "fusedamp, FP16 autocast": "fusedamp, FP16 autocast",
+    "fusedamp, FP16 weights with masters": "fusedamp, FP16 weights",
+    "torch AMP, BF16 autocast, fused AdamW": "torch AMP, BF16 autocast, fused AdamW",
+    "fusedamp, BF16 weights with masters": "fusedamp, BF16 weights",
+}
+COMPRESSED = ("split masters", "split masters, BF16 states", "split masters, 8-bit states")
+
+
+def evidence() -> dict[str, Any]:
+    """Return the findings of the GPU report, by part."""
+    parts = json.loads(H200.read_text())["parts"]
+    return {name: part["findings"] for name, part in parts.items()}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def markdown(heads: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    lines = [list(heads), ["---"] * len(list(heads)), *map(list, body)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def speedup(value: float | str | None) -> str:
+    if value is None:
+        return "-"
+    number = float(value)
+    return f"{number:.2f}" if number < 1.2 else f"{number:.1f}" if number < 9.95 else f"{number:.0f}"
+
+
+def _rounded(number: str) -> str:
+    return str(Decimal(number).quantize(Decimal("0.01"), ROUND_HALF_UP))
+
+
+# Tables ---------------------------------------------------------------------------------------
+
+
+def speed_on_the_gpu() -> str:
+    workloads = {
+        "W1": "one tensor of 10^9 elements",
+        "W4 GPT-2 XL": "GPT-2 XL",
+        "W2": "GPT-2 small",
+        "W3": "2,000 small tensors",
+    }
+    baselines = {
+        ("fp32", "P1 torch fused"): "FP32, `fused=True`",
+        ("bf16", "P3 masters by hand"): "BF16, manual FP32 master weights",
+        ("fp16", "P4 masters by hand"): "FP16, manual FP32 master weights",
+    }
+    found = {
+        (row["workload"], row["dtype"], row["rival"]): row["ratio_seen"]
+        for row in evidence()["bandwidth"]["rows"]
+    }
+    body = [
+        [title, *(speedup(found.get((name, *key))) for name in workloads)] for key, title in baselines.items()
+    ]
+    return markdown(["torch's AdamW", *workloads.values()], body)
+
+
+def speed_on_the_cpu() -> str:
+    workloads = {"W1": "one tensor of 4 * 10^7", "W2": "GPT-2 small", "W3": "2,000 small tensors"}
+    baselines = {
+        "P1": "FP32, `fused=True`",
+        "P2": "FP32, `foreach=True`",
+        "P6": "FP32, compiled",
+        "P3": "BF16, manual FP32 master weights",
+        "P4": "FP16, manual FP32 master weights",
+    }
+    found = {
+        (row["workload"], row["rival"], row["threads"]): row["ratio_p50"]
+        for row in rows(EPYC)
+        if row["optimizer"] == "adamw"
+    }
+    body = []
+    for key, title in baselines.items():
+        cells = []
+        for name in workloads:
+            one, two = (found.get((name, key, threads)) for threads in "12")
+            cells.append("-" if one is None else f"{speedup(one)} ({speedup(two)})")
+        body.append([title, *cells])
+    return markdown(["torch's AdamW", *workloads.values()], body)
+
+
+def bytes_per_parameter() -> str:
+    import fusedamp
+    import torch
+
+    def cells(row: fusedamp.Memory) -> list[str]:
+        parts = (row.weights, row.gradients, row.masters, row.states, row.total)
+        return [f"{part / 2**20:.2f}".rstrip("0").rstrip(".") for part in parts]
+
+    count, dtype = 2**20, torch.bfloat16
+    plain = fusedamp.estimate(count, fusedamp.optim.AdamW, dtype=torch.float32).rows
+    body = [["torch AMP, FP32 weights", *cells(next(row for row in plain if "plain torch" in row.name))]]
+    for title, options in STORAGE.items():
+        row = fusedamp.estimate(count, fusedamp.optim.AdamW, dtype=dtype, **options).rows[0]
+        body.append([title, *cells(row)])
+    return markdown(["AdamW", "weights", "gradients", "master weights", "states", "sum"], body)
+
+
+def speed_of_storage() -> str:
+    seen = {
+        row["rival"]: row["seen"]["ours"]["ms"]
+        for row in evidence()["bandwidth"]["rows"]
+        if row["workload"] == "W1" and row["dtype"] == "bf16"
+    }
+    base = seen["P3 masters by hand"]
+    on_cpu = {(row["mode"], row["threads"]): row["ratio_p50"] for row in rows(EPYC_STORAGE)}
+    titles = dict(zip(COMPRESSED, list(STORAGE)[1:4], strict=True))
+    body = []
+    for mode, title in titles.items():
+        name = f"adamw, BF16, {mode}" + ("" if "states" in mode else ", FP32 states")
+        cpu = [_rounded(on_cpu[name, threads]) for threads in "12"]
+        body.append([title, f"{base / seen[mode]:.2f}", *cpu])
+    return markdown(["AdamW, BF16 weights", "H200", "EPYC, 1 thread", "EPYC, 2 threads"], body)
+
+
+def step_of_gpt2() -> str:
+    runs = {run["recipe"]: run for run in evidence()["training"]["runs"]}
+    body = [
+        [title, *(f"{runs[name][key]:.{digits}f}" for key, digits in _COLUMNS)]
+        for name, title in RECIPES.items()
+    ]
+    return markdown(
+        ["GPT-2 small, 8 x 1,024 tokens", "training step, ms", "optimizer step, ms", "peak, GB"], body
+    )
+
+
+_COLUMNS = (("step_ms", 1), ("optimizer_phase_ms", 2), ("peak_gb", 1))
+_STORAGE_OPTIONS = ("master_weights", "state_dtype", "stochastic_rounding", "rounding_seed")
+_WITHOUT_EFFECT = ("foreach", "fused", "capturable", "differentiable")
+
+
+def optimizers() -> str:
+    import fusedamp
+    import torch
+
+    body = []
+    for name in sorted(fusedamp.optim.__all__, key=str.lower):
+        parameters = inspect.signature(getattr(fusedamp.optim, name)).parameters
+        shown = [
+            f"{p.name}={str(p.default).removeprefix('torch.')}"
+            for p in parameters.values()
+            if p.name not in ("params", *_STORAGE_OPTIONS, *_WITHOUT_EFFECT)
+        ]
+        counterpart = f"`torch.optim.{name}`" if hasattr(torch.optim, name) else "-"
+        compresses = "yes" if getattr(fusedamp.optim, name).can_compress else "no"
+        body.append([f"`{name}`", counterpart, "`" + ", ".join(shown) + "`", compresses])
+    return markdown(["optimizer", "same arguments as", "options and defaults", "16- and 8-bit storage"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed-gpu": speed_on_the_gpu,
+    "speed-cpu": speed_on_the_cpu,
+    "step-gpt2": step_of_gpt2,
+    "bytes": bytes_per_parameter,
+    "storage-speed": speed_of_storage,
+    "optimizers": optimizers,
+}
+
+
+def prose() -> list[str]:
+    """Return what README.md says in sentences, made from the results."""
+    parts = evidence()
+    step = {run["recipe"]: f"{run['step_ms']:.1f}" for run in parts["training"]["runs"]}
+    fp16, bf16 = (f"torch AMP, {name} autocast, fused AdamW" for name in ("FP16", "BF16"))
+    ours16, ours_b16 = (f"fusedamp, {name} weights with masters" for name in ("FP16", "BF16"))
+    cells = [re.findall(r"[\d.]+(?= \|)", line) for line in speed_on_the_gpu().splitlines()[2:]]
+    small = [float(line[-1]) for line in cells]
+    large = [float(cell) for line in cells for cell in line[:-1]]
+    one_thread = [
+        float(row["ratio_p50"])
+        for row in rows(EPYC)
+        if row["optimizer"] == "adamw" and row["rival"] in ("P1", "P3", "P4") and row["threads"] == "1"
+        if row["workload"] in ("W1", "W2", "W3")
+    ]
+    gaps = [
+        (name, float(low), float(high))
+        for name, low, high in re.findall(
+            r"^\| (.*?) \| [\d.]+ \| \S+ \| (\S+) to (\S+) \|", PARITY.read_text(), re.M
+        )
+    ]
+    lost = [gap for gap in gaps if "no masters" in gap[0] and "stochastic" not in gap[0]]
+    kept = [gap for gap in gaps if gap not in lost]
+    sum_of_bytes = bytes_per_parameter().splitlines()
+    return [
+        f"takes {step[ours16]} ms with FP16 weights, and {step[fp16]} ms under",
+        f"takes {step[ours_b16]} and {step[bf16]} ms",
+        f"{min(large):.1f} to {max(large):.1f} times as fast as with",
+        f"up to {max(small):.1f} times on 2,000",
+        f"{sum_of_bytes[6].split(' | ')[-1].rstrip(' |')} bytes per parameter instead of "
+        f"{sum_of_bytes[2].split(' | ')[-1].rstrip(' |')}",
+        f"{len(kept)} of {len(gaps)} formats end within {max(abs(x) for _, *ends in kept for x in ends):.4f}",
+        f"{min(low for _, low, _ in lost):.2f} to {max(high for *_, high in lost):.2f} behind",
+        f"{min(one_thread):.1f} to {max(one_thread):.1f} times as fast on one thread",
+        f"{json.loads(H200.read_text())['parts']['bitwise']['checks']} checks",
+        f"{parts['graphs']['graphs']} CUDA graphs",
+        f"{parts['suite']['counts']['tests']:,} tests",
+    ]
+
+
+def written(text: str) -> str:
+    """Return a page with its tables made again."""
+    return PLACE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args(arguments).check
+    stale = 0
+    for page in PAGES:
+        text = page.read_text()
+        if (new := written(text)) != text:
+            stale += 1
+            print(f"{page.relative_to(ROOT)}: {'differs' if check else 'written'}")
+            if not check:
+                page.write_text(new)
+    return int(check and stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
