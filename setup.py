@@ -188,7 +188,9 @@ class Build(build_ext):
         self.build_temp = str(ROOT / "build" / f"objects-{sysconfig.get_platform()}")
 
     def run(self):
-        self.torch = find_torch()
+        import pybind11
+
+        self.torch, self.pybind11 = find_torch(), pybind11.get_include()
         self.torch_version, self.torch_include = torch_headers(self.torch)
         check_compiler(self.cxx)
         self.nvcc = find_nvcc()
@@ -226,7 +228,9 @@ class Build(build_ext):
         if target.exists() and all(target.stat().st_mtime > Path(o).stat().st_mtime for o in objects):
             return
         part = target.with_suffix(".part")
-        link = [self.cxx] if "cuda" not in ext.name else [self.nvcc, "-cudart", "static"]
+        link = [self.cxx]
+        if "cuda" in ext.name:  # a device link and local symbols would name folders and process numbers
+            link = [self.nvcc, "-cudart", "static", "--no-device-link", "-Xlinker=--discard-all"]
         self.call(
             [*link, "-shared", *objects, *self.torch_stubs(link, ext.name), "-o", str(part)],
             f"linking {target.name}",
@@ -284,8 +288,6 @@ class Build(build_ext):
             yield source, source.stem, [*nvcc, "-x", "c++", "-DUSE_CUDA", *self.torch_flags()]
 
     def jobs_for_c(self):
-        import pybind11
-
         def text(value):
             return '"' + value.replace('"', "'") + '"'
 
@@ -302,7 +304,7 @@ class Build(build_ext):
             "CUDA_ARCHS": ", ".join(map(text, self.archs)),
             "CPU_TARGETS": ", ".join(map(text, CPU_TARGETS)),
         }
-        include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        include = [f"-I{self.pybind11}", f"-I{sysconfig.get_path('include')}"]
         flags = [f"-DFUSEDAMP_{name}={value}" for name, value in defines.items()]
         for source in ROOT.glob("csrc/python/*.cpp"):
             yield source, source.stem, [self.cxx, *CXX_FLAGS, *include, *self.torch_include, *flags]
@@ -325,10 +327,8 @@ class Build(build_ext):
             read = [Path(f) for f in files_read(depends.read_text())]
             if all(f.exists() and f.stat().st_mtime <= target.stat().st_mtime for f in read):
                 return str(target)
-        paths = [
-            f"-ffile-prefix-map={ROOT}=.",
-            f"-ffile-prefix-map={self.torch}=torch",
-        ]  # same bytes anywhere
+        names = {ROOT: ".", self.torch: "torch", self.pybind11: "pybind11"}  # the same bytes in any folder
+        paths = [f"-ffile-prefix-map={path}={name}" for path, name in names.items()]
         if command[0] == self.nvcc:
             paths = [text for path in paths for text in ("-Xcompiler", path)]
         self.call(

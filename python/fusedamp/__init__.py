@@ -1,7 +1,7 @@
 """Mixed-precision training for PyTorch: loss scaling, overflow checks and optimizer steps on FP32 master
 weights, fused."""
 
-from . import cpu, cuda, nn, ops, optim
+from . import checkpoints, cpu, cuda, nn, ops, optim
 from ._C import build_info as _build_info
 from .amp.clip import clip_grad_norm_
 from .amp.grad_scaler import GradScaler
@@ -22,6 +22,7 @@ __all__ = [
     "PackedParameters",
     "__version__",
     "capabilities",
+    "checkpoints",
     "clip_grad_norm_",
     "cpu",
     "cuda",

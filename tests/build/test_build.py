@@ -250,6 +250,7 @@ def test_objects_need_torchs_stable_abi_only(path):
     assert "RUNPATH" not in dynamic
     for name in ("libc10", "libtorch_python", "libpython", "libcudart"):
         assert name not in dynamic
+    assert not re.search(rb"/tmp/|tmpxft|/site-packages|/(?:torch|pybind11)/include/", path.read_bytes())
 
 
 @needs_binutils

@@ -27,6 +27,7 @@ RANKS = {
     "energy": 6,
     "distributed": 6,
     "memory": 6,
+    "checkpoints": 6,
     "commands": 7,
     "__main__": 8,
     "__init__": 8,  # the public names: it imports everything, and no room imports it

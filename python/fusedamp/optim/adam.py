@@ -32,7 +32,8 @@ class Adam(FusedOptimizer):
             the master rounded with ties away from zero. FP16: exact from 2^-16, with a spacing of 2^-39
             below; infinite from 65520, like the weight. A modified weight keeps its remainder, at most half a
             unit in the last place. "none" updates the 16-bit weights themselves in FP32 arithmetic; updates
-            below half a unit in the last place are lost unless ``stochastic_rounding`` is True.
+            below half a unit in the last place are lost unless ``stochastic_rounding`` is True. True stands
+            for "fp32", False for "none".
         state_dtype: torch.float32 or "float32" (FP64 for FP64 parameters); torch.bfloat16 or "bfloat16"; or
             "int8": 8-bit quantized values with one FP32 scale per block of 128 elements, on a nonuniform grid
             that keeps small values precise beside large ones. The latter two use stochastic rounding, which

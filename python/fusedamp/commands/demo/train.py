@@ -53,7 +53,7 @@ class Variant:
             "none": ["no masters"],
             "split": ["split masters"],
             "fp32": ["FP32 masters"],
-        }.get(masters, [])
+        }.get(str(masters), [])
         if self.storage.get("stochastic_rounding"):
             yield "stochastic rounding"
         yield from {"bfloat16": ["BF16 states"], "int8": ["8-bit states"]}.get(str(states), [])

@@ -376,7 +376,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         A missing ``master`` is created from the weights at the next step. Storage options except
         ``rounding_seed`` are not loaded. Options that this optimizer does not have are kept in the group,
         with a warning if they would change its steps.
-        Raises: ValueError naming the invalid state, before anything is loaded.
+        Raises: ValueError naming the invalid state, before anything is loaded; for another library's layout
+            it names :func:`fusedamp.checkpoints.convert`.
         """
         with checkpoint.converting(self), torch.inference_mode(False):
             super().load_state_dict(state_dict)

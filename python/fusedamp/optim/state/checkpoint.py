@@ -14,6 +14,7 @@ from torch import Tensor
 from ...ops.checks import at
 from ...tensors.layout import fitted, round_robin, scalar_like
 from .encoded import Quantized, Remainder, Scales, plain
+from .foreign import FOREIGN_STATES, ignored_options, refuse_foreign
 from .formats import (
     DEFAULTS,
     Entry,
@@ -28,26 +29,6 @@ from .formats import (
 )
 from .spec import resolved
 from .steps import as_step
-
-# Keys that schedulers, trainers and torch's optimizers add to groups; they don't affect the update rule.
-_NO_RULE = {
-    *("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale"),
-    *("max_momentum", "min_momentum", "base_momentum", "step", "use_orig_params"),
-    *("foreach", "fused", "capturable", "differentiable", "maximize"),
-}
-# Options of other optimizers, and their values without effect.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias_correction": (True,),
-    "correct_bias": (True,),
-    "decoupled_weight_decay": (),
-    "decouple_lr": (False,),
-    "max_grad_norm": (None, 0, 0.0, float("inf")),
-    "max_norm": (None, 0, 0.0, float("inf")),
-    "amsgrad": (False,),
-    "nesterov": (False,),
-    "momentum": (0,),
-    "dampening": (0,),
-}
 
 
 class _Converted:
@@ -95,6 +76,7 @@ def converting(optimizer: Any) -> Iterator[None]:
 
 def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     where = f"[{type(optimizer).__name__}.load_state_dict]"
+    refuse_foreign(where, state_dict)
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
             f"{where} got a dict with keys {sorted(map(str, state_dict))}; expected 'state' and "
@@ -119,29 +101,45 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
         for index, param in zip(saved["params"], group["params"], strict=True):
             owners[index] = (param, {**optimizer.defaults, **converted})
     state, makers = dict(state_dict["state"]), []
+    dropped: dict[str, int] = {}
     for index, saved in state_dict["state"].items():
         if index in owners:
             entry = {name: value for name, value in saved.items() if value is not None}
+            _drop_foreign(entry, dropped)
             makers.append(_converting(f"{where} state[{index!r}]", optimizer, entry, *owners[index]))
             state[index] = _Converted(entry)
     round_robin(makers)
+    _warn_of_dropped(where, type(optimizer).__name__, dropped)
     return {**state_dict, "state": state, "param_groups": converted_groups}
 
 
 def _warn_of_rules(where: str, optimizer: str, saved: dict[str, Any], group: dict[str, Any]) -> None:
     """Warn of the checkpoint's options that this optimizer does not have and that would change its steps."""
-    unknown = {name: value for name, value in saved.items() if name not in group and name not in _NO_RULE}
-    ignored = {
-        name: value
-        for name, value in unknown.items()
-        if isinstance(value, (bool, int, float)) and value not in _NEUTRAL.get(name, ())
-    }
+    ignored = ignored_options(saved, group)
     if ignored:
         warnings.warn(
             f"{where} the checkpoint has {', '.join(f'{k}={v!r}' for k, v in ignored.items())}, which "
             f"{optimizer} does not have: kept in the group and ignored by its steps. Set this optimizer's "
             "own options to the same effect.",
-            stacklevel=6,
+            stacklevel=7,  # the caller of load_state_dict
+        )
+
+
+def _drop_foreign(entry: Entry, dropped: dict[str, int]) -> None:
+    """Remove other libraries' tensors from ``entry``, and count them by name. Entries of the user stay."""
+    for name in FOREIGN_STATES & entry.keys():
+        if isinstance(entry.pop(name), Tensor):
+            dropped[name] = dropped.get(name, 0) + 1
+
+
+def _warn_of_dropped(where: str, optimizer: str, dropped: dict[str, int]) -> None:
+    if dropped:
+        counts = ", ".join(f"{name!r} of {count} parameters" for name, count in dropped.items())
+        warnings.warn(
+            f"{where} the checkpoint has {counts}, which {optimizer} does not have: dropped. Masters start "
+            "from the weights. To start from exact ones, save FP32 weights in the other library and put them "
+            "into the checkpoint as 'master'.",
+            stacklevel=7,  # the caller of load_state_dict
         )
 
 

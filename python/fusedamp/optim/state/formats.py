@@ -13,6 +13,7 @@ from ...ops.recode import SCALE_BLOCK, master_of, quantized, split_master_, zero
 from ...tensors.layout import STATE_DTYPES, fits, fitted, is_fake, memory_like, strided_like
 from ...tensors.shards import local
 from .encoded import Encoded, Quantized, Remainder, Scales, plain
+from .foreign import WAYS_OUT
 
 Entry = dict[str, Any]  # optimizer.state[param]
 CODES = (torch.int8, torch.uint8)  # of signed states, and of those that are never negative
@@ -21,7 +22,7 @@ CODES = (torch.int8, torch.uint8)  # of signed states, and of those that are nev
 class Storage(TypedDict, total=False):
     """The options of storage of masters and states; every optimizer has them."""
 
-    master_weights: str
+    master_weights: str | bool
     state_dtype: torch.dtype | str
     stochastic_rounding: bool
     rounding_seed: int | None
@@ -30,6 +31,12 @@ class Storage(TypedDict, total=False):
 DEFAULTS = Storage(
     master_weights="auto", state_dtype="float32", stochastic_rounding=False, rounding_seed=None
 )
+
+# Other spellings of an option's values: Apex's and TransformerEngine's flags, and names of dtypes.
+_SPELLINGS: dict[str, dict[str | bool, str]] = {
+    "master_weights": {True: "fp32", False: "none", "float32": "fp32"},
+    "state_dtype": {"fp32": "float32", "float": "float32", "bf16": "bfloat16"},
+}
 
 
 def options(given: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +48,8 @@ def with_storage(optimizer: str, defaults: Entry, storage: Storage) -> Entry:
     """``defaults`` with the options of storage, those given and the others."""
     unknown = sorted(storage.keys() - DEFAULTS.keys())
     if unknown:
-        raise TypeError(f"{optimizer}() got an unexpected keyword argument {unknown[0]!r}")
+        way_out = f". {WAYS_OUT[unknown[0]]}" if unknown[0] in WAYS_OUT else ""
+        raise TypeError(f"{optimizer}() got an unexpected keyword argument {unknown[0]!r}{way_out}")
     group = {**defaults, **{k: defaults.get(k, v) for k, v in DEFAULTS.items()}, **storage}
     name_dtypes(group)
     return group
@@ -49,10 +57,15 @@ def with_storage(optimizer: str, defaults: Entry, storage: Storage) -> Entry:
 
 def name_dtypes(group: Entry) -> None:
     """Replace each dtype in ``group`` by its name: groups hold plain values, which checkpoints of every kind
-    take."""
+    take. Replace other spellings of storage options by ours."""
     for name, value in group.items():
         if isinstance(value, torch.dtype):
             group[name] = str(value).removeprefix("torch.")
+    for name, spellings in _SPELLINGS.items():
+        value = group.get(name)
+        if isinstance(value, (str, bool)):
+            value = value.removeprefix("torch.") if isinstance(value, str) else value
+            group[name] = spellings.get(value, value)
 
 
 def spelled_out(cls: type) -> inspect.Signature:
@@ -304,6 +317,21 @@ def keep_master(entry: Entry, param: Tensor, dtype: torch.dtype) -> None:
         value = memory_like(param, dtype)
         master_of(weight, kept, local(value))
     entry["master"] = _wrapped(value)
+
+
+def master_values(entry: Entry, param: Tensor) -> Tensor:
+    """Return the master in ``entry`` as a new FP32 tensor, as the next step would use it: a split one joined
+    with ``param``, and one that follows ``param`` if that was modified. Changes nothing.
+    """
+    value = entry["master"]
+    check_master(value, param)
+    kept = plain(value)
+    dtype = torch.int16 if kept.dtype == torch.int16 else STATE_DTYPES[param.dtype]
+    kept = kept if fits(kept, param, dtype) else fitted(kept, param, dtype)
+    made = memory_like(param, STATE_DTYPES[param.dtype])
+    tensors = [strided_like(local(param), local(kept)), local(kept), local(made)]
+    master_of(*(torch.view_as_real(t) if t.is_complex() else t for t in tensors))
+    return made
 
 
 def _wrapped(master: Tensor) -> Tensor:
