@@ -53,6 +53,7 @@ autodoc_typehints = "none"  # signatures show them
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_param = False  # else "lr, betas: as in torch" is repeated for each
 
 
 SECTION = re.compile(r"^(Returns|Raises|State|Cost|Source): (.*)")

@@ -23,7 +23,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("csrc", "python", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+COPIED = (
+    "benchmarks",
+    "csrc",
+    "docs",
+    "python",
+    "tests",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 OK = ("killed", "killed (too slow)", "killed (crash)")
 
 

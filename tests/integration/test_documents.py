@@ -1,6 +1,7 @@
 """The Python blocks of README.md and docs/ run, and the pages build without a warning.
 
-The blocks of a page share a namespace. `<!-- skip: next "reason" -->` skips the next block.
+The blocks of a page share a namespace. `<!-- skip: next "reason" -->` skips the next block, and
+`<!-- skip: next if(condition, reason="...") -->` does if the condition holds.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_blocks_run(page):
+def test_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for example in BLOCKS.parse(page).examples():
         with contextlib.suppress(unittest.SkipTest):
             example.evaluate()  # failures name page and line
@@ -35,7 +37,7 @@ def test_blocks_run(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_skips_have_a_reason(page):
     for comment in re.findall(r"<!--\s*(skip:.*?)-->", page.read_text()):
-        assert re.fullmatch(r'skip: next "\w.*" ', comment), comment
+        assert re.fullmatch(r'skip: next (?:"\w.*"|if\(.*, reason="\w.*"\)) ', comment), comment
 
 
 @pytest.mark.slow
