@@ -210,7 +210,9 @@ def test_objects_of_different_builds_are_refused(known, monkeypatch):
 def test_a_cpu_build_warns_where_torch_has_cuda(tmp_path):
     """Once, at import, with the way out."""
     shutil.copytree(PACKAGE, tmp_path / "fusedamp", ignore=shutil.ignore_patterns("*cuda.so"))
-    code = "import torch; torch.version.cuda = '13.0'; import fusedamp; import fusedamp.ops; print('imported')"
+    code = (
+        "import torch; torch.version.cuda = '13.0'; import fusedamp; import fusedamp.ops; print('imported')"
+    )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
