@@ -228,9 +228,7 @@ class Build(build_ext):
         if target.exists() and all(target.stat().st_mtime > Path(o).stat().st_mtime for o in objects):
             return
         part = target.with_suffix(".part")
-        link = [self.cxx]
-        if "cuda" in ext.name:  # a device link and local symbols would name folders and process numbers
-            link = [self.nvcc, "-cudart", "static", "--no-device-link", "-Xlinker=--discard-all"]
+        link = [self.cxx] if "cuda" not in ext.name else [self.nvcc, "-cudart", "static"]
         self.call(
             [*link, "-shared", *objects, *self.torch_stubs(link, ext.name), "-o", str(part)],
             f"linking {target.name}",

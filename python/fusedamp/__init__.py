@@ -1,8 +1,15 @@
 """Mixed-precision training for PyTorch: loss scaling, overflow checks and optimizer steps on FP32 master
 weights, fused."""
 
+try:
+    from ._C import build_info as _build_info
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "fusedamp is not built for this Python: its compiled module _C is missing. Run `pip install .` (or "
+        "`pip install -e .`) in its source folder; in a checkout, don't import it from python/ before that."
+    ) from error
+
 from . import checkpoints, cpu, cuda, nn, ops, optim
-from ._C import build_info as _build_info
 from .amp.clip import clip_grad_norm_
 from .amp.grad_scaler import GradScaler
 from .amp.overflow import Overflow, OverflowReport

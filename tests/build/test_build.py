@@ -260,3 +260,15 @@ def test_no_instruction_set_leaks_into_shared_functions():
     symbols = output_of("nm", "-C", "--defined-only", PACKAGE / "libfusedamp_cpu.so")
     weak = [line for line in symbols.splitlines() if " W " in line and "avx" in line]
     assert not weak
+
+
+def test_import_of_what_is_not_built(tmp_path):
+    """As in a checkout whose python/ is on the path, or under another Python than the build's."""
+    shutil.copytree(ROOT / "python/fusedamp", tmp_path / "fusedamp", ignore=shutil.ignore_patterns("*.so"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import fusedamp"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert (
+        "ImportError: fusedamp is not built for this Python: its compiled module _C is missing" in done.stderr
+    )
