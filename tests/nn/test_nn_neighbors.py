@@ -75,9 +75,10 @@ def saved_weights(module, calls, **options):
 def test_calls_in_a_region_share_the_cast():
     """As by torch: a looped block saves one copy of its weight. Without autocast's cache there is one for
     each."""
-    module = Linear(256, 256)
-    assert len(saved_weights(module, 5)) == 1
-    assert len(saved_weights(module, 5, cache_enabled=False)) == 5
+    for module in (Linear(256, 256), fusedamp.nn.LinearGELU(256, 256)):
+        with fusions(gelu=True):
+            assert len(saved_weights(module, 5)) == 1
+            assert len(saved_weights(module, 5, cache_enabled=False)) == 5
 
 
 def test_casts_of_an_earlier_region_are_not_used():

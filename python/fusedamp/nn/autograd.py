@@ -131,10 +131,12 @@ class LinearGELU(torch.autograd.Function):
     """``gelu(F.linear(...), approximate="tanh")`` in one product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, copy: Tensor | None
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.layer = layer
-        used = cast(weight, x.dtype)
+        used = cast(weight, x.dtype) if copy is None else copy
         y, pre = linear.linear_gelu(x, used, None if bias is None else cast(bias, x.dtype))
         ctx.save_for_backward(x, used, pre)
         return y
@@ -142,14 +144,14 @@ class LinearGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         _refuse_double_backward("linear_gelu")
         x, weight, pre = ctx.saved_tensors
         needs = ctx.needs_input_grad
         accumulate = None if torch.compiler.is_compiling() else ctx.next_functions[1][0]
         inner = torch.ops.aten.gelu_backward(grad, pre, approximate="tanh")
         x_grad = linear.linear_input_grad(inner, weight) if needs[0] else None
-        return x_grad, *ctx.layer.grads(inner, x, needs[1:3], accumulate), None
+        return x_grad, *ctx.layer.grads(inner, x, needs[1:3], accumulate), None, None
 
 
 class MLP(torch.autograd.Function):
@@ -164,12 +166,13 @@ class MLP(torch.autograd.Function):
         w2: Tensor,
         b2: Tensor | None,
         layers: tuple[Layer, Layer],
+        copies: tuple[Tensor | None, Tensor | None],
         fuse_gelu: bool,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.layers, ctx.second_at = layers, 2 + (b1 is not None)
         dtype = x.dtype
-        c1, c2 = cast(w1, dtype), cast(w2, dtype)
+        c1, c2 = (cast(w, dtype) if copy is None else copy for w, copy in zip((w1, w2), copies, strict=True))
         d1, d2 = (None if b is None else cast(b, dtype) for b in (b1, b2))
         if fuse_gelu:
             hidden, pre = linear.linear_gelu(x, c1, d1)
@@ -182,16 +185,16 @@ class MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         _refuse_double_backward("mlp")
         x, w1, pre, hidden, w2 = ctx.saved_tensors
         needs, (first, second) = ctx.needs_input_grad, ctx.layers
         after = (None,) * 5 if torch.compiler.is_compiling() else [node for node, _ in ctx.next_functions]
         second_grads = second.grads(grad, hidden, needs[3:5], after[ctx.second_at])
         if not any(needs[:3]):
-            return None, None, None, *second_grads, None, None
+            return None, None, None, *second_grads, None, None, None
         dtype = first.bias_dtype or torch.float32
         inner, sums = linear.linear_gelu_input_grad(grad, w2, pre, bias_grad=needs[2], bias_dtype=dtype)
         x_grad = linear.linear_input_grad(inner, w1) if needs[0] else None
         weight_grad, _ = first.grads(inner, x, (needs[1], False), after[1])
-        return x_grad, weight_grad, sums if needs[2] else None, *second_grads, None, None
+        return x_grad, weight_grad, sums if needs[2] else None, *second_grads, None, None, None

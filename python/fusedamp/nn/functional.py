@@ -73,7 +73,8 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if dtype not in HALF or not _fuses("gelu", input):
         return F.gelu(linear(input, weight, bias), approximate="tanh")
     rows = _rows(autograd.cast(input, dtype))
-    return _unflatten(autograd.apply(autograd.LinearGELU, rows, weight, bias, _layer(weight, bias)), input)
+    arguments = rows, weight, bias, _layer(weight, bias), autograd.autocast_copy(weight, dtype)
+    return _unflatten(autograd.apply(autograd.LinearGELU, *arguments), input)
 
 
 def mlp(
@@ -105,8 +106,9 @@ def mlp(
     if dtype not in HALF or not _fuses("gelu_grad", x):
         return linear(linear_gelu(x, w1, b1), w2, b2)
     layers = _layer(w1, b1), _layer(w2, b2)
+    copies = autograd.autocast_copy(w1, dtype), autograd.autocast_copy(w2, dtype)
     rows = _rows(autograd.cast(x, dtype))
-    y = autograd.apply(autograd.MLP, rows, w1, b1, w2, b2, layers, is_fused("gelu", x))
+    y = autograd.apply(autograd.MLP, rows, w1, b1, w2, b2, layers, copies, is_fused("gelu", x))
     return _unflatten(y, x)
 
 
