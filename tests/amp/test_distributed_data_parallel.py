@@ -1,6 +1,6 @@
 """DistributedDataParallel on 2 gloo ranks: GradScaler and AdamW on FP16 weights, against one process.
 
-The loss is sum |x @ w + b - y|, and x and y are small integers. Each gradient is then a sum of +-x: an integer
+The loss is sum |x @ w + b - y| of small integers x and y. Each gradient is then a sum of +-x: an integer
 below 2048 with its scale, exact in FP16 in any order. So two ranks and one process with the whole batch must
 give the same bits, and no tolerance is needed.
 """
