@@ -54,7 +54,7 @@ TRUE = re.compile("|".join(ALLOWED))
 
 def texts() -> list[Path]:
     found = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in TEXTS]
-    found += [*ROOT.glob("*.md"), ROOT / "Makefile", ROOT / "setup.py"]
+    found += [*ROOT.glob("*.md"), *ROOT.glob("*.py"), ROOT / "Makefile"]
     names = {p: p.relative_to(ROOT).as_posix() for p in found if "build" not in p.parts}
     return sorted(p for p, name in names.items() if not name.startswith(NEVER))
 
