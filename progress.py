@@ -6,6 +6,7 @@ The command's output goes to build/pip.log, and to the screen if the command fai
 changes each second; elsewhere there is a line every 15 seconds.
 """
 
+import re
 import subprocess
 import sys
 import time
@@ -13,14 +14,15 @@ from pathlib import Path
 
 BUILD = Path(__file__).resolve().parent / "build"
 WIDTH = 79
+DOES = re.compile(r"(Collecting|Downloading|Processing|Building|Installing|Preparing|Getting) ")
 
 
-def last_line(log: Path) -> str:
-    """Return the last line of the output without warnings, as `Downloading torch-2.13.0 (880 MB)`."""
+def latest(log: Path) -> str:
+    """Return what pip says that it does, such as `Downloading torch-2.13.0 (880 MB)`; other lines are past."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").split("\n")
-    return next((text for line in reversed(lines) if (text := line.strip()) and "WARNING" not in text), "")
+    return next((text for line in reversed(lines) if DOES.match(text := line.strip())), "")
 
 
 def compiled(since: float) -> str:
@@ -42,7 +44,7 @@ def run(title: str, command: list[str]) -> int:
             now = time.time()
             if now - said >= (1 if terminal else 15):
                 said = now
-                line = f"{now - started:5.0f} s{compiled(started)}: {last_line(log)}"[:WIDTH]
+                line = f"{now - started:5.0f} s{compiled(started)}: {latest(log)}"[:WIDTH]
                 print(f"\r{line:{WIDTH}}" if terminal else line, end="" if terminal else "\n", flush=True)
     result = f"{time.time() - started:5.0f} s{compiled(started)}: {'FAILED' if child.returncode else 'done'}"
     print(f"\r{result:{WIDTH}}" if terminal else result)

@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         if options.scaling:
-            return scaling.run(options, machine, out, pictures, console)
+            return scaling.run(options, machine, out, console)
         if options.storage:
             return storage.run(options, machine, out, console)
         if options.cliffs:

@@ -43,7 +43,7 @@ def test_a_failure_shows_the_output_and_the_status(run):
     assert " s: FAILED\nno torch here\n" in done.stdout
 
 
-def test_a_terminal_sees_the_last_line_each_second(run):
+def test_a_terminal_sees_each_second_what_pip_does(run):
     code = "import time; print('Downloading torch (880 MB)'); print('WARNING: x'); time.sleep(2.5)"
     ours, theirs = os.openpty()
     try:

@@ -99,7 +99,12 @@ class Bars:
     """Progress bars: one for pre-training, then one per run with its latest loss and scale."""
 
     def __init__(self, console: Console, task: Task) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(6),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console)
         self._task = task
         self._pretraining = self._add("pre-training in FP32", task.pretrain_steps)

@@ -37,7 +37,11 @@ def run_tasks(tasks: list[Task], options: Options) -> int:
     for outcome in outcomes:
         lines = outcome.lost_line(), gradients_line(outcome.runs, outcome.task.finetune(options.seed, 0))
         console.print(table(outcome), *filter(None, lines), sep="\n", end="\n\n")
-    console.print("Does it hold?", *(outcome.spread_line() for outcome in outcomes), sep="\n")
+    console.print(
+        "Do 16-bit weights match FP32? A gap counts if it is larger than between batch orders of FP32.",
+        *(outcome.spread_line() for outcome in outcomes),
+        sep="\n",
+    )
     findings = [finding for outcome in outcomes for finding in outcome.findings()]
     for finding in findings:
         console.print(
