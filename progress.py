@@ -18,7 +18,7 @@ DOES = re.compile(r"(Collecting|Downloading|Processing|Building|Installing|Prepa
 
 
 def latest(log: Path) -> str:
-    """Return what pip says that it does, such as `Downloading torch-2.13.0 (880 MB)`; other lines are past."""
+    """Return what pip says that it does, such as `Downloading torch-2.13.0 (880 MB)`."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").split("\n")
