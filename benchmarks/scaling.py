@@ -87,10 +87,10 @@ def draw(points: list[Point], machine: Machine, quick: bool, path: Path) -> None
         ("threads", "One large tensor", "threads", "elements per ns"),
     )
     for axes, (curve, title, x_label, y_label) in zip(grid, panels, strict=True):
-        for side, (name, colour, marker) in STYLES.items():
+        for side, (name, color, marker) in STYLES.items():
             line = _line([p for p in points if p.job.curve == curve], side)
             if line:
-                axes.plot(*zip(*line, strict=True), marker=marker, color=colour, label=name, linewidth=1.6)
+                axes.plot(*zip(*line, strict=True), marker=marker, color=color, label=name, linewidth=1.6)
         axes.set_title(title, fontsize=10.5, color=INK)
         axes.set(xlabel=x_label, ylabel=y_label)
         if curve == "threads":

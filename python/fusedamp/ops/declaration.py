@@ -52,7 +52,7 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
             stands for 1.
         found_inf (1 element, fp32): not 0 means skip; None means no check.
         scales (list of contiguous fp32 tensors, in the order of the states): of 8-bit states, one for each
-            128 neighbours in memory; rewritten.
+            128 neighbors in memory; rewritten.
         seeds (list of int, one per parameter; its index by default): random numbers are a function of seed,
             step count and place, on every device.
         stochastic_rounding: round 16-bit weights without masters stochastically.
