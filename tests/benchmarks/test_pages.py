@@ -59,7 +59,7 @@ def test_every_table_is_on_a_page():
     assert used == set(pages.TABLES)
 
 
-@pytest.mark.parametrize("name", ["step_h200", "speed_h200", "memory", "loss_gap"])
+@pytest.mark.parametrize("name", ["step_h200", "speed_h200", "speed_cpu", "memory", "loss_gap"])
 def test_pictures_show_the_results(name):
     pytest.importorskip("matplotlib")
     import pages
