@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..ops import options_of
 from ..tensors.layout import scalar_like
-from ..tensors.shards import need_whole, sharded_dims
+from ..tensors.shards import layout_of, need_whole
 from .core.batch import Group
 from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, NOT_NEGATIVE
@@ -28,7 +28,7 @@ class Layerwise(FusedOptimizer):
     def _check_param(self, param: Tensor, group: Group) -> None:
         super()._check_param(param, group)
         need_whole(param, type(self).__name__)
-        if any(mesh.size(dim) > 1 for mesh, dim in sharded_dims(param)):
+        if any(mesh.size(dim) > 1 for mesh, dim in layout_of(param).sharded):
             placements = param.placements  # type: ignore[attr-defined]
             raise ValueError(
                 f"is a DTensor with placements {placements}; expected the whole tensor on each rank: "
