@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._C import advise_huge_pages
 from .shards import local
+from .travel import as_bytes, from_bytes
 
 # Parameter dtype -> dtype of its states and master; the keys are the supported parameter dtypes.
 STATE_DTYPES = {
@@ -94,6 +95,12 @@ def strided_like(tensor: Tensor, dense: Tensor) -> Tensor:
 def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
     """Return ``tensor`` with the placements of ``param``: redistributed, sharded or gathered if they
     differ."""
+    if tensor.dtype == torch.int16 and local(tensor) is not tensor:
+        return from_bytes(_placed_like(as_bytes(tensor), param))
+    return _placed_like(tensor, param)
+
+
+def _placed_like(tensor: Tensor, param: Tensor) -> Tensor:
     if local(param) is param:
         return tensor if local(tensor) is tensor else tensor.full_tensor()  # type: ignore[attr-defined]
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +90,22 @@ def local(tensor: Tensor) -> Tensor:
     # A collective may still be running (AsyncCollectiveTensor): wait for it before reading raw memory.
     whole: Tensor = shard.trigger_wait() if hasattr(shard, "trigger_wait") else shard
     return whole
+
+
+def mapped(tensor: Tensor, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
+    """Apply ``function`` to ``tensor``, or to each shard of a DTensor; ``shape``: the result's, unsharded.
+
+    Dimensions keep their positions, so the result is sharded as ``tensor`` is.
+    """
+    if not is_dtensor(tensor):
+        return function(tensor)
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(
+        function(local(tensor)), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def layout_of(tensor: Tensor) -> Layout:

@@ -363,9 +363,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Return torch's state dict, with plain tensors and options.
 
         An 8-bit state is saved as ``exp_avg`` (int8, or uint8 if it is never negative), ``exp_avg_scale``,
-        and its size and memory order; a split master's remainder is saved as an int16 ``master``. These are
-        quantized values and bits: :meth:`load_state_dict` raises if they were cast or resized. No tensor is
-        copied.
+        and its size and memory order; a split master's remainder as bytes, ``master`` (uint8, [..., 2]).
+        :meth:`load_state_dict` raises if they were cast or resized. No tensor is copied.
         """
         with checkpoint.plainly(self):
             return super().state_dict()

@@ -19,11 +19,11 @@ from .formats import (
     DEFAULTS,
     Entry,
     adapted,
+    bits_from_checkpoint,
     check_master,
     for_checkpoint,
     label,
     name_dtypes,
-    numel_name,
     scale_name,
     taken_from_checkpoint,
 )
@@ -179,11 +179,11 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
                 "expected its int8 or uint8 values. Quantized values must not be cast or computed with: "
                 'load the intact checkpoint into an optimizer with state_dtype="float32" for that.'
             )
+    bits_from_checkpoint(entry, param)
     present = [spec for spec in specs if spec.name in entry]
     states = {state.name: state for state in resolved(present, param, group, optimizer.defaults)}
     if "master" not in states:
         entry.pop("master", None)
-    numel = entry.pop(numel_name("master"), None)
     for name, value in list(entry.items()):
         if name not in entry:  # metadata of an 8-bit state that is converted to another format
             continue
@@ -192,13 +192,6 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
         elif name == "master":  # its weight may be loaded later: the step converts it
             check_master(value, param)
             was_split = plain(value).dtype == torch.int16
-            if numel is not None and (not was_split or numel != value.numel()):
-                raise ValueError(
-                    f"has a master of dtype {value.dtype} with {value.numel()} elements, saved as the "
-                    f"remainder of a split one of {numel}; expected the unchanged int16 bits. "
-                    "Load the intact checkpoint, or remove 'master' from it: it is created from "
-                    "the weight."
-                )
             master = fitted(plain(value), param, torch.int16 if was_split else None)
             entry[name] = Remainder(master) if was_split and type(master) is Tensor else master
             label(entry, name)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...ops.recode import SCALE_BLOCK, master_of, quantized, split_master_, zero_code
 from ...tensors.layout import STATE_DTYPES, fits, fitted, is_fake, memory_like, strided_like
 from ...tensors.shards import local
+from ...tensors.travel import as_bytes, from_bytes, holds_bytes
 from .encoded import Encoded, Quantized, Remainder, Scales, plain
 from .foreign import WAYS_OUT
 
@@ -231,7 +232,8 @@ def taken_from_checkpoint(entry: Entry, name: str, nonnegative: bool) -> None:
 
 def for_checkpoint(entry: Entry) -> Entry:
     """``entry`` as plain tensors, which every program can read; of 8-bit states, contiguous ones in the order
-    of memory, to which their block scales belong, so that no copy of them changes it.
+    of memory, to which their block scales belong, so that no copy of them changes it; of remainders, bytes,
+    which collectives can move.
     """
     for name, value in list(entry.items()):
         if isinstance(value, Tensor) and not isinstance(value, Scales):
@@ -242,10 +244,29 @@ def for_checkpoint(entry: Entry) -> Entry:
                 for known in (name, numel_name(state), order_name(state)):
                     entry.pop(known, None)
     saved = {name: plain(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
+    master = saved.get("master")
+    if isinstance(master, Tensor) and master.dtype == torch.int16:
+        saved["master"] = as_bytes(master)
     for name, value in entry.items():
         if isinstance(value, Quantized) and not value.bits.is_contiguous():
             saved[name] = value.bits.permute(_order(value.bits)).reshape(value.shape)
     return saved
+
+
+def bits_from_checkpoint(entry: Entry, param: Tensor) -> None:
+    """Replace the saved bytes of a split master's remainder in ``entry`` by its bits, and drop its size."""
+    value, numel = entry.get("master"), entry.pop(numel_name("master"), None)
+    if not isinstance(value, Tensor):
+        return
+    if holds_bytes(value, param.shape):
+        entry["master"] = value = from_bytes(value)
+    if numel is not None and not (plain(value).dtype == torch.int16 and value.numel() == numel):
+        raise ValueError(
+            f"has a master of dtype {value.dtype} and shape {list(value.shape)}, saved as the remainder of a "
+            f"split one of {numel} elements; expected its unchanged bytes, torch.uint8 of shape "
+            f"{[*param.shape, 2]}. Load the intact checkpoint, or remove 'master' from it: it is created "
+            "from the weight."
+        )
 
 
 def _order(dense: Tensor) -> list[int]:
@@ -277,7 +298,7 @@ def _in_order(saved: Tensor, number: int) -> Tensor:
 def label(entry: Entry, name: str) -> None:
     """Put beside the state ``name`` what a checkpoint needs to know of it, and nothing else."""
     value, scales = entry[name], scale_name(name)
-    if isinstance(value, Encoded):
+    if isinstance(value, Encoded) or value.dtype == torch.int16:
         entry[numel_name(name)] = value.numel()
     else:
         entry.pop(numel_name(name), None)
@@ -345,8 +366,8 @@ def check_master(value: Any, param: Tensor) -> None:
     check_shape("master", value, param)
     if value.dtype != torch.int16 and not (value.is_floating_point() or value.is_complex()):
         raise ValueError(
-            f"has a master of dtype {value.dtype}; expected floating-point values, or the int16 remainder of "
-            "a split "
+            f"has a master of dtype {value.dtype}; expected floating-point values, or the remainder of a "
+            "split "
             'master. Remove state["master"]: it is recreated from the weight.'
         )
 
