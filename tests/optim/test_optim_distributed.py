@@ -1,11 +1,7 @@
 """One process, real process group: DTensor parameters, distributed checkpoints, ZeroRedundancyOptimizer."""
 
 import copy
-import os
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -261,39 +257,3 @@ def test_zero_redundancy_optimizer(case):
         expected.step()
     for p, q in zip(params, plain, strict=True):
         assert torch.equal(p, q)
-
-
-def two_ranks() -> None:
-    """Run as a script: rank 0 of two, without the other."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    mesh = init_device_mesh("cpu", (2,))
-    for name in ("lamb", "lars", "novograd"):
-        for placement in (Replicate(), Shard(0)):
-            local = torch.ones(3, 4, requires_grad=True)
-            param = torch.nn.Parameter(DTensor.from_local(local.detach(), mesh, [placement]))
-            param.grad = DTensor.from_local(torch.ones(3, 4), mesh, [placement])
-            before = param.to_local().clone()
-            try:
-                BY_NAME[name].ours([param], lr=0.5).step()
-                said = "stepped" if not torch.equal(param.to_local(), before) else "stood"
-            except ValueError as error:
-                said = str(error)
-                assert torch.equal(param.to_local(), before)
-            print(said)
-
-
-def test_shards_are_refused_where_a_step_needs_norms():
-    """Guards LAMB, LARS and NovoGrad: the norm of a shard is not the tensor's. Replicas are whole."""
-    code = "import test_optim_distributed as t; t.two_ranks()"
-    places = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"PYTHONPATH": places}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[::2] == ["stepped"] * 3
-    for name, line in zip(("LAMB", "LARS", "NovoGrad"), lines[1::2], strict=True):
-        assert line.startswith(
-            f"[{name}] group 0: params[0] is a DTensor with placements (Shard(dim=0),); expected"
-        )

@@ -147,7 +147,7 @@ def replicated(case, dtype, options):
 
 
 def redistributed(dtype):
-    """A remainder that somebody placed elsewhere comes back to its weight, bit for bit."""
+    """A remainder that was placed elsewhere comes back to its weight, bit for bit."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     net, reference = sharded(dtype), network(dtype)

@@ -1,6 +1,6 @@
 """Remainders of split masters in a form that every collective moves.
 
-gloo and NCCL have no int16. Bytes travel, and unlike 16-bit floats nobody averages or casts them unnoticed.
+gloo and NCCL have no int16. Bytes travel. Unlike 16-bit floats, they cannot be averaged or cast unnoticed.
 """
 
 from __future__ import annotations

@@ -129,9 +129,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len(batches) > 1:
             ops.check_steps([batch.call() for batch in batches])
 
-    def _launch(self, batch: Batch) -> None:
-        """Update the parameters of ``batch``; all errors were raised before."""
-        batch.launch()
+    def _launch(self, batches: list[Batch]) -> None:
+        """Update the parameters of ``batches``; all errors were raised before."""
+        for batch in batches:
+            batch.launch()
 
     def _densified(self, grad: Tensor) -> Tensor:
         raise RuntimeError(
@@ -185,8 +186,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         before, self._plan = self._stepped, None
         batches = self._prepare()  # all checks precede any update
         self._check_calls(batches)
-        for batch in batches:
-            self._launch(batch)
+        self._launch(batches)
         # Building a plan costs more than a step without one, so the second identical step in a row builds it.
         self._stepped = [slot for batch in batches for slot in batch.slots]
         if before and len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
@@ -319,12 +319,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             lr = lr.to(device)
         op, hyper = self._op(group)
         return ops.step_scalars(
-            op,
-            device,
-            lr,
-            hyper,
-            group["maximize"],
-            stochastic_rounding=group["stochastic_rounding"],
+            op, device, lr, hyper, group["maximize"], stochastic_rounding=group["stochastic_rounding"]
         )
 
     @torch.no_grad()

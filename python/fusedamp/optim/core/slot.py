@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ...tensors.layout import STATE_DTYPES, placed_like, strided_like
+from ...tensors.places import WHOLE, place_of
 from ...tensors.shards import local
 from ..state.encoded import Encoded, Quantized, Remainder, parts, plain
 from ..state.formats import Entry
@@ -65,6 +66,7 @@ class Slot:
         self.key = (str(source.device), self.master is None)  # parameters with equal keys share a call
         self.turn = -1  # the last step that used it
         self.seed = 0  # of its random numbers
+        self.place = place_of(param, self.dense) if mode.is_random() else WHOLE
         self._values = tuple(entry.values())
         self._inside = [part for value in self._values if isinstance(value, Encoded) for part in parts(value)]
         self._dtype, self._numel, self._stride = source.dtype, source.numel(), source.stride()
