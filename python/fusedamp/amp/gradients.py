@@ -280,7 +280,7 @@ class Gradients:
                 total = total.nan_to_num(nan=math.inf, posinf=math.inf)
             all_reduce_(total, layout.sharded, op)
             total = on(total, device)
-            if members <= layout.ranks:  # also without a process group
+            if process_group is None:
                 totals.append(total)
             else:  # all ranks of its mesh now have the same total, which counts once
                 shares.append(total if op == "max" else total / max(len(members & layout.ranks), 1))
