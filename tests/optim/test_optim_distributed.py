@@ -100,16 +100,6 @@ def test_compressed_dtensors_step_as_plain_tensors(case, dtype, storage, mesh):
             assert torch.equal(found, wanted), name
 
 
-@pytest.mark.parametrize("case", SOME, ids=str)
-def test_8_bit_states_of_dtensors_are_refused(case, mesh):
-    """Guards resharding: scales belong to blocks of a shard's memory."""
-    params = as_dtensors(make_params(torch.bfloat16, [(6, 4)]), mesh, Shard(0))
-    params[0].grad, before = torch.ones_like(params[0]), params[0].full_tensor().clone()
-    with pytest.raises(ValueError, match=r"params\[0\] is bfloat16 .* a DTensor, .* Use state_dtype=.bf"):
-        case.ours(params, **case.options, **CODES).step()
-    assert torch.equal(params[0].full_tensor(), before)
-
-
 def test_fully_sharded_module(mesh):
     """Guards FSDP2 itself: sharded parameters, with slots cached between steps."""
     from torch.distributed.fsdp import fully_shard

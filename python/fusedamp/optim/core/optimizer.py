@@ -18,7 +18,8 @@ from ...ops.inputs import AmpInputs, GradientTable, begin_step, inputs_on
 from ...tensors.layout import gradient_of, round_robin
 from ...tensors.shards import local
 from ..state import checkpoint, formats
-from ..state.formats import Entry, Storage, name_dtypes
+from ..state.formats import Storage, name_dtypes
+from ..state.saved import Entry, taken_from_checkpoint
 from ..state.spec import State, StateSpec, complete, completing, resolved
 from .batch import Batch, Group
 from .options import Bounds, SeenOptions, check_common, draws, is_compressed
@@ -387,7 +388,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             name_dtypes(group)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        for entry in vars(self)["state"].values():
+        for param, entry in vars(self)["state"].items():
             for spec in self.states if isinstance(entry, dict) else ():
                 # From a pickle of a version that stored 8-bit states as several tensors.
-                formats.taken_from_checkpoint(entry, spec.name, spec.nonnegative)
+                taken_from_checkpoint(entry, spec.name, spec.nonnegative, param)

@@ -13,20 +13,11 @@ from torch import Tensor
 
 from ...ops.checks import at
 from ...tensors.layout import fitted, round_robin, scalar_like
-from .encoded import Quantized, Remainder, Scales, plain
+from .encoded import Remainder, Scales, plain
 from .foreign import FOREIGN_STATES, ignored_options, refuse_foreign
-from .formats import (
-    DEFAULTS,
-    Entry,
-    adapted,
-    bits_from_checkpoint,
-    check_master,
-    for_checkpoint,
-    label,
-    name_dtypes,
-    scale_name,
-    taken_from_checkpoint,
-)
+from .formats import DEFAULTS, adapted, check_master, name_dtypes
+from .saved import Entry, bits_from_checkpoint, for_checkpoint, label, scale_name, taken_from_checkpoint
+from .sharded import is_quantized
 from .spec import resolved
 from .steps import as_step
 
@@ -170,9 +161,9 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
             "Load a checkpoint of this optimizer."
         )
     for spec in optimizer.states:
-        taken_from_checkpoint(entry, spec.name, spec.nonnegative)
+        taken_from_checkpoint(entry, spec.name, spec.nonnegative, param)
         scales = scale_name(spec.name)
-        if scales in entry and not isinstance(entry.get(spec.name), Quantized):
+        if scales in entry and not is_quantized(entry.get(spec.name)):
             dtype = getattr(entry.get(spec.name), "dtype", "missing")
             raise ValueError(
                 f"has {scales!r}, the block scales of an 8-bit state, beside {spec.name!r} of dtype {dtype}; "
@@ -210,7 +201,7 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
 
 def _copied(state: Tensor) -> Tensor:
     """Copy ``state``, which needs no conversion."""
-    if isinstance(state, Quantized):
+    if is_quantized(state):
         return state.clone()
     return fitted(state, state, state.dtype)
 
