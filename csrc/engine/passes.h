@@ -19,6 +19,9 @@ inline void for_each_pass(const StepTable& table, const StepGroups& all, Visit v
   }
 }
 
+// Whether the norms of a pass are known; then all its rows have them.
+inline bool are_given(const StepTable& rows) { return rows.count > 0 && rows.rows[0].squares; }
+
 // Updates the StepLog; worker `worker` of `workers` does its share.
 FUSEDAMP_FN void keep_log(const StepLog& log, bool skipped, int64_t worker, int64_t workers) {
   if (!log.steps) return;

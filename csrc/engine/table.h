@@ -1,5 +1,6 @@
 // Input of an engine: rows of addresses, checked by ops/. Nothing here depends on torch.
 #pragma once
+#include "../math/random.h"
 #include "dtype.h"
 
 namespace fusedamp {
@@ -13,7 +14,9 @@ struct StepRow {
   void* states[kMaxStates];   // f64 where param is f64; then the rule's scalars, each one double
   float* scales[kMaxStates];  // of 8-bit states: one for each block of kScaleBlock elements
   float* step;                // one element: this tensor's step count (math/count.h)
+  double* squares;            // of a rule with norms: kMaxNorms sums over all ranks; null: those of this buffer
   int64_t numel, seed;        // seed: of the tensor's random numbers
+  Place place;                // of the buffers in the whole tensor
   int32_t group;              // index of its StepGroup
   DType grad_dtype, param_dtype;
   DType master_dtype;      // f32, or i16: the remainder of a split master
@@ -22,7 +25,7 @@ struct StepRow {
   bool stochastic;         // rounding of 16-bit weights without masters
   uint8_t unused[6] = {};  // in place of padding, so that equal rows have equal bytes
 };
-static_assert(sizeof(StepRow) == 13 * 8, "Python also builds rows, in words of 8 bytes");
+static_assert(sizeof(StepRow) == 17 * 8, "Python also builds rows, in words of 8 bytes");
 
 // Common parameters of the rows of one group. Rows are sorted by group.
 struct StepGroup {

@@ -27,6 +27,9 @@ struct Cpu {
   void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log) {
     cpu::step(table, groups, scalars, log, parallel);
   }
+  void measure(const StepTable& table, const StepGroups& groups, const StepScalars& scalars) {
+    cpu::measure(table, groups, scalars, parallel);
+  }
   void unscale(const std::vector<GradRow>& rows, const float* inv_scale, float* found_inf) {
     if (cpu::unscale(rows, *inv_scale, parallel)) *found_inf = 1.0f;
   }

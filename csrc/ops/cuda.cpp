@@ -22,6 +22,9 @@ class Cuda {
   void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log) {
     cuda::step(device_, table, groups, scalars, log);
   }
+  void measure(const StepTable& table, const StepGroups& groups, const StepScalars& scalars) {
+    cuda::measure(device_, table, groups, scalars);
+  }
   void unscale(const std::vector<GradRow>& rows, const float* inv_scale, float* found_inf) {
     cuda::unscale(device_, rows, inv_scale, found_inf);
   }

@@ -5,6 +5,7 @@
 
 STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kCheckStepSchema);
+  m.def(fusedamp::kMeasureSchema);
   m.def(fusedamp::kFindSharedSchema);
   m.def(fusedamp::kUnscaleSchema);
   m.def(fusedamp::kGradStatsSchema);

@@ -30,13 +30,29 @@ struct Ops {
   static void step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales,
                    double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
                    OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf,
-                   std::vector<int64_t> seeds, bool stochastic_rounding) {
+                   std::vector<int64_t> seeds, bool stochastic_rounding, std::vector<int64_t> places,
+                   OptionalTensor squares) {
     if (params.empty()) return;
-    const StepLists lists = {params, grads, masters, states, steps, scales, seeds};
+    const StepLists lists = {params, grads, masters, states, steps, scales, seeds, places, squares};
     const CheckedStep checked = checked_step(kName, lists, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef,
                                              found_inf, stochastic_rounding);
     const StepTable table = {checked.rows.rows.data(), checked.rows.grads.data(), checked.group.count};
     Backend(params[0]).step(table, {&checked.group, 1}, checked.scalars, {});
+  }
+
+  static Tensor measure_(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales,
+                         std::string op, double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
+                         OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf) {
+    const auto n = static_cast<int64_t>(params.size());
+    STD_TORCH_CHECK(n > 0, "[_measure_] params is empty; expected at least one tensor");
+    const OptionalTensor squares = torch::stable::new_zeros(params[0], {n, kMaxNorms}, ScalarType::Double);
+    const std::vector<int64_t> none;
+    const StepLists lists = {params, grads, masters, states, steps, scales, none, none, squares};
+    const CheckedStep checked =
+        checked_step(op, lists, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, false);
+    const StepTable table = {checked.rows.rows.data(), checked.rows.grads.data(), checked.group.count};
+    Backend(params[0]).measure(table, {&checked.group, 1}, checked.scalars);
+    return *squares;
   }
 
   static void planned_step_(Tensor rows, Tensor grads, Tensor groups, Tensor like, OptionalTensor inv_scale,
@@ -128,6 +144,7 @@ struct Ops {
     m.impl("_check_plan", TORCH_BOX(&check_plan));
     m.impl("_check_step", TORCH_BOX(&check_step));
     m.impl("_find_shared_memory", TORCH_BOX(&find_shared_memory));
+    m.impl("_measure_", TORCH_BOX(&Ops::measure_));
     m.impl("_packed_grad_stats", TORCH_BOX(&Ops::packed_grad_stats));
     m.impl("_planned_step_", TORCH_BOX(&Ops::planned_step_));
     m.impl("_recode_", TORCH_BOX(&Ops::recode_));

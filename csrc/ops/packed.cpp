@@ -158,6 +158,8 @@ void check_plan(Tensor rows, Tensor groups, Tensor /*like*/) {
       const int maximize = byte_of(row[i].maximize), stochastic = byte_of(row[i].stochastic);
       if (maximize > 1 || stochastic > 1)
         fail(op, name, " has flags ", maximize, " and ", stochastic, "; expected 0 or 1");
+      if (!is_whole(row[i].place) || row[i].squares)
+        fail(op, name, " is of a shard; expected whole tensors. Step shards by the op itself");
       need_row(op, i, row[i], static_cast<RuleId>(group.rule));
     }
   }

@@ -61,6 +61,31 @@ constexpr size_t word_count(const char* text) {
   return count;
 }
 
+// Where the elements of params[i] are in a whole tensor; throws unless each has a place of its own.
+Place place_at(const std::string& op, const int64_t* place, size_t i, int64_t numel) {
+  const auto [first, run, stride] = Place{place[0], place[1], place[2]};
+  constexpr int64_t most = std::numeric_limits<int64_t>::max() / 4;
+  const bool fits = first >= 0 && first < most && run >= 0 && stride >= 0 &&
+                    (run == 0 ? numel < most : stride >= run && numel / run < most / stride);
+  if (!fits)
+    fail(op, "places of params[", i, "] are ", first, ", ", run, ", ", stride, "; expected its first element, the ",
+         "length of a run and the distance of runs in the whole tensor: 0 or more, and runs apart. A run of 0 is ",
+         "all of it");
+  return {first, run, stride};
+}
+
+// The sums over all ranks of a rule's norms; null where there are none.
+double* squares_of(const std::string& op, const StepLists& lists) {
+  if (!lists.squares) return nullptr;
+  const Tensor& squares = *lists.squares;
+  const auto n = static_cast<int64_t>(lists.params.size());
+  need_device(op, {"squares"}, squares, at("params", 0), lists.params[0]);
+  if (squares.scalar_type() != ScalarType::Double || !squares.is_contiguous() || squares.numel() != n * kMaxNorms)
+    fail(op, "squares is ", dtype_name(squares), " of shape ", list_text(squares.sizes()), "; expected contiguous ",
+         "float64 [", n, ", ", kMaxNorms, "]");
+  return static_cast<double*>(squares.data_ptr());
+}
+
 }  // namespace
 
 StepRows step_rows(const std::string& op, RuleId rule, const StepLists& lists, GroupFlags flags) {
@@ -70,6 +95,9 @@ StepRows step_rows(const std::string& op, RuleId rule, const StepLists& lists, G
   if (!lists.masters.empty()) need_length(op, "masters", lists.masters.size(), n, "one per param, or none at all");
   if (!lists.seeds.empty() && lists.seeds.size() != n)
     fail(op, "seeds has ", lists.seeds.size(), " numbers; expected ", n, ", one per param, or none at all");
+  if (!lists.places.empty() && lists.places.size() != 3 * n)
+    fail(op, "places has ", lists.places.size(), " numbers; expected ", 3 * n, ", three per param, or none at all");
+  double* const squares = squares_of(op, lists);
 
   const size_t all_lists = lists.states.size() / n, tensor_lists = all_lists - scalar_lists(op);
   if (lists.scales.size() % n != 0 || lists.scales.size() > tensor_lists * n)
@@ -88,6 +116,8 @@ StepRows step_rows(const std::string& op, RuleId rule, const StepLists& lists, G
     row.maximize = flags.maximize;
     row.stochastic = flags.stochastic;
     row.seed = lists.seeds.empty() ? static_cast<int64_t>(i) : lists.seeds[i];
+    if (!lists.places.empty()) row.place = place_at(op, lists.places.data() + 3 * i, i, row.numel);
+    if (squares) row.squares = squares + kMaxNorms * i;
 
     row.grad_dtype = dtype_of(op, at("grads", i), lists.grads[i]);
     table.grads[i] = data_like(op, "grads", i, lists.grads[i], param);
@@ -247,9 +277,10 @@ CheckedStep checked_step(const std::string& op, const StepLists& lists, double l
 void check_step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales,
                 std::string op, double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
                 OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf,
-                std::vector<int64_t> seeds, bool stochastic_rounding) {
+                std::vector<int64_t> seeds, bool stochastic_rounding, std::vector<int64_t> places,
+                OptionalTensor squares) {
   if (params.empty()) return;
-  const StepLists lists = {params, grads, masters, states, steps, scales, seeds};
+  const StepLists lists = {params, grads, masters, states, steps, scales, seeds, places, squares};
   checked_step(op, lists, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
 }
 

@@ -12,7 +12,8 @@ namespace fusedamp {
 // scalars last, fp64 of one element. scales, of 8-bit states, likewise.
 struct StepLists {
   const Tensors &params, &grads, &masters, &states, &steps, &scales;
-  const std::vector<int64_t>& seeds;
+  const std::vector<int64_t>&seeds, &places;
+  const OptionalTensor& squares;
 };
 
 // What the rows of a call share.
@@ -62,7 +63,8 @@ CheckedStep checked_step(const std::string& op, const StepLists& lists, double l
 void check_step(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales,
                 std::string op, double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
                 OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf,
-                std::vector<int64_t> seeds, bool stochastic_rounding);
+                std::vector<int64_t> seeds, bool stochastic_rounding, std::vector<int64_t> places,
+                OptionalTensor squares);
 std::tuple<int64_t, int64_t> find_shared_memory(Tensors tensors, int64_t written);
 
 }  // namespace fusedamp

@@ -10,15 +10,29 @@ namespace fusedamp {
 
 // params, grads, masters (empty, or one per param: float32, or the int16 remainders of split masters), states (all
 // first ones, then all second ones ...: float32, bfloat16, or int8, uint8 where they are never negative), steps, scales
-// (of 8-bit states, in their order). seeds: of each param's random numbers, by default its index.
+// (of 8-bit states, in their order). seeds: of each param's random numbers, by default its index. places: where its
+// elements are in a whole tensor of which it is a shard, as Place has it (math/random.h): three numbers per param, or
+// none. squares: float64 [params, 2], the norms of whole tensors that _measure_ began; by default those of the params.
 #define FUSEDAMP_STEP_SCHEMA(op)                                                                               \
   #op "_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, Tensor(d!)[] steps, " \
-      "Tensor(e!)[] scales, *, " FUSEDAMP_STEP_SCALARS "int[] seeds=[], bool stochastic_rounding=False) -> ()"
+      "Tensor(e!)[] scales, *, " FUSEDAMP_STEP_SCALARS                                                         \
+      "int[] seeds=[], bool stochastic_rounding=False, "                                                       \
+      "int[] places=[], Tensor? squares=None) -> ()"
 
 // All checks of a step op, which `op` names, and nothing else.
 constexpr const char* kCheckStepSchema =
     "_check_step(Tensor[] params, Tensor[] grads, Tensor[] masters, Tensor[] states, Tensor[] steps, Tensor[] scales, "
-    "*, str op, " FUSEDAMP_STEP_SCALARS "int[] seeds=[], bool stochastic_rounding=False) -> ()";
+    "*, str op, " FUSEDAMP_STEP_SCALARS
+    "int[] seeds=[], bool stochastic_rounding=False, int[] places=[], "
+    "Tensor? squares=None) -> ()";
+
+// The first pass of a step op with norms, on the shards of one rank -> its sums of squares, float64 [params, 2], which
+// added up over ranks are the step's `squares`. Masters may follow modified weights already here. 0 where found_inf is
+// not 0, and for ops without norms. For fusedamp's own Python only.
+constexpr const char* kMeasureSchema =
+    "_measure_(Tensor[] params, Tensor[] grads, Tensor(a!)[] masters, Tensor[] states, Tensor[] steps, "
+    "Tensor[] scales, *, str op, float lr, float[] hyper, bool maximize=False, Tensor? lr_tensor=None, "
+    "Tensor? inv_scale=None, Tensor? clip_coef=None, Tensor? found_inf=None) -> Tensor";
 
 // -> the places of two dense tensors that share memory, of which one is among the first `written`; -1, -1 where none do
 constexpr const char* kFindSharedSchema = "_find_shared_memory(Tensor[] tensors, int written) -> (int, int)";

@@ -46,10 +46,20 @@ inline Shape shape_of(RuleId rule) {
 // The inputs of a step except its scalars: consecutive groups of any rules.
 struct Step {
   std::vector<StepTensor> tensors;
-  std::vector<StepRow> flags;  // of each tensor: what its row has of its group
+  std::vector<StepRow> flags;                             // of each tensor: what its row has besides its buffers
+  mutable std::vector<double> cpu_squares, cuda_squares;  // norms over all ranks, if they are measured before the step
   std::vector<StepGroup> groups;
   int mixes_of = -1;
   std::vector<Mix> mixes;
+
+  // Of a whole tensor or of a shard: rows, columns, with and without whole pairs, across a key's last element.
+  static Place any_place(Random& random) {
+    const int64_t firsts[] = {0, 4096, 4097, kKeyElements - 200, 5 * kKeyElements + 3},
+                  first = firsts[below(random, 5)];
+    if (below(random, 3) > 0) return {below(random, 2) ? first : 0, 0, 0};
+    const int64_t run = 1 + below(random, below(random, 2) ? 300 : 9) * (below(random, 2) ? 4 : 1);
+    return {first, run, run + below(random, 9)};
+  }
 
   // A group with tensors of these sizes.
   void add(Random& random, RuleId rule, const std::vector<int64_t>& sizes, Alignment alignment) {
@@ -76,6 +86,7 @@ struct Step {
     }
     for (const int64_t numel : sizes) {
       const Mix mix = mixes[tensors.size() % mixes.size()];
+      row.place = any_place(random);
       flags.push_back(row);
       tensors.push_back(step_tensor(random, numel, states_of(rule), mix, alignment));
       for (int s = 0; s < shape_of(rule).scalars; ++s) {
@@ -92,6 +103,9 @@ struct Step {
       rows.back().group = flags[i].group;
       rows.back().maximize = flags[i].maximize;
       rows.back().stochastic = flags[i].stochastic;
+      rows.back().place = flags[i].place;
+      std::vector<double>& squares = side == &Twins::cpu ? cpu_squares : cuda_squares;
+      if (!squares.empty()) rows.back().squares = squares.data() + kMaxNorms * i;
     }
     return rows;
   }
@@ -141,6 +155,29 @@ struct Log {
   }
 };
 
+// Measures on both engines; their step then takes the sums as if other ranks had added theirs.
+inline void measure_both(Random& random, const Step& step, const StepGroups& groups, const StepScalars& scalars,
+                         bool skipped) {
+  const size_t words = kMaxNorms * step.tensors.size();
+  step.cpu_squares.assign(words, 0.0);
+  step.cuda_squares.assign(words, 0.0);
+  const std::vector<StepRow> on_cpu = step.rows(&Twins::cpu), on_cuda = step.rows(&Twins::cuda);
+  const std::vector<void*> cpu_grads = step.grads(&Twins::cpu), cuda_grads = step.grads(&Twins::cuda);
+  const auto n = static_cast<int64_t>(on_cpu.size());
+  cpu::measure({on_cpu.data(), cpu_grads.data(), n}, groups, scalars, one_thread);
+  cuda::measure(*EmulatedDevice(static_cast<int>(below(random, 4))), {on_cuda.data(), cuda_grads.data(), n}, groups,
+                scalars);
+  for (size_t w = 0; w < words; ++w) {
+    const int32_t rule = groups.groups[on_cpu[w / kMaxNorms].group].rule;
+    const bool measured = !skipped && static_cast<int>(w % kMaxNorms) < shape_of(static_cast<RuleId>(rule)).norms;
+    const double a = step.cpu_squares[w], b = step.cuda_squares[w];
+    expect(measured || (a == 0.0 && b == 0.0), "squares %zu of rule %d: %g and %g", w, int(rule), a, b);
+    expect(!measured || a == b || (a != a && b != b) || std::fabs(a - b) <= 1e-11 * a, "squares %zu: %.17g and %.17g",
+           w, a, b);
+    step.cpu_squares[w] = step.cuda_squares[w] = a == a ? 3.0 * a : a;
+  }
+}
+
 // The same step on both engines.
 inline void run_both(Random& random, const Step& step, bool skipped) {
   const float inv_scale = 1.0f / 1024.0f, clip_coef = 0.37f;
@@ -153,6 +190,7 @@ inline void run_both(Random& random, const Step& step, bool skipped) {
   Log on_cpu(below(random, 3000)), on_cuda(static_cast<int64_t>(on_cpu.counts.size()));
   const bool logs = below(random, 2);
   const StepGroups groups = {step.groups.data(), static_cast<int64_t>(step.groups.size())};
+  if (below(random, 3) == 0) measure_both(random, step, groups, scalars, skipped);
   for (const bool cuda_too : {false, true}) {
     const Side side = cuda_too ? &Twins::cuda : &Twins::cpu;
     const std::vector<StepRow> rows = step.rows(side);

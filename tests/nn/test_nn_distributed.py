@@ -7,13 +7,11 @@ name.
 import copy
 import itertools
 from functools import partial
-from pathlib import Path
 
 import fusedamp
 import pytest
 import torch
-import torch.multiprocessing as mp
-from ranks import run_scenarios
+from ranks import rank, spawned
 from torch import nn
 
 pytestmark = [
@@ -50,20 +48,20 @@ def grads(net):
     return [full(p.grad).flatten().tolist() for p in net.parameters()]
 
 
-def ddp(rank, **options):
+def ddp(**options):
     """3 passes: the first two without reduction, of 257 and 256 rows; ranks differ by 2 rows in the last."""
     net = nn.parallel.DistributedDataParallel(model(), **options)
     for step in range(2):
         with net.no_sync():
             backward(net, 257)
             backward(net, 256)
-        backward(net, 1 + 2 * rank)
+        backward(net, 1 + 2 * rank())
         wanted = [[515.0]] * 4  # 257 + 256 + mean(1, 3)
         assert grads(net) == wanted, (step, grads(net))
         net.zero_grad(set_to_none=bool(step))
 
 
-def ddp_static_and_unused(rank):
+def ddp_static_and_unused():
     net = nn.parallel.DistributedDataParallel(model(), find_unused_parameters=True)
     for _ in range(2):
         net.zero_grad()
@@ -76,7 +74,7 @@ def ddp_static_and_unused(rank):
         assert grads(net) == [[257.0]] * 4
 
 
-def ddp_training(rank):
+def ddp_training():
     """Same weights as one process with the whole batch, with scaler and clipping."""
     torch.manual_seed(0)
     start = fusedamp.nn.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))
@@ -87,7 +85,7 @@ def ddp_training(rank):
         wrapped = nn.parallel.DistributedDataParallel(net) if distributed else net
         optimizer = fusedamp.optim.AdamW(net.parameters(), lr=1e-2)
         scaler = fusedamp.GradScaler("cpu", init_scale=2.0**4)
-        mine = data[rank::2] if distributed else data
+        mine = data[rank() :: 2] if distributed else data
         for _ in range(3):
             optimizer.zero_grad()
             for part in mine.chunk(2):
@@ -102,7 +100,7 @@ def ddp_training(rank):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
-def fsdp2(rank, reshard=True, half=False):
+def fsdp2(reshard=True, half=False):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     net = model()
@@ -116,7 +114,7 @@ def fsdp2(rank, reshard=True, half=False):
         for rows in (257, 256):
             backward(net, rows) if not half else net(torch.ones(rows, 1)).sum().backward()
         net.set_requires_gradient_sync(True)
-        rows = 1 + 2 * rank
+        rows = 1 + 2 * rank()
         backward(net, rows) if not half else net(torch.ones(rows, 1)).sum().backward()
         if half:  # products and their gradients in BF16, as torch's: 257 and 513 do not exist
             assert all(abs(g[0] - 515.0) <= 4 for g in grads(net)), grads(net)
@@ -125,7 +123,7 @@ def fsdp2(rank, reshard=True, half=False):
         net.zero_grad()
 
 
-def fsdp2_with_float32_gradients_of_16_bit_weights(rank):
+def fsdp2_with_float32_gradients_of_16_bit_weights():
     """FSDP2 drops grad_dtype (torch 2.11 to 2.14): 16-bit gradients, as documented; sharded weights are
     refused."""
     from torch.distributed.fsdp import fully_shard
@@ -142,7 +140,7 @@ def fsdp2_with_float32_gradients_of_16_bit_weights(rank):
         fusedamp.nn.convert(net, grad_dtype=torch.float32)
 
 
-def ddp_with_float32_gradients_of_16_bit_weights(rank):
+def ddp_with_float32_gradients_of_16_bit_weights():
     """torch's DDP refuses them (torch 2.11 to 2.14)."""
     net = nn.parallel.DistributedDataParallel(
         fusedamp.nn.convert(model().bfloat16(), grad_dtype=torch.float32)
@@ -151,7 +149,7 @@ def ddp_with_float32_gradients_of_16_bit_weights(rank):
         net(torch.ones(3, 1).bfloat16()).sum().backward()
 
 
-def tensor_parallel(rank):
+def tensor_parallel():
     """Weights become DTensors: torch's own products."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -170,34 +168,18 @@ def tensor_parallel(rank):
         assert torch.equal(full(p.grad), q.grad)
 
 
-def scenarios(rank):
-    views = {
-        f"ddp-{view}-{bucket}": partial(ddp, rank, gradient_as_bucket_view=view, bucket_cap_mb=bucket)
-        for view, bucket in itertools.product((False, True), (25, 1e-6))
-    }
-    return views | {
-        "ddp-static": partial(ddp_static_and_unused, rank),
-        "ddp-training": partial(ddp_training, rank),
-        "ddp-16-bit": partial(ddp_with_float32_gradients_of_16_bit_weights, rank),
-        "fsdp2": partial(fsdp2, rank),
-        "fsdp2-kept": partial(fsdp2, rank, reshard=False),
-        "fsdp2-half": partial(fsdp2, rank, half=True),
-        "fsdp2-16-bit": partial(fsdp2_with_float32_gradients_of_16_bit_weights, rank),
-        "tensor-parallel": partial(tensor_parallel, rank),
-    }
-
-
-def run(rank, folder):
-    run_scenarios(scenarios(rank), rank, WORLD, Path(folder))
-
-
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run, (str(folder),), WORLD)
-    return {path.stem: path.read_text() for path in folder.glob("*.failed on *")}
-
-
-@pytest.mark.parametrize("name", scenarios(0))
-def test_two_ranks(name, failures):
-    assert name not in failures, failures[name]
+VIEWS = {
+    f"ddp-{view}-{bucket}": partial(ddp, gradient_as_bucket_view=view, bucket_cap_mb=bucket)
+    for view, bucket in itertools.product((False, True), (25, 1e-6))
+}
+SCENARIOS = VIEWS | {
+    "ddp-static": ddp_static_and_unused,
+    "ddp-training": ddp_training,
+    "ddp-16-bit": ddp_with_float32_gradients_of_16_bit_weights,
+    "fsdp2": fsdp2,
+    "fsdp2-kept": partial(fsdp2, reshard=False),
+    "fsdp2-half": partial(fsdp2, half=True),
+    "fsdp2-16-bit": fsdp2_with_float32_gradients_of_16_bit_weights,
+    "tensor-parallel": tensor_parallel,
+}
+ranks, test_two_ranks = spawned({WORLD: SCENARIOS})

@@ -13,7 +13,9 @@ def as_call(call, monkeypatch):
     """Return the arguments that the op's wrapper passes to step_lists."""
     with monkeypatch.context() as patch:
         seen = []
-        patch.setattr(declaration, "step_lists", lambda *args: seen.append(ops.StepCall(*args)))
+        patch.setattr(
+            declaration, "step_lists", lambda *args, **more: seen.append(ops.StepCall(*args, **more))
+        )
         call.run()
     return seen[0]
 
@@ -45,7 +47,8 @@ def test_refuses_what_the_op_refuses_in_the_same_words(name, monkeypatch):
     call = step_call("adamw", shapes, dtype, masters=masters)
     tensors = call.tensors()
     refusal.change(call)
-    monkeypatch.setattr(declaration, "step_lists", lambda *args: ops.check_steps([good, ops.StepCall(*args)]))
+    check = lambda *args, **more: ops.check_steps([good, ops.StepCall(*args, **more)])  # noqa: E731
+    monkeypatch.setattr(declaration, "step_lists", check)
     op_refusals.check(call.run, tensors, "adamw_", refusal)
 
 

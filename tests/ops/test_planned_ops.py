@@ -139,7 +139,7 @@ def test_log(found_inf, rows):
 
 
 # Columns of a row, of a group.
-PARAM, MASTER, STATE, SCALE, STEP, NUMEL, KINDS, FLAGS = 0, 1, 2, 5, 8, 9, 11, 12
+PARAM, MASTER, STATE, SCALE, STEP, SQUARES, NUMEL, PLACE, KINDS, FLAGS = 0, 1, 2, 5, 8, 9, 10, 12, 15, 16
 FIRST, COUNT, RULE = 10, 11, 12
 F16, F32, F64, I8, I16 = 0, 2, 3, 4, 6
 
@@ -168,6 +168,8 @@ def kinds(param, grad=F32, master=F32, state=F32, group=0):
         (KINDS, kinds(F32, group=1), r"is of group 1; expected 0"),
         (KINDS, kinds(F32, group=-1), r"is of group -1; expected 0"),
         (MASTER, 8, "for its master"),
+        (SQUARES, 8, "is of a shard; expected whole tensors"),
+        *((PLACE + i, 1, "is of a shard; expected whole tensors") for i in range(2)),
         (FLAGS, 2, "has flags 2 and 0"),
         (FLAGS, 2 << 8, "has flags 0 and 2"),
     ],

@@ -1,15 +1,31 @@
 """Processes that are ranks of one world, for tests of what happens among several."""
 
+import glob
 import os
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
+import pytest
 import torch
+import torch.multiprocessing as mp
 
 _kept = []
 
 
-def run_scenarios(scenarios, rank, world, folder):
+def rank():
+    return torch.distributed.get_rank()
+
+
+def agreed(value):
+    """``value`` if all ranks have an equal one, else an error on each rank."""
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, value)
+    assert all(v == everyone[0] for v in everyone), everyone
+    return value
+
+
+def _rank(index, scenarios, world, folder):
     """One rank: every scenario (name to call) in a separate process group; failures are recorded.
 
     Groups are kept and the process ends without tearing them down: gloo sometimes aborts where it does (its
@@ -18,12 +34,44 @@ def run_scenarios(scenarios, rank, world, folder):
     torch.set_num_threads(1)
     for name, call in scenarios.items():
         torch.distributed.init_process_group(
-            "gloo", f"file://{folder / name}", timedelta(seconds=60), rank=rank, world_size=world
+            "gloo", f"file://{folder / name}", timedelta(seconds=60), rank=index, world_size=world
         )
         try:
             call()
+            (folder / f"{name}.done on {index}").touch()
         except Exception:
-            (folder / f"{name}.failed on {rank}").write_text(traceback.format_exc())
+            (folder / f"{name}.failed on {index}").write_text(traceback.format_exc())
         _kept.extend(torch.distributed.distributed_c10d._world.pg_map)
         torch.distributed.destroy_process_group()
     os._exit(0)
+
+
+def spawned(scenarios):
+    """Return a fixture and a test that run ``scenarios`` (world size to name to call), one spawn per size.
+
+    Calls are module-level functions or partials of them. Assign the results to ``ranks`` and to a name that
+    starts with ``test``.
+    """
+
+    @pytest.fixture(scope="module")
+    def ranks(tmp_path_factory):
+        folders = {}
+
+        def run(world):
+            if world not in folders:
+                folders[world] = Path(tmp_path_factory.mktemp(f"ranks{world}"))
+                mp.spawn(_rank, (scenarios[world], world, folders[world]), nprocs=world)
+            return folders[world]
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("world", "name"), [(world, name) for world, calls in scenarios.items() for name in calls]
+    )
+    def test(ranks, world, name):
+        folder = ranks(world)
+        failures = [path.read_text() for path in sorted(folder.glob(f"{glob.escape(name)}.failed on *"))]
+        assert not failures, "\n".join(failures)
+        assert len(list(folder.glob(f"{glob.escape(name)}.done on *"))) == world
+
+    return ranks, test

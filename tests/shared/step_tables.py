@@ -76,7 +76,8 @@ class Group:
         ]
         tail = struct.pack("=i6B6x", group, *map(CODES.get, dtypes), self.maximize, self.stochastic_rounding)
         seed = self.seeds[i] if self.seeds else i
-        return struct.pack("=11q", *address, self.steps[i].data_ptr(), self.params[i].numel(), seed) + tail
+        numbers = self.steps[i].data_ptr(), 0, self.params[i].numel(), seed, 0, 0, 0
+        return struct.pack("=15q", *address, *numbers) + tail
 
 
 def table(packed: bytes, words: int) -> Tensor:
@@ -89,7 +90,7 @@ def table(packed: bytes, words: int) -> Tensor:
 
 
 def rows_of(groups: list[Group]) -> Tensor:
-    return table(b"".join(g.row(i, k) for k, g in enumerate(groups) for i in range(len(g.params))), 13)
+    return table(b"".join(g.row(i, k) for k, g in enumerate(groups) for i in range(len(g.params))), 17)
 
 
 def grads_of(groups: list[Group]) -> Tensor:

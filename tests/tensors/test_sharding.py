@@ -6,14 +6,12 @@ custom ops get no handler at all.
 
 import math
 from functools import partial
-from pathlib import Path
 
 import fusedamp
 import pytest
 import torch
-import torch.multiprocessing as mp
 from fusedamp import GradScaler, optim
-from ranks import run_scenarios
+from ranks import agreed, rank, spawned
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -35,14 +33,6 @@ def sharded(full, mesh, placement):
     return distribute_tensor(full, mesh, [placement])
 
 
-def agreed(value):
-    """``value`` (a number) if all ranks have the same, else an error on each rank."""
-    everyone = [None] * WORLD
-    torch.distributed.all_gather_object(everyone, value)
-    assert all(v == everyone[0] for v in everyone), everyone
-    return value
-
-
 def mixed_world(cls, dtype=torch.float32):
     """A replicated, a sharded and a plain parameter, in the order that misleads torch's handler."""
     mesh, replicate, shard = mesh_and_placements()
@@ -60,11 +50,11 @@ def fill(params, mesh, replicate, shard, value=8.0):
     params[2].grad = torch.full((3,), value, dtype=params[2].dtype)
 
 
-def one_bad_shard(rank, cls, unscale_first):
+def one_bad_shard(cls, unscale_first):
     """One bad shard stops every rank, and the step after it is a good one for all."""
     params, optimizer, scaler, layout = mixed_world(cls)
     fill(params, *layout)
-    if rank == 1:
+    if rank() == 1:
         params[1].grad._local_tensor[0, 0] = math.inf  # rank 0 sees only finite gradients
     if unscale_first:
         scaler.unscale_(optimizer)
@@ -81,11 +71,11 @@ def one_bad_shard(rank, cls, unscale_first):
         assert (getattr(param, "_local_tensor", param) < 1).all()
 
 
-def rank_without_gradients(rank, cls):
+def rank_without_gradients(cls):
     """A rank without gradients joins the reductions; otherwise the others would wait for it."""
     params, optimizer, scaler, layout = mixed_world(cls)
     fill(params, *layout, value=math.nan)
-    if rank == 0:
+    if rank() == 0:
         for param in params:
             param.grad = None
     assert math.isnan(scaler.clip_grad_norm_(optimizer, 1.0).item())
@@ -95,7 +85,7 @@ def rank_without_gradients(rank, cls):
     assert agreed(scaler.get_scale()) == 4.0
 
 
-def norms(rank, deferred):
+def norms(deferred):
     """Replicated and plain gradients must not be added over ranks, sharded ones must."""
     for norm_type in (1.0, 2.0, math.inf):
         params, optimizer, scaler, (mesh, replicate, shard) = mixed_world(optim.SGD, torch.float64)
@@ -117,7 +107,7 @@ def norms(rank, deferred):
             torch.testing.assert_close(got, grad / 2, rtol=1e-5, atol=0)
 
 
-def partial_gradient(rank):
+def partial_gradient():
     """Each rank has a summand of the gradient: they are summed before anything reads them."""
     from torch.distributed.tensor import DTensor, Partial
 
@@ -130,12 +120,12 @@ def partial_gradient(rank):
     torch.testing.assert_close(params[0].to_local(), torch.full((4, 2), 0.9))
 
 
-def two_optimizers(rank):
+def two_optimizers():
     """One optimizer is sharded, the other's flag is each rank's own: the scale must not diverge."""
     params, _, scaler, layout = mixed_world(optim.SGD)
     fill(params, *layout)
     first, second = optim.SGD(params[:2], lr=0.1), optim.SGD(params[2:], lr=0.1)
-    if rank == 1:
+    if rank() == 1:
         params[2].grad[0] = math.inf
     scaler.step(first)
     scaler.step(second)
@@ -143,7 +133,7 @@ def two_optimizers(rank):
     assert agreed(scaler.get_scale()) == 4.0
 
 
-def sharded_grad_scaler(rank):
+def sharded_grad_scaler():
     """FSDP1's ShardedGradScaler over ours: stock, it steps on one rank and skips on the other (defect 1)."""
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
@@ -154,7 +144,7 @@ def sharded_grad_scaler(rank):
     scaler.scale(torch.ones(()))
     param = torch.ones(3, requires_grad=True)
     optimizer = optim.AdamW([param], lr=0.1)
-    param.grad = torch.full((3,), math.inf if rank else 8.0)
+    param.grad = torch.full((3,), math.inf if rank() else 8.0)
     scaler.step(optimizer)
     assert torch.equal(param, torch.ones(3))
     scaler.update()
@@ -175,19 +165,6 @@ SCENARIOS = {
 }
 
 
-def run_all(rank, folder):
-    calls = {name: partial(body, rank, **options) for name, (body, options) in SCENARIOS.items()}
-    run_scenarios(calls, rank, WORLD, folder)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = Path(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(run_all, (path,), nprocs=WORLD)
-    return path
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_on_two_ranks(name, folder):
-    failures = [path.read_text() for path in sorted(folder.glob(f"{name}.failed*"))]
-    assert not failures, "\n".join(failures)
+ranks, test_on_two_ranks = spawned(
+    {WORLD: {name: partial(body, **options) for name, (body, options) in SCENARIOS.items()}}
+)

@@ -54,10 +54,9 @@ double combine(Norm norm, double a, double b) {
   return a >= b || a != a ? a : b;
 }
 
-// kMaxNorms sums of squares per row; empty if the rule has no norms.
-std::vector<double> measure(int32_t rule, const StepPass& pass, const Plan& p, const Parallel& parallel) {
+// kMaxNorms sums of squares per row.
+std::vector<double> squares_of(int32_t rule, const StepPass& pass, const Plan& p, const Parallel& parallel) {
   const auto measure_chunk = kernels().measure[rule];
-  if (!measure_chunk) return {};
   std::vector<double> found(kMaxNorms * p.chunks.size()), squares(kMaxNorms * pass.table.count);
   parallel(p.unit_count(), [&](int64_t u) {
     for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c) measure_chunk(pass, p.chunks[c], &found[kMaxNorms * c]);
@@ -70,22 +69,40 @@ std::vector<double> measure(int32_t rule, const StepPass& pass, const Plan& p, c
 void step_pass(int32_t rule, const StepPass& pass, const Parallel& parallel) {
   const auto step_chunks = kernels().step[rule];
   const Plan p = plan(pass.table.rows, pass.table.count);
-  const std::vector<double> measured = measure(rule, pass, p, parallel);
+  std::vector<double> measured;
+  if (kernels().measure[rule] && !are_given(pass.table)) {
+    measured = squares_of(rule, pass, p, parallel);
+  } else if (kernels().measure[rule]) {
+    for (int64_t r = 0; r < pass.table.count; ++r)
+      measured.insert(measured.end(), pass.table.rows[r].squares, pass.table.rows[r].squares + kMaxNorms);
+  }
   const double* squares = measured.empty() ? nullptr : measured.data();
   parallel(p.unit_count(),
            [&](int64_t u) { step_chunks(pass, p.chunks.data() + p.units[u], p.units[u + 1] - p.units[u], squares); });
   kernels().advance[rule](pass, squares);
 }
 
+bool overflowed(const StepScalars& scalars) { return scalars.found_inf && !(*scalars.found_inf == 0.0f); }
+
 }  // namespace
 
 void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log,
           const Parallel& parallel) {
-  const bool skipped = scalars.found_inf && !(*scalars.found_inf == 0.0f);
+  const bool skipped = overflowed(scalars);
   keep_log(log, skipped, 0, 1);
   if (skipped) return;
   for_each_pass(table, groups, [&](int32_t rule, const StepTable& rows) {
     step_pass(rule, {rows, groups.groups, scalars}, parallel);
+  });
+}
+
+void measure(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const Parallel& parallel) {
+  for_each_pass(table, groups, [&](int32_t rule, const StepTable& rows) {
+    if (overflowed(scalars) || !kernels().measure[rule]) return;
+    const StepPass pass = {rows, groups.groups, scalars};
+    const std::vector<double> squares = squares_of(rule, pass, plan(rows.rows, rows.count), parallel);
+    for (int64_t r = 0; r < rows.count; ++r)
+      std::copy_n(squares.data() + kMaxNorms * r, kMaxNorms, rows.rows[r].squares);
   });
 }
 

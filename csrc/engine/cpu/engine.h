@@ -16,6 +16,10 @@ using Parallel = std::function<void(int64_t units, const std::function<void(int6
 void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log,
           const Parallel& parallel);
 
+// Writes each row's `squares`: the sums over its buffers, which the caller adds up over ranks. Masters follow modified
+// weights already here. Writes nothing if *scalars.found_inf is not 0, and for rules without norms.
+void measure(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const Parallel& parallel);
+
 // Gradient check: norms, and counts of non-finite elements.
 void grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_type, const StatsOutputs& out,
                 const Parallel& parallel);

@@ -82,6 +82,31 @@ static __attribute__((noinline)) void draw(RandomKey key, int64_t first, int64_t
   }
 }
 
+// The same for elements first .. first + n - 1 of a whole tensor, wherever they start. `halves` has room for n + 1.
+static __attribute__((noinline)) void draw_run(uint64_t stream, int list, int64_t first, int64_t n, uint16_t* halves) {
+  while (n > 0) {
+    const RandomKey key = random_key(stream, list, first);
+    const int64_t left = kKeyElements - first % kKeyElements, count = n < left ? n : left, odd = first % 2;
+    if (odd) halves[0] = static_cast<uint16_t>(random_half(random_bits(key, static_cast<uint32_t>(first / 2)), 1));
+    draw(key, first + odd, count - odd, halves + odd);
+    first += count;
+    halves += count;
+    n -= count;
+  }
+}
+
+// The same for elements at .. at + n - 1 of a buffer that is a part of a whole tensor.
+static __attribute__((noinline)) void draw_part(const Place& place, uint64_t stream, int list, int64_t at, int64_t n,
+                                                uint16_t* halves) {
+  while (n > 0) {
+    const int64_t left = place.run == 0 ? n : place.run - at % place.run, count = n < left ? n : left;
+    draw_run(stream, list, whole_index(place, at), count, halves);
+    at += count;
+    halves += count;
+    n -= count;
+  }
+}
+
 // Like narrow(), with stochastic rounding.
 FUSEDAMP_FN void narrow(DType dtype, const float* from, uint16_t* to, int64_t n, const uint16_t* random) {
   if (dtype == DType::f16) return narrow_f16(from, to, n, random);

@@ -151,10 +151,38 @@ __device__ __forceinline__ Numbers weights_of(const StepRow& row, const Words& p
   return split ? joined<DType::f16, true>(params, masters) : joined<DType::f16, false>(params, masters);
 }
 
-// 16 random bits per element from `at`, which is even.
-__device__ __forceinline__ Stored draw(RandomKey key, int64_t at) {
-  const auto pair = static_cast<uint32_t>(at / 2);
+// Random numbers of a chunk. A lane's elements are two pairs with a word each, unless the chunk is of a shard that cuts
+// pairs; then every element takes a word of its own.
+struct Draws {
+  const RandomKey* keys;  // of each list
+  bool in_pairs;
+};
+
+__device__ __forceinline__ bool draws_in_pairs(const StepRow& row) {
+  const Place& place = row.place;
+  return is_whole(place) || ((place.first | place.stride) % 2 == 0 && place.run % kPerLane == 0 && row.numel > 0 &&
+                             whole_index(place, row.numel - 1) < kKeyElements);
+}
+
+__device__ __forceinline__ uint32_t draw_one(const StepRow& row, int list, int64_t i) {
+  const int64_t index = whole_index(row.place, i);
+  const RandomKey key = random_key(random_stream(row.seed, step_number(*row.step)), list, index);
+  return random_half(random_bits(key, static_cast<uint32_t>(index / 2)), static_cast<int>(index % 2));
+}
+
+// 16 random bits per element from `at`, a multiple of kPerLane.
+__device__ __forceinline__ Stored draw(const StepRow& row, const Draws& draws, int list, int64_t at) {
   Stored random;
+  if (!draws.in_pairs) {
+    uint64_t halves = 0;
+#pragma unroll 1  // rare: small code is worth more
+    for (int e = 0; e < kPerLane; ++e) halves |= uint64_t{draw_one(row, list, at + e)} << 16 * e;
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e) random.v[e] = static_cast<uint32_t>(halves >> 16 * e) & 0xffffu;
+    return random;
+  }
+  const RandomKey key = draws.keys[list];
+  const auto pair = static_cast<uint32_t>((is_whole(row.place) ? at : whole_index(row.place, at)) / 2);
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) random.v[e] = random_half(random_bits(key, pair + e / 2), e);
   return random;
@@ -162,7 +190,7 @@ __device__ __forceinline__ Stored draw(RandomKey key, int64_t at) {
 
 template <bool kWhole, DType kHalf>
 __device__ __forceinline__ void put_halves(const StepRow& row, int64_t at, int count, const Numbers& weight,
-                                           bool stochastic, RandomKey key) {
+                                           bool stochastic, const Draws& draws) {
   Stored half;
   if (row.master && row.master_dtype == DType::i16) {
     Stored remainder;
@@ -180,7 +208,7 @@ __device__ __forceinline__ void put_halves(const StepRow& row, int64_t at, int c
     }
     put<kWhole, uint16_t>(row.master, at, count, remainder);
   } else if (stochastic && !row.master) {
-    const Stored random = draw(key, at);
+    const Stored random = draw(row, draws, kWeightList, at);
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e)
       half.v[e] =
@@ -194,10 +222,10 @@ __device__ __forceinline__ void put_halves(const StepRow& row, int64_t at, int c
 }
 template <bool kWhole>
 __device__ __forceinline__ void put_weights(const StepRow& row, int64_t at, int count, const Numbers& weight,
-                                            bool stochastic, RandomKey key) {
+                                            bool stochastic, const Draws& draws) {
   if (row.param_dtype == DType::f32) return put<kWhole, uint32_t>(row.param, at, count, bits_of(weight));
-  if (row.param_dtype == DType::bf16) return put_halves<kWhole, DType::bf16>(row, at, count, weight, stochastic, key);
-  put_halves<kWhole, DType::f16>(row, at, count, weight, stochastic, key);
+  if (row.param_dtype == DType::bf16) return put_halves<kWhole, DType::bf16>(row, at, count, weight, stochastic, draws);
+  put_halves<kWhole, DType::f16>(row, at, count, weight, stochastic, draws);
 }
 
 template <bool kNonNegative>
@@ -213,10 +241,12 @@ __device__ __forceinline__ Numbers states_of(const Words& words, DType dtype, fl
 
 // All lanes of the warp must call it.
 template <bool kWhole, bool kNonNegative>
-__device__ __forceinline__ void put_states(void* list, DType dtype, int64_t at, int count, const Numbers& state,
-                                           RandomKey key, float* scale_at) {
+__device__ __forceinline__ void put_states(const StepRow& row, int j, int64_t at, int count, const Numbers& state,
+                                           const Draws& draws) {
+  void* const list = row.states[j];
+  const DType dtype = row.state_dtype;
   if (dtype == DType::f32) return put<kWhole, uint32_t>(list, at, count, bits_of(state));
-  const Stored random = draw(key, at);
+  const Stored random = draw(row, draws, j, at);
   Stored stored;
   if (dtype == DType::bf16) {
 #pragma unroll
@@ -229,7 +259,7 @@ __device__ __forceinline__ void put_states(void* list, DType dtype, int64_t at, 
     if (e < count) largest = max(largest, fusedamp::bits_of(state.v[e]) & 0x7fffffffu);
   largest = warp_max(largest);
   const float scale = Codes<kNonNegative>::scale(largest), inverse = Codes<kNonNegative>::inverse(scale);
-  if (threadIdx.x % 32 == 0) *scale_at = scale;
+  if (threadIdx.x % 32 == 0) row.scales[j][at / kScaleBlock] = scale;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e)
     stored.v[e] = static_cast<uint32_t>(Codes<kNonNegative>::code(state.v[e], inverse, random.v[e]));
@@ -248,10 +278,10 @@ __device__ __forceinline__ void for_each_state(Visit visit) {
 }
 
 // act(weight, gradient, states) for a lane's elements of one scale block; the results are stored where Action::kStores.
-// All lanes of the warp must call it. `keys`: of the lists' random numbers.
+// All lanes of the warp must call it.
 template <bool kWhole, class Rule, class Action>
 __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grads, int64_t at, int left, Action& act,
-                                           const RandomKey* keys) {
+                                           const Draws& draws) {
   constexpr int kStates = kStateRoom<Rule>;
   const int count = kWhole || left > kPerLane ? kPerLane : left < 0 ? 0 : left;
   const int64_t block = at / kScaleBlock;
@@ -282,11 +312,9 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grad
   }
   if constexpr (!Action::kStores) return;
   // Through `row`: addresses are read again instead of occupying registers.
-  put_weights<kWhole>(row, at, count, weight, row.stochastic, keys[kWeightList]);
-  for_each_state<Rule>([&](auto j) {
-    put_states<kWhole, kNeverNegative<Rule, j>>(row.states[j], row.state_dtype, at, count, state[j], keys[j],
-                                                row.scales[j] + block);
-  });
+  put_weights<kWhole>(row, at, count, weight, row.stochastic, draws);
+  for_each_state<Rule>(
+      [&](auto j) { put_states<kWhole, kNeverNegative<Rule, j>>(row, j, at, count, state[j], draws); });
 }
 
 // The elements of one chunk.
@@ -301,17 +329,18 @@ __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, void*
   RandomKey* keys = all_keys + warp * (kWeightList + 1);
   if constexpr (Action::kStores) {
     __syncwarp();  // the previous chunk's keys are no longer in use
-    if (lane <= kWeightList) keys[lane] = random_key(stream, lane, span.first);
+    if (lane <= kWeightList) keys[lane] = random_key(stream, lane, is_whole(row.place) ? span.first : 0);
   }
+  const Draws draws = {keys, !Action::kStores || draws_in_pairs(row)};
 
   const bool aligned = is_aligned<Rule>(row, grads);
   for (int first = warp * kBlockSize; first < span.count; first += warps * kBlockSize) {
     const int in_block = lane * kPerLane, left = span.count - first;
     const int64_t at = span.first + first + in_block;
     if (aligned && left >= kBlockSize) {
-      visit_lane<true, Rule>(row, grads, at, kPerLane, act, keys);
+      visit_lane<true, Rule>(row, grads, at, kPerLane, act, draws);
     } else {
-      visit_lane<false, Rule>(row, grads, at, left - in_block, act, keys);
+      visit_lane<false, Rule>(row, grads, at, left - in_block, act, draws);
     }
   }
 }

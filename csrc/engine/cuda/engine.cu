@@ -8,10 +8,10 @@ namespace fusedamp::cuda {
 // Instantiated once per rule: adamw.cu, adam.cu, sgd.cu ...
 template <class Rule>
 void step_with(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-               StepLog& log);
+               StepLog& log, bool only_measures);
 #define FUSEDAMP_RULE(op, Rule)                                                                                \
   extern template void step_with<Rule>(const Device&, const StepTable&, const StepGroups&, const StepScalars&, \
-                                       StepLog&);
+                                       StepLog&, bool);
 #include "../../math/optimizers.def"
 
 namespace {
@@ -23,15 +23,26 @@ __global__ void __launch_bounds__(kBlock) log_kernel(const StepLog log, const fl
 
 }  // namespace
 
-void step(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-          StepLog log) {
-  using Step = void (*)(const Device&, const StepTable&, const StepGroups&, const StepScalars&, StepLog&);
+static void run(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
+                StepLog& log, bool only_measures) {
+  using Step = void (*)(const Device&, const StepTable&, const StepGroups&, const StepScalars&, StepLog&, bool);
   static constexpr Step kSteps[] = {
 #define FUSEDAMP_RULE(op, Rule) &step_with<Rule>,
 #include "../../math/optimizers.def"
   };
-  for_each_pass(table, groups,
-                [&](int32_t rule, const StepTable& rows) { kSteps[rule](device, rows, groups, scalars, log); });
+  for_each_pass(table, groups, [&](int32_t rule, const StepTable& rows) {
+    kSteps[rule](device, rows, groups, scalars, log, only_measures);
+  });
+}
+
+void measure(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars) {
+  StepLog none = {};
+  run(device, table, groups, scalars, none, true);
+}
+
+void step(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
+          StepLog log) {
+  run(device, table, groups, scalars, log, false);
   if (log.steps) launch("log", &log_kernel, 1, kBlock, device.stream, log, scalars.found_inf);
 }
 

@@ -27,6 +27,10 @@ struct Device {
 void step(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
           StepLog log);
 
+// Writes each row's `squares`: the sums over its buffers, which the caller adds up over ranks. Writes nothing if
+// *scalars.found_inf is not 0, and for rules without norms.
+void measure(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars);
+
 // inv_scale may be null, for 1. Outputs are on the device.
 void grad_stats(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, double norm_type,
                 const StatsOutputs& out);

@@ -50,11 +50,12 @@ __global__ void __launch_bounds__(kBlock) measure_kernel(const StepRows table, c
   }
 }
 
-// Blocks take tensors.
+// Sums up `records`, or takes what the rows have if `records` is null; the rest of the step follows, or `only_measures`
+// stores the sums. Blocks take tensors.
 template <class Rule, class V>
 __global__ void __launch_bounds__(kBlock)
     conclude_kernel(const StepRows table, const __grid_constant__ GroupPacket packet, const StepScalars scalars,
-                    const ChunkSquares* records, CoeffsOf<Rule, V>* coeffs) {
+                    const ChunkSquares* records, bool only_measures, CoeffsOf<Rule, V>* coeffs) {
   if (overflowed(scalars.found_inf)) return;
   for (int64_t r = blockIdx.x; r < table.row_count; r += gridDim.x) {
     const StepRow& row = table.rows[r].row;
@@ -65,27 +66,34 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
     for (int j = 0; j < Rule::kNorms; ++j) {
       double sum = 0.0;
-      for (int64_t c = table.rows[r].first_chunk + threadIdx.x; c < end; c += blockDim.x) sum += records[c].sums[j];
-      squares[j] = block_reduce(sum, AddSquares());
+      for (int64_t c = table.rows[r].first_chunk + threadIdx.x; records && c < end; c += blockDim.x)
+        sum += records[c].sums[j];
+      squares[j] = records ? block_reduce(sum, AddSquares()) : row.squares[j];
     }
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0 && only_measures) {
+#pragma unroll
+      for (int j = 0; j < Rule::kNorms; ++j) row.squares[j] = squares[j];
+    } else if (threadIdx.x == 0) {
       coeffs[r] = coeffs_for<Rule, V>(row, *group, squares);
       advance<Rule>(row, hyper_of<Rule>(*group), layer_of<Rule>(row, squares));
     }
   }
 }
 
-// `coeffs`: in: coefficients without norms; out: those of the step.
+// `coeffs`: in: coefficients without norms; out: those of the step, unless it `only_measures`.
 template <class Rule, Kind kKind, class V = ValueOf<kKind>>
 void measure(const Device& device, const std::vector<Placed<StepRow>>& rows, const StepRows& table,
-             const StepGroups& groups, const StepScalars& scalars, CoeffsOf<Rule, V>* coeffs) {
-  auto* records = static_cast<ChunkSquares*>(
-      device.scratch(std::max<int64_t>(table.chunk_count, 1) * static_cast<int64_t>(sizeof(ChunkSquares))));
-  launch_over(table.chunk_count, device, "measure", &measure_kernel<Rule, kKind>, table, scalars,
-              static_cast<const CoeffsOf<Rule, V>*>(coeffs), records);
+             const StepGroups& groups, const StepScalars& scalars, bool only_measures, CoeffsOf<Rule, V>* coeffs) {
+  ChunkSquares* records = nullptr;
+  if (only_measures || !rows.front().row.squares) {
+    records = static_cast<ChunkSquares*>(
+        device.scratch(std::max<int64_t>(table.chunk_count, 1) * static_cast<int64_t>(sizeof(ChunkSquares))));
+    launch_over(table.chunk_count, device, "measure", &measure_kernel<Rule, kKind>, table, scalars,
+                static_cast<const CoeffsOf<Rule, V>*>(coeffs), records);
+  }
   for_each_packet(rows, groups, [&](const GroupPacket& packet) {
     launch_over(table.row_count, device, "conclude", &conclude_kernel<Rule, V>, table, packet, scalars,
-                static_cast<const ChunkSquares*>(records), coeffs);
+                static_cast<const ChunkSquares*>(records), only_measures, coeffs);
   });
 }
 

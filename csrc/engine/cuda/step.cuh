@@ -52,7 +52,7 @@ struct StepList : Gathered<StepRow> {
 
 template <class Rule, Kind kKind>
 void step_as(const Device& device, const StepList& list, const StepGroups& groups, const StepScalars& scalars,
-             StepLog& log) {
+             StepLog& log, bool only_measures) {
   if (list.rows.empty()) return;
   const StepRows table = list.on(device);
   using V = ValueOf<kKind>;
@@ -63,28 +63,30 @@ void step_as(const Device& device, const StepList& list, const StepGroups& group
     launch("prepare", &prepare_kernel<Rule, V>, blocks, kBlock, device.stream, table, packet, scalars, log, coeffs);
     log = {};  // it is updated already
   });
-  if constexpr (Rule::kNorms > 0) measure<Rule, kKind>(device, list.rows, table, groups, scalars, coeffs);
-  if (table.chunk_count == 0) return;  // all tensors are empty, but the step counts
+  if constexpr (Rule::kNorms > 0)
+    measure<Rule, kKind>(device, list.rows, table, groups, scalars, only_measures, coeffs);
+  if (only_measures || table.chunk_count == 0) return;  // all tensors are empty, but the step counts
   launch_over(table.chunk_count, device, "step", &step_kernel<Rule, kKind>, table, scalars,
               static_cast<const Coeffs*>(coeffs));
 }
 
-// `table`: the rows of this rule; `groups`: all of the step.
+// `table`: the rows of this rule; `groups`: all of the step. `only_measures`: instead of a step, the rows' squares.
 template <class Rule>
 void step_with(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-               StepLog& log) {
+               StepLog& log, bool only_measures) {
+  if (only_measures && Rule::kNorms == 0) return;
   StepList singles, compressed, doubles;
   for (int64_t i = 0; i < table.count; ++i) {
     const StepRow& row = table.rows[i];
     (row.param_dtype == DType::f64 ? doubles : is_compressed(row) ? compressed : singles).add(row, table.grads[i]);
   }
-  step_as<Rule, Kind::kSingle>(device, singles, groups, scalars, log);
-  step_as<Rule, Kind::kCompressed>(device, compressed, groups, scalars, log);
-  step_as<Rule, Kind::kDouble>(device, doubles, groups, scalars, log);
+  step_as<Rule, Kind::kSingle>(device, singles, groups, scalars, log, only_measures);
+  step_as<Rule, Kind::kCompressed>(device, compressed, groups, scalars, log, only_measures);
+  step_as<Rule, Kind::kDouble>(device, doubles, groups, scalars, log, only_measures);
 }
 
 }  // namespace fusedamp::cuda
 
 #define FUSEDAMP_CUDA_STEP(Rule)                                                                              \
   template void fusedamp::cuda::step_with<fusedamp::Rule>(const Device&, const StepTable&, const StepGroups&, \
-                                                          const StepScalars&, StepLog&);
+                                                          const StepScalars&, StepLog&, bool);

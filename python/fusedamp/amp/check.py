@@ -5,7 +5,7 @@ several torch operations and reductions over ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,13 @@ from ..tensors.addresses import grads_of
 from .clip import clip_coefficient
 from .gradients import Gradients, Stamp, lasting
 
-Clip = tuple[float | Tensor, float]  # max_norm and norm_type
+
+class Clip(NamedTuple):
+    """One clipping by the total norm."""
+
+    max_norm: float | Tensor
+    norm_type: float
+    process_group: Any = None
 
 
 @dataclass(slots=True)
@@ -61,7 +67,7 @@ def check(optimizer: Any, scale: Tensor, clip: Clip | None, keep: bool) -> Check
     table = optimizer._gradient_table(keep)
     if table is None or table.device != scale.device:
         return None
-    max_norm, norm_type = (torch.inf, 2.0) if clip is None else clip
+    max_norm, norm_type, _ = clip or Clip(torch.inf, 2.0)
     if isinstance(max_norm, Tensor) and (
         max_norm.device != scale.device or max_norm.dtype not in (torch.float32, torch.float64)
     ):
@@ -88,15 +94,15 @@ class CheckByParts:
     inv_scale: Tensor
     norm_type: float
     stamp: Stamp  # of the scale and of the gradients
-    clips: list[tuple[float | Tensor, float]] = field(default_factory=list)
+    clips: list[Clip] = field(default_factory=list)
     clip_coef: Tensor | None = None  # FP64
 
-    def clip(self, max_norm: float | Tensor, norm_type: float) -> Tensor:
+    def clip(self, clip: Clip) -> Tensor:
         """Add one deferred clipping; returns the norm after the earlier ones."""
-        norm = self.gradients.norm(self.stats, norm_type, self.inv_scale.device)
-        if self.clip_coef is not None and norm_type != 0:
+        norm = self.gradients.norm(self.stats, clip.norm_type, self.inv_scale.device, clip.process_group)
+        if self.clip_coef is not None and clip.norm_type != 0:
             norm = norm * self.clip_coef
-        clip_coef = clip_coefficient(norm, max_norm)
+        clip_coef = clip_coefficient(norm, clip.max_norm)
         self.clip_coef = clip_coef if self.clip_coef is None else self.clip_coef * clip_coef
-        self.clips.append((max_norm, norm_type))
+        self.clips.append(clip)
         return norm.to(self.gradients.widest)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from types import GeneratorType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from torch import Tensor
 from .. import ops
 from ..ops import checks
 from ..tensors.addresses import rows
-from ..tensors.shards import refuse_flattened
+from ..tensors.shards import local, need_no_replicas, refuse_flattened
 from .gradients import Gradients, on
+from .limits import need_group
 
 
 def check_norm(op: str, max_norm: float | Tensor, norm_type: float) -> float:
@@ -43,6 +45,14 @@ def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+def check_ranks(op: str, params: list[Tensor], process_group: Any) -> None:
+    """Raise if the norm over all ranks cannot be known."""
+    if process_group is None:
+        refuse_flattened(op, params)
+    else:
+        need_no_replicas(op, params)
+
+
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
@@ -50,6 +60,8 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    process_group: Any = None,
 ) -> Tensor:
     """Clip gradients by their total norm: a drop-in for ``torch.nn.utils.clip_grad_norm_``. Gradients may
     have different dtypes, devices and shardings.
@@ -63,13 +75,18 @@ def clip_grad_norm_(
         error_if_nonfinite: raise a RuntimeError, before any gradient changes, if the norm is inf or NaN. Only
             this option syncs the host.
         foreach: accepted for compatibility; all tensors of a device always go in one call.
+        process_group: the ranks that together hold the model, if they hold different parameters: pipeline
+            stages, experts, FSDP1 shards. The norm is over all of them, and each must call this function.
+            A DTensor on a mesh with all these ranks counts once; plain parameters count on every rank, so
+            leave out copies. None: this rank's parameters, and the other shards of DTensors.
 
     Returns: the norm before clipping, over all ranks that hold shards: 0-d, on the device of the first
         gradient, FP32 (FP64 if any gradient is FP64). Accumulation is in FP64, so FP16 gradients cannot
         overflow it.
     Raises: ValueError for a negative or NaN ``max_norm`` or ``norm_type``; TypeError if either is not a
-        number, or is a tensor of several elements. RuntimeError for FSDP1 shards on several ranks.
-    Cost: one read of the gradients and one read and write.
+        number, or is a tensor of several elements. RuntimeError for what ``process_group`` must tell: FSDP1
+        shards on several ranks, DTensors whose meshes have different ranks.
+    Cost: one read of the gradients and one read and write; 8 bytes per reduction over ranks.
     """
     if isinstance(parameters, Tensor):
         parameters = [parameters]
@@ -81,14 +98,25 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
             )
     norm_type = check_norm("clip_grad_norm_", max_norm, norm_type)
-    refuse_flattened("clip_grad_norm_", parameters)
+    need_group("clip_grad_norm_", process_group)
+    check_ranks("clip_grad_norm_", parameters, process_group)
     gradients = Gradients(parameters)
+    if process_group is None:
+        gradients.need_known_ranks("clip_grad_norm_")
+    elif not gradients.by_device:  # this rank joins the reduction, as the others wait for it
+        where = local(parameters[0]).device if parameters else torch.device("cpu")
+        return gradients.norm({}, norm_type, where, process_group).float()
     if not gradients.by_device:
         return torch.tensor(0.0)
-    if not error_if_nonfinite and (norm := _clip_at_once(gradients, max_norm, norm_type)) is not None:
+    if (
+        process_group is None
+        and not error_if_nonfinite
+        and (norm := _clip_at_once(gradients, max_norm, norm_type)) is not None
+    ):
         return norm
     read = Gradients(parameters, magnitudes=True) if norm_type != 2 else gradients
-    norm = read.norm(read.stats(None, norm_type), norm_type, next(iter(gradients.by_device)))
+    home = next(iter(gradients.by_device))
+    norm = read.norm(read.stats(None, norm_type), norm_type, home, process_group)
     if error_if_nonfinite and not math.isfinite(norm.item()):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from "

@@ -12,10 +12,11 @@ from ..ops.inputs import AmpInputs, DeviceInputs, step_with, times
 from ..tensors.layout import gradient_of
 from ..tensors.shards import is_distributed, local, refuse_flattened
 from . import routes
-from .check import Check, CheckByParts
-from .clip import check_norm, clip_grad_norm_
+from .check import Check, CheckByParts, Clip
+from .clip import check_norm, check_ranks, clip_grad_norm_
 from .gradient_checks import ByHand, GradientChecks
 from .gradients import Gradients, combine, has_value, no_overflow, on
+from .limits import need_group
 from .overflow import params_of
 
 _BY_HAND = ("found_inf", "grad_scale")
@@ -50,10 +51,16 @@ class GradScaler(GradientChecks):
         on_floor: reaction of :meth:`update` to an overflow while the scale is at ``min_scale``: ``"warn"``
             once, or ``"raise"`` a RuntimeError. Both name the parameters. On CUDA a later update reacts; a
             captured graph does not.
+        process_group: ranks that skip and change the scale together, for models whose gradients differ over
+            ranks that no DTensor names: pipeline stages, experts, FSDP1 shards, plain shards; or replicas
+            that may disagree. Each rank must call :meth:`unscale_` and :meth:`step` equally often, in the
+            same order. Each step, or its :meth:`unscale_`, then reduces one flag of 4 bytes on the device. A
+            rank that scaled no loss has the same scale. ``found_inf`` and ``grad_scale`` are set by hand on
+            all of these ranks or on none. Not part of :meth:`state_dict`; such a scaler cannot
+            be pickled. Before ``init_process_group``, ``torch.distributed.group.WORLD`` is None.
 
     Raises: AssertionError where torch raises it, ValueError or TypeError for other bad arguments,
-        RuntimeError for parameters that FSDP1 shards over several ranks (use fully_shard, or torch's
-        ShardedGradScaler).
+        RuntimeError for parameters that FSDP1 shards over several ranks, without ``process_group``.
     """
 
     def unscale_(self, optimizer: Optimizer) -> None:
@@ -80,11 +87,17 @@ class GradScaler(GradientChecks):
         state["found_inf_per_device"] = self._unscale_grads_(optimizer, inv_scale, found_inf, False)
         if read is not None and read.clip_coef is not None:
             Gradients(params_of(optimizer)).multiply_(read.clip_coef)
+        self._agree_over_group_(state)
         state["read"] = None
         state["stage"] = OptState.UNSCALED
 
     def clip_grad_norm_(
-        self, optimizer: Optimizer, max_norm: float | Tensor, norm_type: float = 2.0
+        self,
+        optimizer: Optimizer,
+        max_norm: float | Tensor,
+        norm_type: float = 2.0,
+        *,
+        process_group: Any = None,
     ) -> Tensor:
         """Clip the unscaled gradients of ``optimizer`` by their total norm; returns this norm. No sync.
 
@@ -99,25 +112,35 @@ class GradScaler(GradientChecks):
         Args:
             max_norm: a number, or a tensor of 1 element that is read on the device.
             norm_type: p of the p-norm, >= 0, or inf.
+            process_group: the ranks that together hold the model, as in :func:`fusedamp.clip_grad_norm_`; the
+                scaler then needs one as well. Gradients must then stay as they are until the step.
         Returns: the norm as :func:`fusedamp.clip_grad_norm_` does; inf or NaN if this step is an overflow.
         """
         norm_type = check_norm("GradScaler.clip_grad_norm_", max_norm, norm_type)
+        need_group("GradScaler.clip_grad_norm_", process_group)
         if self._enabled:
+            if process_group is not None and self._process_group is None:
+                raise RuntimeError(
+                    "[GradScaler.clip_grad_norm_] got a process_group, and the scaler has none; expected "
+                    "both, as an overflow on another rank must also skip this rank's step. Pass "
+                    "process_group to GradScaler as well."
+                )
             self._check_scale_growth_tracker("clip_grad_norm_")
             state = self._per_optimizer_states[id(optimizer)]
             if state["stage"] is OptState.STEPPED:
                 raise RuntimeError("clip_grad_norm_() is being called after step().")
-            refuse_flattened("GradScaler.clip_grad_norm_", params_of(optimizer))
+            check_ranks("GradScaler.clip_grad_norm_", params_of(optimizer), process_group)
             if state["stage"] is OptState.READY:
                 if self._is_fused(optimizer) and not self._overrides("unscale_", "_unscale_grads_"):
-                    if state.get("read") is None:
-                        check = self._check(optimizer, state, (max_norm, norm_type), keep=True)
+                    clip = Clip(max_norm, norm_type, process_group)
+                    if state.get("read") is None and process_group is None:
+                        check = self._check(optimizer, state, clip, keep=True)
                         if check is not None:
                             return check.found.norm
                     self._current_read(optimizer, state)
-                    return self._clip_later(optimizer, state, max_norm, norm_type)
+                    return self._clip_later(optimizer, state, clip)
                 self.unscale_(optimizer)
-        return clip_grad_norm_(params_of(optimizer), max_norm, norm_type)
+        return clip_grad_norm_(params_of(optimizer), max_norm, norm_type, process_group=process_group)
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Step ``optimizer`` if all gradients are finite; ``*args`` and ``**kwargs`` are passed to its
@@ -144,6 +167,12 @@ class GradScaler(GradientChecks):
             raise RuntimeError("step() has already been called since the last update().")
         self._refuse_flattened("step", optimizer)
         if routes.is_legacy(optimizer):
+            if self._process_group is not None:
+                raise RuntimeError(
+                    f"[GradScaler.step] {type(optimizer).__name__}.step takes the scaler itself, and the "
+                    "scaler has a process_group; expected a step without the argument grad_scaler, as this "
+                    "one may skip without asking other ranks. Remove the argument."
+                )
             return super().step(optimizer, *args, **kwargs)
         by_hand = routes.by_hand(optimizer)
         if self._is_fused(optimizer):
@@ -155,7 +184,8 @@ class GradScaler(GradientChecks):
                 self.unscale_(optimizer)
             if not state["found_inf_per_device"] and not routes.is_fusedamps(optimizer):
                 raise AssertionError("No inf checks were recorded for this optimizer.")
-            self._divide(optimizer, state, by_hand[1])
+            if self._divide(optimizer, state, by_hand[1]) is not None:
+                self._agree_over_group_(state)
             self._combined_flag(optimizer, state)
             self._skip_by_hand(by_hand[0])
             result = self._maybe_opt_step(optimizer, state, *args, **kwargs)
@@ -165,7 +195,11 @@ class GradScaler(GradientChecks):
 
     def _refuse_flattened(self, method: str, optimizer: Optimizer) -> None:
         # Methods that override these may know FSDP1's ranks.
-        if is_distributed() and not self._overrides("unscale_", "_unscale_grads_"):
+        if (
+            self._process_group is None
+            and is_distributed()
+            and not self._overrides("unscale_", "_unscale_grads_")
+        ):
             refuse_flattened(f"GradScaler.{method}", params_of(optimizer))
 
     def _is_fused(self, optimizer: Optimizer) -> bool:
@@ -221,6 +255,7 @@ class GradScaler(GradientChecks):
     ) -> float | None:
         assert self._scale is not None
         device, found = self._scale.device, check.found
+        self._agree_over_group_(state)
         flag = self._last_found_inf = combine(state["found_inf_per_device"].values(), device)
         log, positions = self._overflow_log(optimizer, device), check.table.positions
         here = DeviceInputs(found.inv_scale, check.clip_coef, flag, log.of_step(positions, found.counts))
@@ -263,12 +298,14 @@ class GradScaler(GradientChecks):
         read = None
         if state["stage"] is OptState.READY and self._overrides("unscale_", "_unscale_grads_"):
             self.unscale_(optimizer)  # overriding methods may reduce the flags over ranks
-        if state["stage"] is OptState.READY:
+        if ready := state["stage"] is OptState.READY:
             read = self._current_read(optimizer, state)
             if read is None:
                 self._check_inf_per_device(optimizer)
                 read = state["read"]
         seen = self._divide(optimizer, state, by_hand[1])
+        if ready or seen is not None:
+            self._agree_over_group_(state)
         flag = self._combined_flag(optimizer, state)
         log = self._overflows[optimizer]
         if seen is not None:

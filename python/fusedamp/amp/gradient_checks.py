@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..ops.inputs import Number, divided, flag_on
+from ..tensors.shards import reduce_
 from .check import Check, CheckByParts, Clip, check
 from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, lasting, on
 from .loss_scale import LossScale
@@ -75,9 +76,15 @@ class GradientChecks(LossScale):
         if isinstance(read, Check) or (
             read is not None and not read.stamp.matches([self._scale, *gradients_of(params_of(optimizer))])
         ):
+            if any(clip.process_group is not None for clip in read.clips):
+                raise RuntimeError(
+                    "[GradScaler] gradients or scale changed after clip_grad_norm_ with process_group; "
+                    "expected them unchanged until the step, as this rank cannot measure the others' again. "
+                    "Change them before, or call unscale_ before clip_grad_norm_."
+                )
             state["read"] = None
-            for max_norm, norm_type in read.clips:
-                self._clip_later(optimizer, state, max_norm, norm_type)
+            for clip in read.clips:
+                self._clip_later(optimizer, state, clip)
         return state.get("read")
 
     def _check(
@@ -113,17 +120,17 @@ class GradientChecks(LossScale):
             state["read"] = read  # the check by parts applies its deferred clipping
         return found
 
-    def _clip_later(
-        self, optimizer: Optimizer, state: dict[str, Any], max_norm: float | Tensor, norm_type: float
-    ) -> Tensor:
+    def _clip_later(self, optimizer: Optimizer, state: dict[str, Any], clip: Clip) -> Tensor:
         earlier = read = state.get("read")
-        if read is None or read.norm_type != norm_type:
-            state["norm_type"] = norm_type
+        if read is None or read.norm_type != clip.norm_type:
+            state["norm_type"] = clip.norm_type
             self._check_inf_per_device(optimizer)
             read = state["read"]
             if earlier is not None:
                 read.clips, read.clip_coef = earlier.clips, earlier.clip_coef
-        norm: Tensor = read.clip(max_norm, norm_type)
+        if clip.process_group is None:
+            read.gradients.need_known_ranks("GradScaler.clip_grad_norm_")
+        norm: Tensor = read.clip(clip)
         return norm
 
     def _divide(
@@ -149,11 +156,13 @@ class GradientChecks(LossScale):
 
     def _skip_by_hand(self, found_inf: Number | None) -> Tensor:
         """Combine the skip flag of this step with the user's ``found_inf``, which is not an overflow: the
-        scale stays."""
+        scale stays. With a process group, all ranks combine theirs."""
         assert self._last_found_inf is not None
         if found_inf is not None:
             device = self._last_found_inf.device
             self._last_found_inf = combine([self._last_found_inf, flag_on(device, found_inf)], device)
+            if self._process_group is not None:
+                reduce_(self._last_found_inf, self._process_group, "max")
         return self._last_found_inf
 
     def _combined_flag(self, optimizer: Optimizer, state: dict[str, Any]) -> Tensor:

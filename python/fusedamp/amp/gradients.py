@@ -17,7 +17,18 @@ from .. import ops
 from .._C import same_items
 from ..tensors.addresses import Fields, grads_of, holds_float64, read, versions
 from ..tensors.layout import gradient_of, is_dense, overlaps_itself
-from ..tensors.shards import PLAIN, MeshDim, all_reduce_, follow_placements, local, sharded_dims
+from ..tensors.shards import (
+    PLAIN,
+    UNSHARDED,
+    Layout,
+    MeshDim,
+    all_reduce_,
+    follow_placements,
+    layout_of,
+    local,
+    ranks_of,
+    reduce_,
+)
 
 PerDevice = dict[torch.device, Tensor]
 
@@ -93,7 +104,7 @@ class _Bucket:
 
     tensors: list[Tensor] = field(default_factory=list)
     positions: Sequence[int] = field(default_factory=list)
-    layouts: list[tuple[MeshDim, ...]] = field(default_factory=list)
+    layouts: list[Layout] = field(default_factory=list)
     fields: Fields | None = None  # of the tensors, if they were read in bulk
 
     def has_float64(self) -> bool:
@@ -115,7 +126,7 @@ class Gradients:
         self.by_device: dict[torch.device, _Bucket] = {}
         self.originals: list[Tensor] = []
         # Includes parameters without gradients: a rank without any must still join the reductions.
-        self._all_layouts: dict[tuple[MeshDim, ...], torch.device] = {}
+        self._all_layouts: dict[Layout, torch.device] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
         params = list(params)
         if not self._read_in_bulk(params):
@@ -134,23 +145,23 @@ class Gradients:
         present = [grads[i] for i in positions] if missing else grads
         if (fields := read(present)) is None:
             return False
-        self.originals, self._all_layouts = present, {(): params[0].device}
-        bucket = _Bucket(present, positions, [()] * len(present), fields)
+        self.originals, self._all_layouts = present, {UNSHARDED: params[0].device}
+        bucket = _Bucket(present, positions, [UNSHARDED] * len(present), fields)
         self.by_device[present[0].device] = bucket
         return True
 
     def _add(self, position: int, param: Tensor, magnitudes: bool) -> None:
         if not isinstance(param, Tensor):
             raise AssertionError(f"expected param to be torch.Tensor, got {type(param).__name__}")
-        layout = sharded_dims(param)
+        layout = layout_of(param)
         if layout not in self._all_layouts:
             self._all_layouts[layout] = local(param).device
         grad = param.grad
-        if type(grad) is Tensor and grad.layout is torch.strided and not layout and _is_plain(grad):
+        if type(grad) is Tensor and grad.layout is torch.strided and layout is UNSHARDED and _is_plain(grad):
             tensor = grad  # the common case; this loop is most of a step's host time
             self.originals.append(grad)
         else:
-            if layout:
+            if layout.sharded:
                 self.by_device.setdefault(local(param).device, _Bucket())
             follow_placements(param)
             if (grad := gradient_of(param)) is None:
@@ -204,7 +215,7 @@ class Gradients:
     @property
     def sharded_over(self) -> tuple[MeshDim, ...]:
         """Return all mesh dimensions that shard a parameter, in parameter order."""
-        return tuple(dict.fromkeys(dim for layout in self._all_layouts for dim in layout))
+        return tuple(dict.fromkeys(dim for layout in self._all_layouts for dim in layout.sharded))
 
     def stats(self, inv_scale: Tensor | None, norm_type: float = 2.0) -> dict[torch.device, ops.GradStats]:
         """Check the gradients with one op per device; devices without gradients on this rank are omitted."""
@@ -227,7 +238,7 @@ class Gradients:
             if device not in found_inf:
                 found_inf[device] = no_overflow(device)
         if dims:
-            home = next(device for layout, device in self._all_layouts.items() if layout)
+            home = next(device for layout, device in self._all_layouts.items() if layout.sharded)
             flag = combine(found_inf.values(), home).clone()
             all_reduce_(flag, dims, "max")
             for device, found in found_inf.items():
@@ -235,12 +246,20 @@ class Gradients:
         return found_inf
 
     def norm(
-        self, stats: dict[torch.device, ops.GradStats], norm_type: float, device: torch.device
+        self,
+        stats: dict[torch.device, ops.GradStats],
+        norm_type: float,
+        device: torch.device,
+        process_group: Any = None,
     ) -> Tensor:
-        """Compute the norm over all gradients of all ranks from a gradient check: 0-d, FP64, on
-        ``device``."""
-        reduce: Callable[[Tensor], Tensor] = torch.amax if norm_type == math.inf else torch.sum
-        totals = []
+        """Compute the norm over all gradients of all ranks from a gradient check: 0-d, FP64, on ``device``.
+
+        ``process_group``: ranks that together hold the model; None: those of the parameters' meshes.
+        """
+        op = "max" if norm_type == math.inf else "sum"
+        reduce: Callable[[Tensor], Tensor] = torch.amax if op == "max" else torch.sum
+        members = ranks_of(process_group)
+        totals, shares = [], []  # over all ranks, and over what is to be added up over process_group
         for layout, home in self._all_layouts.items():
             if len(self._all_layouts) == 1:
                 parts = [on(s.total, home) for s in stats.values()]
@@ -253,18 +272,39 @@ class Gradients:
                 ]
             if not parts:
                 total = torch.zeros((), dtype=torch.float64, device=home)
-            elif len(parts) == 1 and not layout:  # it is not modified, so no copy is needed
+            elif len(parts) == 1 and layout is UNSHARDED:  # it is not modified, so no copy is needed
                 total = parts[0]
             else:
                 total = reduce(torch.stack(parts))
-            if norm_type == math.inf and layout:  # NaN handling of MAX depends on the backend
+            if op == "max" and layout.sharded:  # NaN handling of MAX depends on the backend
                 total = total.nan_to_num(nan=math.inf, posinf=math.inf)
-            all_reduce_(total, layout, "max" if norm_type == math.inf else "sum")
-            totals.append(on(total, device))
+            all_reduce_(total, layout.sharded, op)
+            total = on(total, device)
+            if process_group is None:
+                totals.append(total)
+            else:  # all ranks of its mesh now have the same total, which counts once
+                shares.append(total if op == "max" else total / max(len(members & layout.ranks), 1))
+        if process_group is not None:
+            shared = reduce(torch.stack([torch.zeros((), dtype=torch.float64, device=device), *shares]))
+            if op == "max":
+                shared = shared.nan_to_num(nan=math.inf, posinf=math.inf)
+            reduce_(shared, process_group, op)
+            totals.append(shared)
         if not totals:
             return torch.zeros((), dtype=torch.float64, device=device)
         total = totals[0] if len(totals) == 1 else reduce(torch.stack(totals))
         return total.clone() if norm_type in (0.0, math.inf) else total.pow(1.0 / norm_type)
+
+    def need_known_ranks(self, op: str) -> None:
+        """Raise if the meshes of two DTensors have different ranks: those may hold replicas, or others."""
+        ranks = dict.fromkeys(layout.ranks for layout in self._all_layouts if layout.mesh is not None)
+        if len(ranks) > 1:
+            first, second, *_ = (sorted(r) for r in ranks)
+            raise RuntimeError(
+                f"[{op}] the parameters' meshes have the ranks {first} and {second}; expected the same ranks "
+                "for all, as others may hold replicas or different parameters (experts). Pass process_group: "
+                "the ranks that together hold each parameter once."
+            )
 
     def multiply_(self, factor: Tensor) -> None:
         """Multiply all gradients in place by a 0-d FP64 tensor: FP64 gradients in FP64, others in FP32."""

@@ -25,11 +25,23 @@ class ScaleLimits(TypedDict, total=False):
     hysteresis: int
     hysteresis_refill: Literal["growth", "good_step"]
     on_floor: Literal["warn", "raise"]
+    process_group: Any
 
 
 number = partial(checks.number, "[GradScaler]")
 _count = partial(checks.count, "[GradScaler]")
 _refuse = partial(checks.refuse, "[GradScaler]")
+
+
+def need_group(op: str, value: Any) -> None:
+    """Raise if ``value`` is neither None nor a process group of this rank."""
+    if value is None:
+        return
+    if not (torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)):
+        raise TypeError(
+            f"[{op}] process_group is {value!r}; expected a torch.distributed.ProcessGroup that has this "
+            "rank, as new_group() or DeviceMesh.get_group() return it on its members, or None."
+        )
 
 
 def check_device(value: Any) -> None:

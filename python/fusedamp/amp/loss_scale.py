@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from .. import ops
-from ..tensors.shards import all_reduce_
+from ..tensors.shards import all_reduce_, reduce_
 from . import limits
 from .floor import FloorWatch
 from .gradients import PerDevice, combine, lasting, on
@@ -51,6 +51,7 @@ class LossScale(torch.amp.GradScaler):
     _on_floor: str = "warn"
     _init_hysteresis_tracker: int | None = None  # None: the full budget
     _hysteresis_tracker: Tensor | None = None
+    _process_group: Any = None
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class LossScale(torch.amp.GradScaler):
         hysteresis: int = 1,
         hysteresis_refill: Literal["growth", "good_step"] = "growth",
         on_floor: Literal["warn", "raise"] = "warn",
+        process_group: Any = None,
     ) -> None:
         floor, ceiling, budget = limits.check_limits(
             min_scale, max_scale, hysteresis, hysteresis_refill, on_floor
@@ -82,6 +84,8 @@ class LossScale(torch.amp.GradScaler):
         self._min_scale, self._max_scale = floor, ceiling
         self._hysteresis, self._hysteresis_refill = budget, hysteresis_refill
         self._on_floor = on_floor
+        limits.need_group("GradScaler", process_group)
+        self._process_group = process_group
         self._start_watching()
 
     def _start_watching(self) -> None:
@@ -105,6 +109,24 @@ class LossScale(torch.amp.GradScaler):
         with lasting():
             self._scale = torch.full((), self._init_scale, dtype=torch.float32, device=dev)
             self._growth_tracker = torch.full((), self._init_growth_tracker, dtype=torch.int32, device=dev)
+
+    def _check_scale_growth_tracker(self, funcname: str) -> tuple[Tensor, Tensor]:
+        if self._scale is None and self._process_group is not None:
+            # Other ranks scale the loss: the first stages of a pipeline have none.
+            self._lazy_init_scale_growth_tracker(self._device)
+        return super()._check_scale_growth_tracker(funcname)
+
+    def _agree_over_group_(self, state: dict[str, Any]) -> None:
+        """Combine the overflow flags of all ranks of the process group in place; collective, no sync."""
+        if self._process_group is None:
+            return
+        assert self._scale is not None
+        flags, device = state["found_inf_per_device"], self._scale.device
+        agreed = combine(flags.values(), device).clone()
+        reduce_(agreed, self._process_group, "max")
+        flags.setdefault(device, agreed)  # of a rank without gradients
+        for where, flag in flags.items():
+            flag.copy_(on(agreed, where))
 
     @overload
     def scale(self, outputs: Tensor) -> Tensor: ...
@@ -276,6 +298,11 @@ class LossScale(torch.amp.GradScaler):
         self._floor.forget()
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._process_group is not None:
+            raise TypeError(
+                "[GradScaler] has a process_group, which can't be copied or pickled; expected one scaler per "
+                "process. Save state_dict(), and load it into a new scaler with its process_group."
+            )
         state = super().__getstate__()
         state["_init_hysteresis_tracker"], state["_hysteresis_tracker"] = self._hysteresis_left(), None
         del state["_floor"], state["_warned"]

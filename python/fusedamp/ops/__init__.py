@@ -33,6 +33,7 @@ from .loss_scale import update_scale_
 from .step import StepCall as StepCall  # for fusedamp.optim
 from .step import check_memory as check_memory
 from .step import check_steps as check_steps
+from .step import measure as measure
 from .step import options_of as options_of
 from .step import step_lists as step_lists
 from .step import step_scalars as step_scalars

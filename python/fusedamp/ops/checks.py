@@ -112,15 +112,17 @@ def _shown(value: object) -> str:
     return repr(value.item())
 
 
-def need_seeds(op: str, seeds: Any) -> None:
+def need_whole_numbers(op: str, name: str, numbers: Any) -> None:
     low, high = "-2**63", "2**63 - 1"
-    if not isinstance(seeds, (list, tuple)):
-        raise TypeError(f"[{op}] seeds is {seeds!r}; expected a list of whole numbers from {low} to {high}")
-    for i, seed in enumerate(seeds):
-        text = f"[{op}] seeds[{i}] is {seed!r}; expected a whole number from {low} to {high}"
-        if not isinstance(seed, int) or isinstance(seed, bool):
+    if not isinstance(numbers, (list, tuple)):
+        raise TypeError(
+            f"[{op}] {name} is {numbers!r}; expected a list of whole numbers from {low} to {high}"
+        )
+    for i, number in enumerate(numbers):
+        text = f"[{op}] {name}[{i}] is {number!r}; expected a whole number from {low} to {high}"
+        if not isinstance(number, int) or isinstance(number, bool):
             raise TypeError(text)
-        if not -(2**63) <= seed < 2**63:
+        if not -(2**63) <= number < 2**63:
             raise ValueError(text)
 
 

@@ -25,6 +25,7 @@ class Shared(TypedDict, total=False):
     found_inf: Tensor | None
     scales: Tensors
     seeds: Sequence[int]
+    places: Sequence[int]
     stochastic_rounding: bool
 
 
@@ -55,6 +56,9 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
             128 neighbors in memory; rewritten.
         seeds (list of int, one per parameter; its index by default): random numbers are a function of seed,
             step count and place, on every device.
+        places (list of int, three per parameter; default: whole tensors): of a shard's elements in the whole
+            tensor, whose random numbers they take: ``first``, ``run``, ``stride``. Element i is element
+            ``i // run * stride + first + i % run`` of the whole; with ``run`` 0, ``first + i``.
         stochastic_rounding: round 16-bit weights without masters stochastically.
     Raises: ValueError naming the op, the index, what it got, what it wanted.
     Cost: {cost}; no host sync.
@@ -103,13 +107,11 @@ def step_op(
             for name in hyper:
                 numbers |= _numbers(op, name, kinds[name], given[name])
             shared = {name: given[name] for name in Shared.__annotations__ if name in named}
-            scales, seeds = shared.pop("scales", ()), shared.pop("seeds", ())
+            more = {name: shared.pop(name, ()) for name in ("scales", "seeds", "places")}
             device = params[0].device if params and isinstance(params[0], Tensor) else None
             scalars = step_scalars(op, device, lr, numbers, **shared)
             by_name = {name: given[name] for name in states}
-            step_lists(
-                op, params, given["grads"], given["masters"], by_name, given["steps"], scalars, scales, seeds
-            )
+            step_lists(op, params, given["grads"], given["masters"], by_name, given["steps"], scalars, **more)
 
         whole = [name for name in states if parameters[name].annotation is not Scalars]
         without = f"; {whole[-1]}: empty without ``{last_state_with}``" if last_state_with else ""

@@ -87,7 +87,13 @@ def _grad_stats_shapes(
     )
 
 
+def _measured_shape(params: list[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    _need_one_kind(params, args, kwargs)
+    return params[0].new_empty((len(params), 2), dtype=torch.float64)
+
+
 torch.library.register_fake("fusedamp::_find_shared_memory", _nothing_shared)
+torch.library.register_fake("fusedamp::_measure_", _measured_shape)
 torch.library.register_fake("fusedamp::grad_stats", _grad_stats_shapes)
 
 

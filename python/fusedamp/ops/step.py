@@ -46,6 +46,10 @@ class StepCall(NamedTuple):
     """From :func:`step_scalars`."""
     scales: Tensors = ()
     seeds: Sequence[int] = ()
+    places: Sequence[int] = ()
+    """Three numbers per parameter, or none; see :class:`fusedamp.tensors.places.Place`."""
+    squares: Tensor | None = None
+    """From :func:`measure`, added up over ranks."""
 
     def states_in_order(self) -> list[Tensor]:
         return [state for tensors in self.states.values() for state in tensors]
@@ -65,11 +69,27 @@ def step_lists(
     scalars: dict[str, Any],
     scales: Tensors = (),
     seeds: Sequence[int] = (),
+    places: Sequence[int] = (),
+    squares: Tensor | None = None,
 ) -> None:
     """Any step op. ``states`` by the names that the caller knows; ``scalars`` from :func:`step_scalars`."""
-    step = StepCall(op, params, grads, masters, states, steps, scalars, scales, seeds)
+    step = StepCall(op, params, grads, masters, states, steps, scalars, scales, seeds, places, squares)
     if _call(op, step):
         bump(params, masters, step.states_in_order(), steps, scales)
+
+
+def measure(step: StepCall) -> Tensor:
+    """Return what a step op with norms measures first: FP64 [params, 2], sums of squares over its tensors.
+
+    Of shards, the sums over all ranks are the ``squares`` of the step. 0 if ``found_inf`` is not 0. FP32
+    masters of modified weights may follow them already here.
+    Cost: reads what the step reads; no host sync.
+    """
+    scalars = {name: value for name, value in step.scalars.items() if name != "stochastic_rounding"}
+    lists = (step.params, step.grads, step.masters, step.states_in_order(), step.steps, step.scales)
+    squares: Tensor = call("_measure_", *lists, op=step.op, **scalars)
+    bump(step.masters)
+    return squares
 
 
 def check_steps(calls: Sequence[StepCall]) -> None:
@@ -133,7 +153,8 @@ def _call(name: str, step: StepCall, **more: str) -> bool:
         steps=step.steps,
         scales=step.scales,
     )
-    checks.need_seeds(op, step.seeds)
+    checks.need_whole_numbers(op, "seeds", step.seeds)
+    checks.need_whole_numbers(op, "places", step.places)
     lengths = dict(grads=step.grads, **step.states, masters=step.masters, steps=step.steps)
     for list_name, tensors in lengths.items():
         if len(tensors) != len(params) and (tensors or list_name not in OPTIONAL):
@@ -144,8 +165,9 @@ def _call(name: str, step: StepCall, **more: str) -> bool:
     if not params:
         return False
     lists = (params, step.grads, step.masters, step.states_in_order(), step.steps, step.scales)
+    placed = dict(seeds=step.seeds, places=step.places, squares=step.squares)
     try:
-        call(name, *lists, **step.scalars, seeds=step.seeds, **more)
+        call(name, *lists, **step.scalars, **more, **placed)
     except (TypeError, ValueError) as error:
         # The op has one list of states; the caller knows them by name.
         names = step.named_states()

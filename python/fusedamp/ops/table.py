@@ -150,7 +150,8 @@ class StepTable:
             read(kept, stored=True),
             read(list(call.params)),
         )
-        if fields is None or state_fields is None or params is None:
+        is_whole = not call.places and call.squares is None
+        if fields is None or state_fields is None or params is None or not is_whole:
             raise ValueError(f"[{call.op}] not all tensors are plain; expected contiguous ones on one device")
         self.parts.append(_Part(params, state_fields, n if call.params[0].device.type == "cpu" else 0))
         addresses, numels, kinds = rows(fields).view(3, -1, n)
@@ -176,8 +177,10 @@ class StepTable:
             *state_columns,
             *scale_columns,
             addresses[1],
+            nothing,  # no squares: norms are of whole tensors
             numels[0],
             seeds,
+            *[nothing] * 3,  # the place of a whole tensor
             kind,
         ]
         return torch.stack([*columns, torch.full_like(nothing, flags)], 1)

@@ -1,7 +1,8 @@
 """Optimizers whose step uses norms of whole tensors: LAMB, LARS, NovoGrad.
 
-Norms are computed from unscaled, clipped gradients and from the masters. A skipped step changes nothing. CPU
-and CUDA sum in different orders, so results may differ in the last bits.
+Norms are computed from unscaled, clipped gradients and from the masters, and added up over the ranks that
+shard a tensor. A skipped step changes nothing. CPU, CUDA and different numbers of ranks sum in different
+orders, so results may differ in the last bits.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import math
 from typing import Unpack
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..ops import options_of
+from ..ops import measure, options_of
 from ..tensors.layout import scalar_like
-from ..tensors.shards import need_whole, sharded_dims
-from .core.batch import Group
+from ..tensors.shards import Layout, all_reduce_, layout_of, local, need_whole
+from .core.batch import Batch, Group
 from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, NOT_NEGATIVE
 from .state.formats import Storage, options
@@ -23,17 +25,46 @@ from .state.spec import StateSpec
 
 
 class Layerwise(FusedOptimizer):
-    """Base class of layerwise optimizers: each rank must have whole parameters."""
+    """Base class of layerwise optimizers. A step of sharded DTensors measures its shards, adds up the sums of
+    squares over ranks, and then updates the shards: one all-reduce of 16 bytes per tensor for each mesh
+    dimension.
+    """
 
     def _check_param(self, param: Tensor, group: Group) -> None:
         super()._check_param(param, group)
         need_whole(param, type(self).__name__)
-        if any(mesh.size(dim) > 1 for mesh, dim in sharded_dims(param)):
-            placements = param.placements  # type: ignore[attr-defined]
-            raise ValueError(
-                f"is a DTensor with placements {placements}; expected the whole tensor on each rank: "
-                f"{type(self).__name__} needs its norm. Replicate it, or use an optimizer like AdamW."
-            )
+
+    def _launch(self, batches: list[Batch]) -> None:
+        squares = self._squares_over_ranks(batches)
+        for batch in batches:
+            if any(id(slot.param) in squares for slot in batch.slots):
+                batch.launch(torch.stack([squares[id(slot.param)] for slot in batch.slots]))
+            else:
+                batch.launch()
+
+    def _squares_over_ranks(self, batches: list[Batch]) -> dict[int, Tensor]:
+        """Return the sums of squares of whole tensors by ``id(param)``, in batches with shards; collective.
+
+        All ranks reduce the same tensors, also those that have no gradient on this rank.
+        """
+        by_layout: dict[Layout, list[Tensor]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                layout = layout_of(param)
+                if any(mesh.size(dim) > 1 for mesh, dim in layout.sharded):
+                    by_layout.setdefault(layout, []).append(param)
+        sharded = {id(param) for params in by_layout.values() for param in params}
+        squares: dict[int, Tensor] = {}
+        for batch in batches:
+            if any(id(slot.param) in sharded for slot in batch.slots):
+                rows = measure(batch.call()).unbind()
+                squares |= {id(slot.param): row for slot, row in zip(batch.slots, rows, strict=True)}
+        for layout, params in by_layout.items():
+            none = torch.zeros(2, dtype=torch.float64, device=local(params[0]).device)
+            sums = torch.stack([squares.get(id(param), none) for param in params])
+            all_reduce_(sums, layout.sharded, "sum")
+            squares |= {id(param): row for param, row in zip(params, sums.unbind(), strict=True)}
+        return squares
 
 
 class LAMB(Layerwise):

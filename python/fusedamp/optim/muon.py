@@ -136,9 +136,9 @@ class Muon(ComposedOptimizer):
         ops.check_steps([part.call() for part, is_matrix in parts if not is_matrix])
         super()._check_calls([part for part, _ in parts])
 
-    def _launch(self, batch: Batch) -> None:
-        for part, is_matrix in _parts(batch):
-            super()._launch(part) if is_matrix else part.launch()
+    def _launch(self, batches: list[Batch]) -> None:
+        for part, is_matrix in [part for batch in batches for part in _parts(batch)]:
+            super()._launch([part]) if is_matrix else part.launch()
 
     def _rule(
         self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._C import advise_huge_pages
 from .shards import local
+from .travel import as_bytes, from_bytes
 
 # Parameter dtype -> dtype of its states and master; the keys are the supported parameter dtypes.
 STATE_DTYPES = {
@@ -94,6 +95,12 @@ def strided_like(tensor: Tensor, dense: Tensor) -> Tensor:
 def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
     """Return ``tensor`` with the placements of ``param``: redistributed, sharded or gathered if they
     differ."""
+    if tensor.dtype == torch.int16 and local(tensor) is not tensor:
+        return from_bytes(_placed_like(as_bytes(tensor), param))
+    return _placed_like(tensor, param)
+
+
+def _placed_like(tensor: Tensor, param: Tensor) -> Tensor:
     if local(param) is param:
         return tensor if local(tensor) is tensor else tensor.full_tensor()  # type: ignore[attr-defined]
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -105,7 +112,8 @@ def placed_like(tensor: Tensor, param: Tensor) -> Tensor:
     return tensor if tensor.placements == placements else tensor.redistribute(mesh, placements)
 
 
-def _placement(tensor: Tensor) -> tuple[Any, Any]:
+def placement(tensor: Tensor) -> tuple[Any, Any]:
+    """Return mesh and placements; None twice for a plain tensor."""
     return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
 
 
@@ -117,7 +125,7 @@ def fitted(value: Tensor, param: Tensor, dtype: torch.dtype | None = None) -> Te
 
 def fits(value: object, param: Tensor, dtype: torch.dtype) -> bool:
     """True if ``value`` can be used as a state of ``param`` stored in ``dtype``."""
-    if not isinstance(value, Tensor) or _placement(value) != _placement(param):
+    if not isinstance(value, Tensor) or placement(value) != placement(param):
         return False
     state, source = local(value), local(param)
     return (

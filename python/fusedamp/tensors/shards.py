@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,20 @@ from torch import Tensor
 # A DeviceMesh dimension along which ranks hold different parts of a tensor: (mesh, dimension).
 MeshDim = tuple[Any, int]
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+class Layout(NamedTuple):
+    """Which ranks hold a tensor, and along which mesh dimensions they hold different parts."""
+
+    mesh: Any  # None: a plain tensor, of which only this rank is known
+    sharded: tuple[MeshDim, ...]
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        return frozenset() if self.mesh is None else frozenset(self.mesh.mesh.flatten().tolist())
+
+
+UNSHARDED = Layout(None, ())
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -40,10 +54,22 @@ def refuse_flattened(op: str, params: Sequence[Tensor]) -> None:
         if is_flattened(param):
             raise RuntimeError(
                 f"[{op}] parameter {i} of shape {list(param.shape)} is sharded by FSDP1; expected plain "
-                "parameters or DTensors, since each rank would see only its own overflows and norms. Shard "
-                "the model with fully_shard (FSDP2), or keep FSDP1 with its own clip_grad_norm_, torch's "
-                "ShardedGradScaler and an elementwise optimizer such as fusedamp.optim.AdamW."
+                "parameters or DTensors, since each rank would see only its own overflows and norms. Pass "
+                "process_group, the ranks that shard the model, to GradScaler and to its clip_grad_norm_, or "
+                "shard the model with fully_shard (FSDP2)."
             )
+
+
+def need_no_replicas(op: str, params: Sequence[Tensor]) -> None:
+    """Raise if FSDP1 shards some of ``params`` and others are plain: of these, each rank may have a copy."""
+    flat = [is_flattened(param) for param in params]
+    plain = [i for i, param in enumerate(params) if not flat[i] and not is_dtensor(param)]
+    if any(flat) and plain:
+        raise RuntimeError(
+            f"[{op}] parameter {plain[0]} of shape {list(params[plain[0]].shape)} is not sharded, and "
+            f"parameter {flat.index(True)} is sharded by FSDP1; expected only shards with process_group, as "
+            "copies would count once per rank. Clip them in two optimizers, or let FSDP1 shard all."
+        )
 
 
 def need_whole(param: Tensor, optimizer: str) -> None:
@@ -66,12 +92,28 @@ def local(tensor: Tensor) -> Tensor:
     return whole
 
 
-def sharded_dims(tensor: Tensor) -> tuple[MeshDim, ...]:
-    """Return the mesh dimensions over which ``tensor`` is not replicated; empty for a plain tensor."""
+def mapped(tensor: Tensor, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
+    """Apply ``function`` to ``tensor``, or to each shard of a DTensor; ``shape``: the result's, unsharded.
+
+    Dimensions keep their positions, so the result is sharded as ``tensor`` is.
+    """
     if not is_dtensor(tensor):
-        return ()
+        return function(tensor)
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    return tuple((mesh, dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
+    return DTensor.from_local(
+        function(local(tensor)), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """Return the layout of ``tensor``: sharded wherever its mesh does not replicate it."""
+    if not is_dtensor(tensor):
+        return UNSHARDED
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return Layout(mesh, tuple((mesh, d) for d, placed in enumerate(placements) if not placed.is_replicate()))
 
 
 def follow_placements(param: Tensor) -> None:
@@ -90,7 +132,23 @@ def all_reduce_(tensor: Tensor, dims: Iterable[MeshDim], op: str) -> None:
     collective."""
     for mesh, dim in dims:
         if mesh.get_coordinate() is not None:  # else this rank is not part of the mesh
-            ops = torch.distributed.ReduceOp
-            torch.distributed.all_reduce(
-                tensor, op=ops.MAX if op == "max" else ops.SUM, group=mesh.get_group(dim)
-            )
+            reduce_(tensor, mesh.get_group(dim), op)
+
+
+def reduce_(tensor: Tensor, group: Any, op: str) -> None:
+    """Reduce ``tensor`` in place ("max" or "sum") over the ranks of ``group``; collective.
+
+    A tensor on a device that the group's backend does not reduce on (a flag on the CPU, with NCCL alone) is
+    moved to one that it does, and back.
+    """
+    kinds = [device.type for device in getattr(group, "_device_types", ())]
+    there = tensor if not kinds or tensor.device.type in kinds else tensor.to(kinds[0])
+    ops = torch.distributed.ReduceOp
+    torch.distributed.all_reduce(there, op=ops.MAX if op == "max" else ops.SUM, group=group)
+    if there is not tensor:
+        tensor.copy_(there)
+
+
+def ranks_of(group: Any) -> frozenset[int]:
+    """Return the global ranks of a process group; of None: none."""
+    return frozenset() if group is None else frozenset(torch.distributed.get_process_group_ranks(group))

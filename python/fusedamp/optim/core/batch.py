@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ... import ops
+from ...tensors.places import WHOLE
 from .slot import Slot
 
 Group = dict[str, Any]
@@ -24,17 +25,33 @@ class Batch:
     slots: list[Slot] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
 
-    def call(self) -> ops.StepCall:
-        """Return the op call that updates the parameters."""
+    def call(self, squares: Tensor | None = None) -> ops.StepCall:
+        """Return the op call that updates the parameters. ``squares``: norms over all ranks, of shards."""
         states = {f"{name}s": [s.states[i] for s in self.slots] for i, name in enumerate(self.state_names)}
         masters = [slot.master for slot in self.slots if slot.master is not None]
         params, steps = [slot.target for slot in self.slots], [slot.step for slot in self.slots]
         scales = [slot.scales[j] for j in range(len(self.slots[0].scales)) for slot in self.slots]
         seeds = [slot.seed for slot in self.slots] if self.slots[0].mode.is_random() else []
-        return ops.StepCall(self.op, params, self.grads, masters, states, steps, self.scalars, scales, seeds)
+        is_sharded = any(slot.place is not WHOLE for slot in self.slots)
+        places = [number for slot in self.slots for number in slot.place] if is_sharded else []
+        return ops.StepCall(
+            *(
+                self.op,
+                params,
+                self.grads,
+                masters,
+                states,
+                steps,
+                self.scalars,
+                scales,
+                seeds,
+                places,
+                squares,
+            )
+        )
 
-    def launch(self) -> None:
-        ops.step_lists(*self.call())
+    def launch(self, squares: Tensor | None = None) -> None:
+        ops.step_lists(*self.call(squares))
         for slot in self.slots:
             if slot.target is not slot.param:
                 slot.finish()

@@ -58,9 +58,10 @@ class ComposedOptimizer(FusedOptimizer):
         # Parameters are updated sequentially: none may read memory that an earlier one wrote.
         ops.check_memory([_memory(batch) for batch in batches])
 
-    def _launch(self, batch: Batch) -> None:
-        for slot, grad in zip(batch.slots, batch.grads, strict=True):
-            self._update(batch.group, batch.scalars, slot, grad)
+    def _launch(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            for slot, grad in zip(batch.slots, batch.grads, strict=True):
+                self._update(batch.group, batch.scalars, slot, grad)
 
     def _update(self, group: Group, scalars: dict[str, Any], slot: Slot, grad: Tensor) -> None:
         found_inf, lr = scalars["found_inf"], scalars["lr_tensor"]

@@ -18,7 +18,8 @@ from ...ops.inputs import AmpInputs, GradientTable, begin_step, inputs_on
 from ...tensors.layout import gradient_of, round_robin
 from ...tensors.shards import local
 from ..state import checkpoint, formats
-from ..state.formats import Entry, Storage, name_dtypes
+from ..state.formats import Storage, name_dtypes
+from ..state.saved import Entry, taken_from_checkpoint
 from ..state.spec import State, StateSpec, complete, completing, resolved
 from .batch import Batch, Group
 from .options import Bounds, SeenOptions, check_common, draws, is_compressed
@@ -129,9 +130,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len(batches) > 1:
             ops.check_steps([batch.call() for batch in batches])
 
-    def _launch(self, batch: Batch) -> None:
-        """Update the parameters of ``batch``; all errors were raised before."""
-        batch.launch()
+    def _launch(self, batches: list[Batch]) -> None:
+        """Update the parameters of ``batches``; all errors were raised before."""
+        for batch in batches:
+            batch.launch()
 
     def _densified(self, grad: Tensor) -> Tensor:
         raise RuntimeError(
@@ -185,8 +187,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         before, self._plan = self._stepped, None
         batches = self._prepare()  # all checks precede any update
         self._check_calls(batches)
-        for batch in batches:
-            self._launch(batch)
+        self._launch(batches)
         # Building a plan costs more than a step without one, so the second identical step in a row builds it.
         self._stepped = [slot for batch in batches for slot in batch.slots]
         if before and len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
@@ -319,12 +320,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             lr = lr.to(device)
         op, hyper = self._op(group)
         return ops.step_scalars(
-            op,
-            device,
-            lr,
-            hyper,
-            group["maximize"],
-            stochastic_rounding=group["stochastic_rounding"],
+            op, device, lr, hyper, group["maximize"], stochastic_rounding=group["stochastic_rounding"]
         )
 
     @torch.no_grad()
@@ -363,9 +359,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Return torch's state dict, with plain tensors and options.
 
         An 8-bit state is saved as ``exp_avg`` (int8, or uint8 if it is never negative), ``exp_avg_scale``,
-        and its size and memory order; a split master's remainder is saved as an int16 ``master``. These are
-        quantized values and bits: :meth:`load_state_dict` raises if they were cast or resized. No tensor is
-        copied.
+        and its size and memory order; a split master's remainder as bytes, ``master`` (uint8, [..., 2]).
+        :meth:`load_state_dict` raises if they were cast or resized. No tensor is copied.
         """
         with checkpoint.plainly(self):
             return super().state_dict()
@@ -393,7 +388,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             name_dtypes(group)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        for entry in vars(self)["state"].values():
+        for param, entry in vars(self)["state"].items():
             for spec in self.states if isinstance(entry, dict) else ():
                 # From a pickle of a version that stored 8-bit states as several tensors.
-                formats.taken_from_checkpoint(entry, spec.name, spec.nonnegative)
+                taken_from_checkpoint(entry, spec.name, spec.nonnegative, param)

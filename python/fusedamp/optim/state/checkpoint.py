@@ -13,20 +13,11 @@ from torch import Tensor
 
 from ...ops.checks import at
 from ...tensors.layout import fitted, round_robin, scalar_like
-from .encoded import Quantized, Remainder, Scales, plain
+from .encoded import Remainder, Scales, plain
 from .foreign import FOREIGN_STATES, ignored_options, refuse_foreign
-from .formats import (
-    DEFAULTS,
-    Entry,
-    adapted,
-    check_master,
-    for_checkpoint,
-    label,
-    name_dtypes,
-    numel_name,
-    scale_name,
-    taken_from_checkpoint,
-)
+from .formats import DEFAULTS, adapted, check_master, name_dtypes
+from .saved import Entry, bits_from_checkpoint, for_checkpoint, label, scale_name, taken_from_checkpoint
+from .sharded import is_quantized
 from .spec import resolved
 from .steps import as_step
 
@@ -170,20 +161,20 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
             "Load a checkpoint of this optimizer."
         )
     for spec in optimizer.states:
-        taken_from_checkpoint(entry, spec.name, spec.nonnegative)
+        taken_from_checkpoint(entry, spec.name, spec.nonnegative, param)
         scales = scale_name(spec.name)
-        if scales in entry and not isinstance(entry.get(spec.name), Quantized):
+        if scales in entry and not is_quantized(entry.get(spec.name)):
             dtype = getattr(entry.get(spec.name), "dtype", "missing")
             raise ValueError(
                 f"has {scales!r}, the block scales of an 8-bit state, beside {spec.name!r} of dtype {dtype}; "
                 "expected its int8 or uint8 values. Quantized values must not be cast or computed with: "
                 'load the intact checkpoint into an optimizer with state_dtype="float32" for that.'
             )
+    bits_from_checkpoint(entry, param)
     present = [spec for spec in specs if spec.name in entry]
     states = {state.name: state for state in resolved(present, param, group, optimizer.defaults)}
     if "master" not in states:
         entry.pop("master", None)
-    numel = entry.pop(numel_name("master"), None)
     for name, value in list(entry.items()):
         if name not in entry:  # metadata of an 8-bit state that is converted to another format
             continue
@@ -192,13 +183,6 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
         elif name == "master":  # its weight may be loaded later: the step converts it
             check_master(value, param)
             was_split = plain(value).dtype == torch.int16
-            if numel is not None and (not was_split or numel != value.numel()):
-                raise ValueError(
-                    f"has a master of dtype {value.dtype} with {value.numel()} elements, saved as the "
-                    f"remainder of a split one of {numel}; expected the unchanged int16 bits. "
-                    "Load the intact checkpoint, or remove 'master' from it: it is created from "
-                    "the weight."
-                )
             master = fitted(plain(value), param, torch.int16 if was_split else None)
             entry[name] = Remainder(master) if was_split and type(master) is Tensor else master
             label(entry, name)
@@ -217,7 +201,7 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
 
 def _copied(state: Tensor) -> Tensor:
     """Copy ``state``, which needs no conversion."""
-    if isinstance(state, Quantized):
+    if is_quantized(state):
         return state.clone()
     return fitted(state, state, state.dtype)
 
