@@ -195,5 +195,5 @@ def test_schemas_say_what_is_written():
 
 
 def test_a_build_that_is_older_than_the_python_files_is_named():
-    with pytest.raises(ImportError, match=r"have no op gone_: .* `pip install \.`"):
+    with pytest.raises(ImportError, match=r"have no op gone_: .*: `pip install \.`"):
         library._register_fake("gone_", lambda: None)

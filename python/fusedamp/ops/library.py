@@ -69,8 +69,8 @@ def _need_one_kind(*args: Any, **kwargs: Any) -> None:
 def _register_fake(name: str, function: Callable[..., Any]) -> None:
     if not hasattr(torch.ops.fusedamp, name):
         raise ImportError(
-            f"fusedamp's compiled files have no op {name}: they are older than its Python files. Build again: "
-            "`pip install .` (or `pip install -e .`) in the source folder."
+            f"fusedamp's compiled files have no op {name}: they are older than its Python files. Build "
+            "again: `pip install .` (or `pip install -e .`) in the source folder."
         )
     torch.library.register_fake(f"fusedamp::{name}", function)
 
