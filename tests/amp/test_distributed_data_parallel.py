@@ -7,13 +7,11 @@ give the same bits, and no tolerance is needed.
 
 import math
 from functools import partial
-from pathlib import Path
 
 import fusedamp
 import pytest
 import torch
-import torch.multiprocessing as mp
-from ranks import run_scenarios
+from ranks import agreed, rank, spawned
 from torch import nn
 
 pytestmark = [
@@ -81,18 +79,16 @@ def model():
     return nn.Linear(8, 4).half()
 
 
-def ddp(rank, options=None, **wrapping):
+def ddp(options=None, **wrapping):
     """All ranks skip what overflows on one of them; they agree with each other and with one process."""
     options = options or {}
     net = model()
     wrapped = nn.parallel.DistributedDataParallel(net, **wrapping)
     share = ROWS // WORLD
-    ours = train(wrapped, list(net.parameters()), slice(rank * share, (rank + 1) * share), 1, **options)
+    ours = train(wrapped, list(net.parameters()), slice(rank() * share, (rank() + 1) * share), 1, **options)
     alone = model()
     same(ours, train(alone, list(alone.parameters()), slice(None), WORLD, **options))
-    everyone = [None] * WORLD
-    torch.distributed.all_gather_object(everyone, ours)
-    same(everyone[0], everyone[1])
+    agreed([tensor.tolist() for tensor in ours])
     assert not torch.equal(ours[0], model().weight)
 
 
@@ -103,19 +99,4 @@ SCENARIOS = {name: partial(ddp, options=options) for name, options in FORMATS.it
 }
 
 
-def run_all(rank, folder):
-    calls = {name: partial(body, rank) for name, body in SCENARIOS.items()}
-    run_scenarios(calls, rank, WORLD, folder)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = Path(tmp_path_factory.mktemp("ddp"))
-    mp.spawn(run_all, (path,), nprocs=WORLD)
-    return path
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_on_two_ranks(name, folder):
-    failures = [path.read_text() for path in sorted(folder.glob(f"{name}.failed*"))]
-    assert not failures, "\n".join(failures)
+ranks, test_on_two_ranks = spawned({WORLD: SCENARIOS})
