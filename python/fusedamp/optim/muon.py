@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Unpack
@@ -14,9 +14,10 @@ from torch.optim.optimizer import ParamsT
 
 from .. import ops
 from ..ops.checks import refuse
-from ..tensors.shards import need_whole
+from ..tensors.exchange import Exchange, block_of, overlapped, split_over
+from ..tensors.shards import MeshDim, local, need_whole
 from .core.batch import Batch, Group
-from .core.composed import ComposedOptimizer, Values
+from .core.composed import ComposedOptimizer, Update
 from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, FRACTION, NOT_NEGATIVE, Bounds
 from .state.formats import Storage, options
@@ -96,6 +97,7 @@ class Muon(ComposedOptimizer):
         *,
         maximize: bool = False,
         use_muon: bool | None = None,
+        per_shard: str | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         ns_dtype: torch.dtype | str = torch.bfloat16,
@@ -114,6 +116,8 @@ class Muon(ComposedOptimizer):
         ):
             if group[name] not in known:
                 refuse(where, name, group[name], f"one of {known}")
+        if not isinstance(group["per_shard"], str | None):
+            refuse(where, "per_shard", group["per_shard"], "the name of a mesh dimension, or None")
 
     def _check_param(self, param: Tensor, group: Group) -> None:
         if _has_matrices(group):
@@ -127,37 +131,116 @@ class Muon(ComposedOptimizer):
                 "Leave use_muon out, or put the parameter into a group with use_muon=False."
             )
         super()._check_param(param, group)
+        if dims := _gathered_over(param, group):
+            block_of(param, dims)
+
+    def _is_joint(self, param: Tensor, group: Group) -> bool:
+        return _is_matrix(param, group) and super()._is_joint(param, group)
 
     def _op(self, group: Group) -> tuple[str, dict[str, Any]]:
         return super()._op(group | {"betas": group["adamw_betas"], "eps": group["adamw_eps"]})
 
     def _check_calls(self, batches: list[Batch]) -> None:
+        _check_names(batches)
         parts = [part for batch in batches for part in _parts(batch)]
         ops.check_steps([part.call() for part, is_matrix in parts if not is_matrix])
         super()._check_calls([part for part, _ in parts])
 
-    def _launch(self, batch: Batch) -> None:
-        for part, is_matrix in _parts(batch):
-            super()._launch(part) if is_matrix else part.launch()
+    def _launch(self, batches: list[Batch]) -> None:
+        parts = [part for batch in batches for part in _parts(batch)]
+        for part, is_matrix in parts:
+            if not is_matrix:
+                part.launch()
+        super()._launch([part for part, is_matrix in parts if is_matrix])
 
-    def _rule(
-        self, group: Group, lr: float | Tensor, weight: Tensor, grad: Tensor, states: Values, step: Tensor
-    ) -> tuple[Tensor, Values]:
-        momentum = float(group["momentum"])
-        buffer = torch.lerp(states["momentum_buffer"], grad, 1 - momentum)
-        update = torch.lerp(grad, buffer, momentum) if group["nesterov"] else buffer
-        direction = orthogonalized(
-            update,
-            group["ns_coefficients"],
-            group["ns_steps"],
-            group["eps"],
-            getattr(torch, group["ns_dtype"]),
+    def _run(self, updates: list[Update]) -> None:
+        together: dict[Any, list[Update]] = {}
+        for update in updates:
+            if dims := _gathered_over(update.param, update.group):
+                kind = dims, local(update.param).device, update.param.dtype, update.group["ns_dtype"]
+                together.setdefault(kind, []).append(update)
+            else:
+                update.start()
+                buffer, momentum = self._momentum(update)
+                self._finish(update, buffer, self._direction(update.group, momentum), momentum.shape)
+        for (dims, *_), some in together.items():
+            overlapped(self._round(dims, few) for few in _rounds(dims, some))
+
+    def _round(self, dims: tuple[MeshDim, ...], updates: list[Update]) -> Iterator[None]:
+        """Make ``updates``, at most one per rank along ``dims``; yields after it began to send."""
+        blocks = [block_of(update.param, dims) for update in updates]
+        exchange = Exchange(dims, blocks)
+        for update in updates:
+            update.start()
+        buffers, momenta = zip(*map(self._momentum, updates), strict=True)
+        exchange.gather(momenta)
+        yield
+        owned = exchange.matrices()
+        exchange.scatter(
+            [self._direction(updates[i].group, matrix) for i, matrix in owned.items()],
+            getattr(torch, updates[0].group["ns_dtype"]),
         )
-        factors = (float(group["weight_decay"]), _lr_ratio(group["adjust_lr_fn"], *weight.shape))
+        yield
+        directions = exchange.shards()
+        for update, buffer, direction, block in zip(updates, buffers, directions, blocks, strict=True):
+            self._finish(update, buffer, direction, block.shape)
+
+    def _momentum(self, update: Update) -> tuple[Tensor, Tensor]:
+        """Return the new momentum, and what is orthogonalized."""
+        grad, momentum = update.grad, float(update.group["momentum"])
+        buffer = torch.lerp(update.states["momentum_buffer"], grad, 1 - momentum)
+        return buffer, torch.lerp(grad, buffer, momentum) if update.group["nesterov"] else buffer
+
+    def _direction(self, group: Group, matrix: Tensor) -> Tensor:
+        coefficients, dtype = group["ns_coefficients"], getattr(torch, group["ns_dtype"])
+        return orthogonalized(matrix, coefficients, group["ns_steps"], group["eps"], dtype)
+
+    def _finish(self, update: Update, buffer: Tensor, direction: Tensor, shape: Sequence[int]) -> None:
+        group, lr, weight = update.group, update.lr, update.weight
+        factors = (float(group["weight_decay"]), _lr_ratio(group["adjust_lr_fn"], *shape))
         decay, rate = (
             (lr * factor).to(weight.dtype) if isinstance(lr, Tensor) else lr * factor for factor in factors
         )
-        return weight - decay * weight - rate * direction, {"momentum_buffer": buffer}
+        new = weight - decay * weight - rate * direction.to(weight.dtype)
+        update.finish(new, {"momentum_buffer": buffer})
+
+
+def _gathered_over(param: Tensor, group: Group) -> tuple[MeshDim, ...]:
+    """Return the mesh dimensions over which ``param`` is gathered to be orthogonalized."""
+    return tuple(
+        (mesh, dim)
+        for mesh, dim in split_over(param)
+        if group["per_shard"] is None or group["per_shard"] not in (mesh.mesh_dim_names or ())[dim : dim + 1]
+    )
+
+
+def _rounds(dims: tuple[MeshDim, ...], updates: list[Update]) -> Iterator[list[Update]]:
+    """Divide ``updates`` into rounds of one per rank, of similar cost: ranks wait for each other."""
+    world = math.prod(mesh.size(dim) for mesh, dim in dims)
+    ordered = sorted(updates, key=lambda update: _cost(update.param), reverse=True)
+    for i in range(0, len(ordered), world):
+        yield ordered[i : i + world]
+
+
+def _cost(matrix: Tensor) -> int:
+    """Return a number to which the FLOPs of the iterations are proportional."""
+    return min(matrix.shape) ** 2 * max(matrix.shape)
+
+
+def _check_names(batches: list[Batch]) -> None:
+    """Raise if a group's ``per_shard`` is no dimension of any mesh of its sharded matrices."""
+    names: dict[str, set[str]] = {}
+    for batch in batches:
+        dims = [dim for slot in batch.slots for dim in split_over(slot.param)]
+        if dims and batch.group["per_shard"] is not None:
+            known = names.setdefault(batch.group["per_shard"], set())
+            known |= {name for mesh, _ in dims for name in mesh.mesh_dim_names or ()}
+    for name, known in names.items():
+        if name not in known:
+            raise ValueError(
+                f"[Muon] per_shard is {name!r}; expected a dimension of the meshes of the parameters, which have "
+                f"{sorted(known)}. Name it there (mesh_dim_names=...), or leave per_shard out."
+            )
 
 
 def _parts(batch: Batch) -> Iterator[tuple[Batch, bool]]:
@@ -188,7 +271,7 @@ def orthogonalized(
             rounding to ``dtype``, so that FP16 neither overflows nor underflows.
         coefficients: of x, x^3 and x^5.
         dtype: of the inputs and outputs of products; sums are FP32 (FP64 for FP64).
-    Returns: a matrix like ``matrix``.
+    Returns: a matrix of the shape of ``matrix``, in ``dtype``.
     """
     a, b, c = coefficients
     wide = matrix.size(0) <= matrix.size(1)
@@ -201,7 +284,7 @@ def orthogonalized(
             square = x @ x.mT
             x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
     result: Tensor = x if wide else x.mT
-    return result.to(matrix.dtype)
+    return result
 
 
 @contextmanager
