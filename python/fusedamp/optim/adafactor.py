@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..ops.checks import need_length, refuse
-from ..tensors.exchange import add_up_, reduced_like, split_over
+from ..tensors.blocks import reduced_like, split_over
+from ..tensors.exchange import add_up_
 from ..tensors.shards import MeshDim
 from .core.batch import Group
 from .core.composed import ComposedOptimizer, Update
@@ -88,7 +89,7 @@ class Adafactor(ComposedOptimizer):
                 add_up_(chain.from_iterable(sums))
 
     def _rule(self, update: Update) -> Iterator[Sums]:
-        """Make ``update``; yields sums over this rank's shard, and goes on when they are those of all ranks."""
+        """Make ``update``; yields sums of this rank's shard, and goes on when they are those of the whole."""
         update.start()
         group, param, weight, grad = update.group, update.param, update.weight, update.grad
         eps1, eps2 = group["eps"]
@@ -100,9 +101,8 @@ class Adafactor(ComposedOptimizer):
 
         if _is_factored(param, group):
             totals = {name: _squares_along(axis, grad) for name, axis in _MEAN_OVER.items()}
-            yield [(size, update.split_over)] + [
-                (totals[name], split_over(param, axis)) for name, axis in _MEAN_OVER.items()
-            ]
+            over = [(totals[name], split_over(param, axis)) for name, axis in _MEAN_OVER.items()]
+            yield [(size, update.split_over), *over]
             means = {name: totals[name] / max(param.size(axis), 1) for name, axis in _MEAN_OVER.items()}
             new = {name: torch.lerp(update.states[name], mean, fresh) for name, mean in means.items()}
             sum_of_rows = new["row_var"].sum(-2, keepdim=True)

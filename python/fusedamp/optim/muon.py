@@ -14,7 +14,8 @@ from torch.optim.optimizer import ParamsT
 
 from .. import ops
 from ..ops.checks import refuse
-from ..tensors.exchange import Exchange, block_of, overlapped, split_over
+from ..tensors.blocks import block_of, split_over
+from ..tensors.exchange import Exchange, overlapped
 from ..tensors.shards import MeshDim, local, need_whole
 from .core.batch import Batch, Group
 from .core.composed import ComposedOptimizer, Update
@@ -169,20 +170,17 @@ class Muon(ComposedOptimizer):
     def _round(self, dims: tuple[MeshDim, ...], updates: list[Update]) -> Iterator[None]:
         """Make ``updates``, at most one per rank along ``dims``; yields after it began to send."""
         blocks = [block_of(update.param, dims) for update in updates]
-        exchange = Exchange(dims, blocks)
         for update in updates:
             update.start()
         buffers, momenta = zip(*map(self._momentum, updates), strict=True)
+        exchange = Exchange(dims, blocks, momenta[0].device)
         exchange.gather(momenta)
         yield
-        owned = exchange.matrices()
-        exchange.scatter(
-            [self._direction(updates[i].group, matrix) for i, matrix in owned.items()],
-            getattr(torch, updates[0].group["ns_dtype"]),
-        )
+        dtype = getattr(torch, updates[0].group["ns_dtype"])
+        directions = {i: self._direction(updates[i].group, whole) for i, whole in exchange.matrices().items()}
+        exchange.scatter(directions, dtype)
         yield
-        directions = exchange.shards()
-        for update, buffer, direction, block in zip(updates, buffers, directions, blocks, strict=True):
+        for update, block, buffer, direction in zip(updates, blocks, buffers, exchange.shards(), strict=True):
             self._finish(update, buffer, direction, block.shape)
 
     def _momentum(self, update: Update) -> tuple[Tensor, Tensor]:
@@ -238,8 +236,8 @@ def _check_names(batches: list[Batch]) -> None:
     for name, known in names.items():
         if name not in known:
             raise ValueError(
-                f"[Muon] per_shard is {name!r}; expected a dimension of the meshes of the parameters, which have "
-                f"{sorted(known)}. Name it there (mesh_dim_names=...), or leave per_shard out."
+                f"[Muon] per_shard is {name!r}; expected a mesh dimension of the group's parameters, which "
+                f"have {sorted(known)}. Name it there (mesh_dim_names=...), or leave per_shard out."
             )
 
 

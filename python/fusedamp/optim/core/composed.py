@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ... import ops
 from ...ops.recode import master_of
-from ...tensors.exchange import add_up_, split_over
+from ...tensors.blocks import split_over
+from ...tensors.exchange import add_up_
 from ...tensors.layout import STATE_DTYPES, gradient_of
 from ...tensors.shards import is_dtensor, need_whole
 from .batch import Batch, Group
@@ -20,7 +21,7 @@ Values = dict[str, Tensor]
 
 
 class Update:
-    """The update of one parameter, or of this rank's shard of it; values are FP32, or FP64 for FP64 parameters.
+    """The update of one parameter, or of this rank's shard of it. Values are FP32 (FP64 for FP64 parameters).
 
     Attributes:
         group, param: of the optimizer.
@@ -68,6 +69,7 @@ class Update:
             old.copy_(new if skipped is None else torch.where(skipped, old, new))
         if slot.target is not slot.param:
             slot.finish()
+        del self.weight, self.grad  # updates may wait for each other
 
 
 class ComposedOptimizer(FusedOptimizer):
@@ -102,8 +104,8 @@ class ComposedOptimizer(FusedOptimizer):
         need_whole(param, name)
         if param.is_complex():
             raise ValueError(
-                f"of shape {list(param.shape)} is complex; {name} expected real parameters. Give it to another "
-                "optimizer, such as AdamW."
+                f"of shape {list(param.shape)} is complex; {name} expected real parameters. Give it to "
+                "another optimizer, such as AdamW."
             )
         placements = param.placements if is_dtensor(param) else ()  # type: ignore[attr-defined]
         if not all(p.is_replicate() or hasattr(p, "dim") for p in placements):
