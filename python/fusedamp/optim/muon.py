@@ -62,10 +62,15 @@ class Muon(ComposedOptimizer):
         adamw_betas, adamw_eps: AdamW's; its ``lr`` and ``weight_decay`` are the group's.
         ns_dtype: dtype of the Newton-Schulz iterations, or its name: bfloat16 (as in torch), float16,
             float32, float64.
+        per_shard: name of a mesh dimension, such as "tp": the parts of a DTensor along it are orthogonalized
+            one by one, each as a matrix of its own. Nothing is sent over it, and results differ.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step`` and ``momentum_buffer``, or AdamW's ``exp_avg`` and ``exp_avg_sq``; and ``master``.
     Cost: 3 matrix products per iteration, by torch's matmul; AdamW's part is one fused op. No host sync.
-        DTensor matrices raise: iterations need the whole matrix.
+        A sharded DTensor has the bits of the whole matrix: each rank in turn gets one, as FP32 momentum, and
+        sends the result back in ``ns_dtype``, while it multiplies the last one. Along a mesh dimension of n
+        ranks a rank sends (n - 1) / n times 6 bytes per element that it has (in BF16), and for each matrix 8
+        bytes more. Replicas don't communicate; but each computes all products.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; "match_rms_adamw": Liu et al. 2025,
         arXiv:2502.16982; AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
@@ -98,10 +103,10 @@ class Muon(ComposedOptimizer):
         *,
         maximize: bool = False,
         use_muon: bool | None = None,
-        per_shard: str | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         ns_dtype: torch.dtype | str = torch.bfloat16,
+        per_shard: str | None = None,
         **storage: Unpack[Storage],
     ) -> None:
         super().__init__(params, options(locals()), storage)
@@ -163,7 +168,7 @@ class Muon(ComposedOptimizer):
             else:
                 update.start()
                 buffer, momentum = self._momentum(update)
-                self._finish(update, buffer, self._direction(update.group, momentum), momentum.shape)
+                self._finish(update, buffer, self._orthogonal(update.group, momentum), momentum.shape)
         for (dims, *_), some in together.items():
             overlapped(self._round(dims, few) for few in _rounds(dims, some))
 
@@ -177,7 +182,9 @@ class Muon(ComposedOptimizer):
         exchange.gather(momenta)
         yield
         dtype = getattr(torch, updates[0].group["ns_dtype"])
-        directions = {i: self._direction(updates[i].group, whole) for i, whole in exchange.matrices().items()}
+        directions = {
+            i: self._orthogonal(updates[i].group, whole) for i, whole in exchange.matrices().items()
+        }
         exchange.scatter(directions, dtype)
         yield
         for update, block, buffer, direction in zip(updates, blocks, buffers, exchange.shards(), strict=True):
@@ -189,7 +196,7 @@ class Muon(ComposedOptimizer):
         buffer = torch.lerp(update.states["momentum_buffer"], grad, 1 - momentum)
         return buffer, torch.lerp(grad, buffer, momentum) if update.group["nesterov"] else buffer
 
-    def _direction(self, group: Group, matrix: Tensor) -> Tensor:
+    def _orthogonal(self, group: Group, matrix: Tensor) -> Tensor:
         coefficients, dtype = group["ns_coefficients"], getattr(torch, group["ns_dtype"])
         return orthogonalized(matrix, coefficients, group["ns_steps"], group["eps"], dtype)
 
