@@ -216,7 +216,7 @@ def refusals():
             "muon",
             good,
             {"per_shard": "rows"},
-            r"per_shard is 'rows'; expected a mesh dim.* which have \['tp\d+'\]",
+            r"group 0: per_shard is 'rows'; expected a dim.* which have \['tp\d+'\]",
         ),
     ]
     for kind, value, options, message in wrong:

@@ -113,8 +113,9 @@ class World:
         if self.kind == "muon":
             assert bits(got) == bits(wanted), name
             return
-        # Two orders of a sum of at most 60 positive terms differ by 2 * 60 roundings. Rows, columns, their
-        # mean and two norms are in an update, which is at most rate * sqrt(60) * norm(w) / sqrt(60).
+        # Two orders of a sum of n <= 60 positive terms differ by at most 2 * 60 roundings. An update is a
+        # product of roots of five: of a row, a column, their mean, two norms. It is at most lr * norm(w): the
+        # rate is lr * norm(w) / sqrt(n), and the clipped quotient's norm is at most sqrt(n).
         rounding = steps * 2 * MOST * unit(torch.float64 if self.dtype == torch.float64 else torch.float32)
         flips = self.flips * unit(got.dtype) if got.dtype.itemsize == 2 else 0.0
         size = wanted.float().norm().item() if name in ("weight", "master") else 0.0

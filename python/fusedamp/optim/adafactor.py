@@ -48,7 +48,7 @@ class Adafactor(ComposedOptimizer):
     Cost: about 25 passes over the parameter by torch operations, with two FP32 temporaries of its size; no
         host sync. Norms may differ in the last bits between devices, thread counts and numbers of ranks.
         Sharded DTensors: four all-reduces per mesh dimension, of 8 bytes per element of a mean over a sharded
-        dimension, and of 32 bytes per parameter; four more per 2^24 elements that a rank has.
+        dimension and 32 bytes per parameter; large shards need three more for each 2^24 elements of a rank.
     Source: Shazeer and Stern 2018, arXiv:1804.04235, Alg. 4 and 5, with torch's ``lr`` and ``eps``.
     """
 

@@ -67,10 +67,10 @@ class Muon(ComposedOptimizer):
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step`` and ``momentum_buffer``, or AdamW's ``exp_avg`` and ``exp_avg_sq``; and ``master``.
     Cost: 3 matrix products per iteration, by torch's matmul; AdamW's part is one fused op. No host sync.
-        A sharded DTensor has the bits of the whole matrix: each rank in turn gets one, as FP32 momentum, and
-        sends the result back in ``ns_dtype``, while it multiplies the last one. Along a mesh dimension of n
-        ranks a rank sends (n - 1) / n times 6 bytes per element that it has (in BF16), and for each matrix 8
-        bytes more. Replicas don't communicate; but each computes all products.
+        Sharded DTensors get the bits of whole matrices. In each round every rank gathers one matrix,
+        multiplies, and sends the result back; the next round's momentum is sent meanwhile. Along a mesh
+        dimension of n ranks, each sends (n - 1) / n times 6 bytes per element of its shards (4 of FP32
+        momentum, 2 of BF16 result). It needs memory for two matrices. Each replica computes all products.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; "match_rms_adamw": Liu et al. 2025,
         arXiv:2502.16982; AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
@@ -147,10 +147,23 @@ class Muon(ComposedOptimizer):
         return super()._op(group | {"betas": group["adamw_betas"], "eps": group["adamw_eps"]})
 
     def _check_calls(self, batches: list[Batch]) -> None:
-        _check_names(batches)
+        self._check_names()
         parts = [part for batch in batches for part in _parts(batch)]
         ops.check_steps([part.call() for part, is_matrix in parts if not is_matrix])
         super()._check_calls([part for part, _ in parts])
+
+    def _check_names(self) -> None:
+        """Raise if ``per_shard`` of a group is not a dimension of any mesh that splits its parameters."""
+        for g, group in enumerate(self.param_groups):
+            if group["per_shard"] is not None:
+                meshes = {mesh for param in group["params"] for mesh, _ in split_over(param)}
+                names = sorted({name for mesh in meshes for name in mesh.mesh_dim_names or ()})
+                if meshes and group["per_shard"] not in names:
+                    raise ValueError(
+                        f"{self._where(g)} per_shard is {group['per_shard']!r}; expected a dimension of the "
+                        f"parameters' meshes, which have {names}. Name it there (mesh_dim_names), or leave "
+                        "per_shard out."
+                    )
 
     def _launch(self, batches: list[Batch]) -> None:
         parts = [part for batch in batches for part in _parts(batch)]
@@ -230,22 +243,6 @@ def _rounds(dims: tuple[MeshDim, ...], updates: list[Update]) -> Iterator[list[U
 def _cost(matrix: Tensor) -> int:
     """Return a number to which the FLOPs of the iterations are proportional."""
     return min(matrix.shape) ** 2 * max(matrix.shape)
-
-
-def _check_names(batches: list[Batch]) -> None:
-    """Raise if a group's ``per_shard`` is no dimension of any mesh of its sharded matrices."""
-    names: dict[str, set[str]] = {}
-    for batch in batches:
-        dims = [dim for slot in batch.slots for dim in split_over(slot.param)]
-        if dims and batch.group["per_shard"] is not None:
-            known = names.setdefault(batch.group["per_shard"], set())
-            known |= {name for mesh, _ in dims for name in mesh.mesh_dim_names or ()}
-    for name, known in names.items():
-        if name not in known:
-            raise ValueError(
-                f"[Muon] per_shard is {name!r}; expected a mesh dimension of the group's parameters, which "
-                f"have {sorted(known)}. Name it there (mesh_dim_names=...), or leave per_shard out."
-            )
 
 
 def _parts(batch: Batch) -> Iterator[tuple[Batch, bool]]:
