@@ -57,7 +57,7 @@ def one_bad_shard(kind, layout):
         for p in world.params:
             p.grad = p.grad * scaler.get_scale()
         if bad and dist.get_rank() == dist.get_world_size() - 1:
-            local(world.params[7].grad)[-1, -1] = math.inf
+            local(world.params[0].grad)[-1, -1] = math.inf
         before = everything(world)
         scaler.step(world.optimizer)
         scaler.update()
@@ -90,22 +90,40 @@ def missing_gradients(kind):
     assert everything(world) == before
 
 
+def rank_without_gradients(kind):
+    """A rank without any gradient takes part all the same, in a scaler's step too."""
+    world, scaler = World(kind, "rows", shapes=[(9, 4), (6, 10)]), fusedamp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    for seed in range(3):
+        world.set_grads(seed)
+        for p in world.whole:
+            p.grad[: -(-p.size(0) // dist.get_world_size())] = 0
+        if dist.get_rank() == 0:
+            world.optimizer.zero_grad()
+        world.expected.step()
+        scaler.step(world.optimizer)
+        scaler.update()
+    world.compare()
+
+
 def resumed(kind, layout):
-    """A state dict in another optimizer continues with the same bits; whole tensors load it too."""
+    """A state dict, of shards or gathered, continues with the same bits in another optimizer."""
     world = World(kind, layout, "bf16")
     world.train(range(2))
-    other = World(kind, layout, "bf16", mesh=world.mesh)
-    for p, q in zip(other.params, world.params, strict=True):
-        p.data.copy_(q.data)
-    saved = copy.deepcopy(world.optimizer.state_dict())
-    other.optimizer.load_state_dict(saved)
-    for i, entry in saved["state"].items():
-        saved["state"][i] = {name: whole(value) for name, value in entry.items()}
-        other.whole[i].data.copy_(whole(other.params[i]))
-    other.expected.load_state_dict(saved)
-    world.train(range(2, 4))
-    other.train(range(2, 4))
-    assert everything(world) == everything(other)
+    sharded = copy.deepcopy(world.optimizer.state_dict())
+    entries = {i: {k: whole(v) for k, v in entry.items()} for i, entry in sharded["state"].items()}
+    gathered, others = {**sharded, "state": entries}, []
+    for saved in (sharded, gathered):
+        other = World(kind, layout, "bf16", mesh=world.mesh)
+        for i, p in enumerate(other.params):
+            local(p).data.copy_(local(world.params[i]))
+            other.whole[i].data.copy_(whole(p))
+        other.optimizer.load_state_dict(saved)
+        other.expected.load_state_dict(gathered)
+        others.append(other)
+    for one in (world, *others):
+        one.train(range(2, 4))
+        assert everything(one) == everything(world)
 
 
 def estimated(kind, layout):
@@ -306,6 +324,7 @@ def scenarios(world, folder):
         calls[f"{kind}, resumed"] = partial(resumed, kind, last)
         calls[f"{kind}, estimated"] = partial(estimated, kind, last)
         calls[f"{kind}, missing gradients"] = partial(missing_gradients, kind)
+        calls[f"{kind}, a rank without gradients"] = partial(rank_without_gradients, kind)
         if world == 4:
             calls[f"{kind}, sub-meshes"] = partial(sub_meshes, kind)
             calls[f"{kind}, real modules"] = partial(real_modules, kind)
