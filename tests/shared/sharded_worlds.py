@@ -11,7 +11,7 @@ from tolerances import unit
 from torch import nn
 
 dist = torch.distributed
-SHAPES = [(5, 7), (1, 6), (9, 4), (7,), (6, 10), (3, 11), (4, 3, 5), (8, 2), (4, 4)]
+SHAPES = [(5, 7), (1, 6), (9, 4), (7,), (6, 10), (3, 11), (4, 3, 5), (8, 2), (4, 4), (0, 4), (3, 0)]
 MOST = 60  # elements
 LR = 0.02
 KINDS = {

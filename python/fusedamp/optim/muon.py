@@ -70,7 +70,8 @@ class Muon(ComposedOptimizer):
         Sharded DTensors get the bits of whole matrices. In each round every rank gathers one matrix,
         multiplies, and sends the result back; the next round's momentum is sent meanwhile. Along a mesh
         dimension of n ranks, each sends (n - 1) / n times 6 bytes per element of its shards (4 of FP32
-        momentum, 2 of BF16 result). It needs memory for two matrices. Each replica computes all products.
+        momentum, 2 of BF16 result), and needs memory for about three FP32 matrices. Each replica computes
+        all products.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; "match_rms_adamw": Liu et al. 2025,
         arXiv:2502.16982; AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
