@@ -25,7 +25,7 @@ def agreed(value):
     return value
 
 
-def _rank(index, scenarios, world, folder):
+def run_scenarios(scenarios, index, world, folder):
     """One rank: every scenario (name to call) in a separate process group; failures are recorded.
 
     Groups are kept and the process ends without tearing them down: gloo sometimes aborts where it does (its
@@ -44,6 +44,10 @@ def _rank(index, scenarios, world, folder):
         _kept.extend(torch.distributed.distributed_c10d._world.pg_map)
         torch.distributed.destroy_process_group()
     os._exit(0)
+
+
+def _rank(index, scenarios, world, folder):
+    run_scenarios(scenarios, index, world, folder)
 
 
 def spawned(scenarios):
