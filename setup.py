@@ -69,7 +69,7 @@ def find_torch() -> Path:
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
-    torch = next((place for place in places if (place / "include").is_dir()), None)
+    torch = next((place.resolve() for place in places if (place / "include").is_dir()), None)
     if torch is None:
         stop(
             "torch was not found; its headers are needed. Install it first: pip install torch (If it is "
@@ -157,12 +157,22 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
+def old_glibc() -> list[str]:
+    """Return what takes the place of this system's glibc, for objects that run on older ones."""
+    folder = os.environ.get("FUSEDAMP_GLIBC")
+    return [f"-L{folder}", f"{folder}/newer_names.o"] if folder else []
+
+
 def origin() -> str:
     """Return the version and a hash of csrc/, which all objects of one build share."""
     sources = hashlib.sha256()
     for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file() and p.suffix != ".md"):
         sources.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return f"{VERSION}, sources {sources.hexdigest()[:12]}"
+
+
+def is_text(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
 
 
 def files_read(depends: str) -> list[str]:
@@ -225,14 +235,15 @@ class Build(build_ext):
             objects = list(pool.map(lambda job: self.compile(ext.name, *job), [*jobs, self.origin_job()]))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and all(target.stat().st_mtime > Path(o).stat().st_mtime for o in objects):
-            return
-        part = target.with_suffix(".part")
+        part, stamp = target.with_suffix(".part"), Path(self.build_temp) / ext.name / "link.cmd"
         link = [self.cxx] if "cuda" not in ext.name else [self.nvcc, "-cudart", "static"]
-        self.call(
-            [*link, "-shared", *objects, *self.torch_stubs(link, ext.name), "-o", str(part)],
-            f"linking {target.name}",
-        )
+        libraries = [*self.torch_stubs(link, ext.name), *old_glibc(), "-ldl"]
+        command = [*link, "-shared", *objects, *libraries, "-o", str(part)]
+        newest = max(Path(o).stat().st_mtime for o in objects)
+        if target.exists() and target.stat().st_mtime > newest and is_text(stamp, "\n".join(command)):
+            return
+        self.call(command, f"linking {target.name}")
+        stamp.write_text("\n".join(command))
         os.replace(part, target)
 
     def torch_stubs(self, link, name):
@@ -255,7 +266,7 @@ class Build(build_ext):
     def origin_job(self):
         source = Path(self.build_temp) / "origin.cpp"
         text = f'namespace fusedamp {{\nconst char* origin() {{ return "{origin()}"; }}\n}}\n'
-        if not source.exists() or source.read_text() != text:
+        if not is_text(source, text):
             source.parent.mkdir(parents=True, exist_ok=True)
             source.write_text(text)
         return source, "origin", [self.cxx, *CXX_FLAGS]
@@ -316,12 +327,7 @@ class Build(build_ext):
         target = Path(self.build_temp) / library / f"{name}.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         depends, stamp = target.with_suffix(".d"), target.with_suffix(".cmd")
-        if (
-            target.exists()
-            and stamp.exists()
-            and stamp.read_text() == "\n".join(command)
-            and depends.exists()
-        ):
+        if target.exists() and is_text(stamp, "\n".join(command)) and depends.exists():
             read = [Path(f) for f in files_read(depends.read_text())]
             if all(f.exists() and f.stat().st_mtime <= target.stat().st_mtime for f in read):
                 return str(target)
