@@ -13,6 +13,7 @@ ONCE = (
     "build/test_build.py",
     "build/test_content_cache.py",
     "build/test_machine_code.py",
+    "build/test_old_driver.py",
     "build/test_release.py",
     "build/test_sdist.py",
     "commands/test_demo.py",
