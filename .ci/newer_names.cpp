@@ -15,8 +15,7 @@ HIDDEN void refuse_length() __asm__("_ZSt28__throw_bad_array_new_lengthv");
 void refuse_length() { throw std::bad_array_new_length(); }
 
 // libstdc++ 9: default constructors. The older ones take the mode.
-HIDDEN void make_ostringstream(void* at) __asm__(
-    "_ZNSt7__cxx1119basic_ostringstreamIcSt11char_traitsIcESaIcEEC1Ev");
+HIDDEN void make_ostringstream(void* at) __asm__("_ZNSt7__cxx1119basic_ostringstreamIcSt11char_traitsIcESaIcEEC1Ev");
 void make_ostringstream(void* at) { new (at) std::ostringstream(std::ios_base::out); }
 
 HIDDEN void make_stringstream(void* at) __asm__("_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev");

@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
+    ".ci",
     "benchmarks",
     "csrc",
     "docs",

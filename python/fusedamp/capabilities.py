@@ -73,8 +73,8 @@ def old_driver(driver: str | None, built_with: str) -> str:
     if not driver or not built_with or _numbers(driver) >= _numbers(built_with):
         return ""
     return (
-        f"the driver supports CUDA {driver}, and fusedamp was built with CUDA {built_with}: update the driver, "
-        f"or build fusedamp with CUDA {driver} or earlier"
+        f"the driver supports CUDA {driver}, and fusedamp was built with CUDA {built_with}: update the "
+        f"driver, or build fusedamp with CUDA {driver} or earlier"
     )
 
 

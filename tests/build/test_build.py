@@ -163,6 +163,18 @@ def test_changed_sources_change_the_origin_of_all_objects(tmp_path):
     assert len(compiled) == 3
 
 
+def test_other_libraries_link_again(tmp_path):
+    """Objects that were linked for this system do not stay in a build for an older glibc."""
+    sandbox = Sandbox(tmp_path, compilers=("g++", "nvcc"))
+    for folder in ("", "old", "old"):
+        assert sandbox.build(FUSEDAMP_GLIBC=folder)[0] == 0
+    assert not sandbox.calls() or all("/dev/null" in call for call in sandbox.calls())
+    assert sandbox.build(FUSEDAMP_GLIBC="older")[0] == 0
+    linked = [call for call in sandbox.calls() if "-Lolder older/newer_names.o" in call]
+    assert [call.partition(" ")[0] for call in linked] == ["g++", "nvcc", "g++"]
+    assert not [call for call in sandbox.calls() if " -c " in call]
+
+
 def test_max_jobs(tmp_path):
     """One compiler at a time, where that is asked for."""
     sandbox = Sandbox(tmp_path)

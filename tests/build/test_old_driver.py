@@ -1,5 +1,7 @@
-"""A CUDA error on a driver older than the CUDA runtime in the object has both versions: with the real runtime, and
-a stand-in for the driver."""
+"""A CUDA error on a driver older than the CUDA runtime in the object has both versions.
+
+The runtime is the real one; the driver is a stand-in.
+"""
 
 import os
 import re
