@@ -40,12 +40,16 @@ def find_python(version: str) -> str | None:
     return path if runs and runs.startswith(f"Python {version}.") else None
 
 
+def find_wheel(python: str) -> Path | None:
+    return next(DIST.glob(f"fusedamp-{VERSION}-cp{python.replace('.', '')}-*.whl"), None)
+
+
 class Environment:
     """A fresh virtual environment, and what runs in it: outside the clone, and without its variables."""
 
     def __init__(self, python: str, folder: Path) -> None:
         self.folder, self.python = folder, folder / "bin/python"
-        subprocess.run([python, "-m", "venv", folder], check=True)
+        subprocess.run([find_python(python) or python, "-m", "venv", folder], check=True)
         clean = {k: v for k, v in os.environ.items() if k not in OWN and not k.startswith("FUSEDAMP_")}
         self.variables = clean | {"VIRTUAL_ENV": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
 
@@ -68,9 +72,8 @@ def unpack(sdist: Path, folder: Path) -> Path:
 
 def try_cell(python: str, torch: str, folder: Path) -> str:
     """Return what the tests said; raise `Failed` if anything fails, also if there is no such torch."""
-    tag = "cp" + python.replace(".", "")
-    (wheel,) = DIST.glob(f"fusedamp-{VERSION}-{tag}-{tag}-*.whl")
-    environment = Environment(find_python(python) or "", folder / "environment")
+    wheel = find_wheel(python)
+    environment = Environment(python, folder / "environment")
     environment.install(f"torch=={torch}")
     environment.install("--only-binary", "fusedamp", wheel)
     print(environment.run(environment.python, "-m", "fusedamp", "info").partition("\n\n")[0], flush=True)
@@ -83,7 +86,7 @@ def try_out(python: str, torch: str) -> dict[str, str]:
     row = {"Python": python, "torch": torch, "system": " ".join(platform.libc_ver()), "wheels": wheels()}
     if find_python(python) is None:
         return row | {"tests": f"not run: no python{python} here"}
-    if not list(DIST.glob(f"fusedamp-{VERSION}-cp{python.replace('.', '')}-*.whl")):
+    if find_wheel(python) is None:
         return row | {"tests": f"not run: dist/ has no wheel for Python {python}"}
     with tempfile.TemporaryDirectory() as folder:
         try:

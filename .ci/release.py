@@ -34,6 +34,7 @@ TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cuda.so")
 # Symbols without a version: of Python, of torch's C interface. Others would be of a newer system than the
 # platform's, and no audit shows them.
 UNVERSIONED = re.compile(r"_?Py[A-Z_]\w*|(aoti_)?torch_\w+|__tls_get_addr")
+FAILED = ROOT / "build/failed-release"
 START = time.monotonic()
 BUILD = {k: v for k, v in os.environ.items() if k.startswith("FUSEDAMP_")}  # what a build is told
 BUILD.setdefault("FUSEDAMP_CUDA", "1")
@@ -97,7 +98,7 @@ def make_wheels(sdist: Path, pythons: list[str], folder: Path) -> list[Path]:
     try:
         matrix.unpack(sdist, place.parent)
         for python in pythons:
-            environment = Environment(matrix.find_python(python) or "", folder / f"environment-{python}")
+            environment = Environment(python, folder / f"environment-{python}")
             (site,) = environment.folder.glob("lib/python*/site-packages")
             (site / "torch").symlink_to(Path(find_spec("torch").origin).parent)
             build = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-cache-dir", "-w", folder, place)
@@ -158,23 +159,39 @@ def repair(wheel: Path, folder: Path) -> Path:
     return path
 
 
-def try_sdist(sdist: Path, torch: str, folder: Path) -> None:
+def try_sdist(python: str, torch: str, folder: Path) -> None:
     """Install the sdist in an empty place, without CUDA, as one does without a wheel."""
-    environment = Environment(sys.executable, folder)
+    environment = Environment(python, folder)
     environment.install(torch)
-    environment.install("--no-cache-dir", sdist, FUSEDAMP_CUDA="0")
+    environment.install("--no-cache-dir", DIST / f"fusedamp-{VERSION}.tar.gz", FUSEDAMP_CUDA="0")
     environment.run(environment.python, "-m", "fusedamp", "info")
     say("sdist: installed in a fresh environment", "without CUDA")
 
 
-def try_wheel(wheel: Path, torch: str, folder: Path) -> None:
+def try_wheel(python: str, torch: str, folder: Path) -> None:
     """Install the file with what the demo needs, and run it."""
-    environment = Environment(sys.executable, folder)
+    environment = Environment(python, folder)
     environment.install(torch)
-    environment.install("--only-binary", "fusedamp", f"{wheel}[demo]")
+    environment.install("--only-binary", "fusedamp", f"{matrix.find_wheel(python)}[demo]")
     demo = ("demo", "--quick", "--task", "digits", "--out", folder / "demo.png")
     environment.run(environment.python, "-m", "fusedamp", *demo)
     say("wheel: demo --quick --task digits")
+
+
+def try_files(pythons: list[str], torches: list[str], tagged: bool) -> None:
+    """Install the files in dist/, run the demo and the cells of the matrix, and print it."""
+    here = output(sys.executable, "-c", "import torch; print(torch.__version__)").strip()
+    torch = f"torch=={here.partition('+')[0]}"  # not its local label, such as +cpu
+    with tempfile.TemporaryDirectory() as name:
+        python = next(filter(matrix.find_python, pythons))
+        try_sdist(python, torch, Path(name) / "from-sdist")
+        try_wheel(python, torch, Path(name) / "from-wheel")
+    rows = matrix.run_cells(pythons, torches)
+    print(matrix.table(rows))
+    failed = [f"Python {row['Python']}, torch {row['torch']}" for row in rows if row["tests"] == "FAILED"]
+    need(not failed, "the matrix", f"these fail: {failed}")
+    missing = matrix.unproven((ROOT / "README.md").read_text(), rows)
+    need(not missing, "README: versions that ran", missing, fatal=tagged)
 
 
 def check_commit() -> tuple[bool, str]:
@@ -217,7 +234,8 @@ def main() -> None:
     matrix.add_arguments(parser)
     parser.add_argument("--twice", action="store_true", help="build again, and compare the bytes")
     options = parser.parse_args()
-    pythons = [python for python in options.python if matrix.find_python(python)]
+    pythons = list(filter(matrix.find_python, options.python))
+    need(pythons, "Pythons", f"none of {options.python} is here")
     tagged, epoch = check_commit()
     with tempfile.TemporaryDirectory() as name:
         files = make_files(Path(name), epoch, pythons, options.twice)
@@ -230,16 +248,13 @@ def main() -> None:
         DIST.mkdir()
         for path in files:
             shutil.copy(path, DIST)
-        here = output(sys.executable, "-c", "import torch; print(torch.__version__)").strip()
-        torch = f"torch=={here.partition('+')[0]}"  # not its local label, such as +cpu
-        tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-        try_sdist(files[0], torch, Path(name) / "from-sdist")
-        try_wheel(next(path for path in files if f"-{tag}-" in path.name), torch, Path(name) / "from-wheel")
-    rows = matrix.run_cells(options.python, options.torch)
-    need(not [row for row in rows if row["tests"] == "FAILED"], "the matrix", f"\n{matrix.table(rows)}")
-    missing = matrix.unproven((ROOT / "README.md").read_text(), rows)
-    need(not missing, "README: versions that ran", missing, fatal=tagged)
-    print(matrix.table(rows))
+    try:
+        try_files(options.python, options.torch, tagged)
+    except (Failed, SystemExit):
+        shutil.rmtree(FAILED, ignore_errors=True)
+        shutil.move(DIST, FAILED)  # what is in dist/ has passed
+        print(f"The files are in {FAILED.relative_to(ROOT)}.")
+        raise
     for path in sorted(DIST.iterdir()):
         print(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  dist/{path.name}")
     say("release" if tagged else "rehearsal", "complete; nothing was uploaded")
