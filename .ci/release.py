@@ -94,7 +94,8 @@ def make_wheels(sdist: Path, pythons: list[str], folder: Path) -> list[Path]:
     environments have torch's headers only.
     """
     place = Path(tempfile.gettempdir()) / f"fusedamp-{VERSION}"
-    need(not place.exists(), "a folder to build in", f"{place} exists; remove it")
+    if place.exists():
+        raise Failed(f"{place} exists; the wheels are built there. Remove it")
     try:
         matrix.unpack(sdist, place.parent)
         for python in pythons:
@@ -105,7 +106,16 @@ def make_wheels(sdist: Path, pythons: list[str], folder: Path) -> list[Path]:
             environment.run(environment.python, *build, **BUILD)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    return sorted(folder.glob("*.whl"))
+    return [repair(path, folder / "repaired") for path in sorted(folder.glob("*.whl"))]
+
+
+def repair(wheel: Path, folder: Path) -> Path:
+    """Return the wheel with the platform's tag, which auditwheel refuses for newer symbols."""
+    exclude = [word for library in TORCH_LIBRARIES for word in ("--exclude", library)]
+    command = ("repair", "--plat", PLATFORM, "--only-plat", *exclude, "-w", folder / wheel.stem, wheel)
+    output(sys.executable, "-m", "auditwheel", *command)
+    (path,) = (folder / wheel.stem).glob("*.whl")
+    return path
 
 
 def contents_of(wheel: Path) -> dict[str, bytes]:
@@ -146,17 +156,6 @@ def check_symbols(wheel: Path, folder: Path) -> None:
         undefined = [line.split() for line in output("nm", "-D", "--undefined-only", path).splitlines()]
         wild = {n for kind, n in undefined if kind == "U" and "@" not in n and not UNVERSIONED.fullmatch(n)}
         need(not wild, f"{path.name.partition('.')[0]}: imports", f"symbols without a version: {wild}")
-
-
-def repair(wheel: Path, folder: Path) -> Path:
-    """Return the wheel with the platform's tag."""
-    exclude = [word for library in TORCH_LIBRARIES for word in ("--exclude", library)]
-    command = ("repair", "--plat", PLATFORM, "--only-plat", *exclude, "-w", folder / wheel.stem, wheel)
-    output(sys.executable, "-m", "auditwheel", *command)
-    (path,) = (folder / wheel.stem).glob("*.whl")
-    shown = output(sys.executable, "-m", "auditwheel", "show", path)
-    say(f"tag {PLATFORM}", re.search(r'constrains the platform tag to "(\w+)"', " ".join(shown.split()))[1])
-    return path
 
 
 def try_sdist(python: str, torch: str, folder: Path) -> None:
@@ -226,7 +225,9 @@ def make_files(folder: Path, epoch: str, pythons: list[str], twice: bool) -> lis
     for wheel in wheels:
         check_contents(wheel, sdist, cuda)
         check_symbols(wheel, folder / "unpacked" / wheel.stem)
-    return [sdist, *(repair(wheel, folder) for wheel in wheels)]
+        shown = " ".join(output(sys.executable, "-m", "auditwheel", "show", wheel).split())
+        say("auditwheel show", re.search(r'"(manylinux_\w+)"', shown)[1])
+    return [sdist, *wheels]
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ COPIED = (
     "tests",
     "setup.py",
     "pyproject.toml",
+    "CHANGELOG.md",
     "README.md",
     "LICENSE",
 )
