@@ -236,7 +236,9 @@ class Build(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         part, stamp = target.with_suffix(".part"), Path(self.build_temp) / ext.name / "link.cmd"
-        link = [self.cxx] if "cuda" not in ext.name else [self.nvcc, "-cudart", "static"]
+        link = [self.cxx]
+        if "cuda" in ext.name:  # symbols for debuggers name temporary files of nvcc, others in each build
+            link = [self.nvcc, "-cudart", "static", "-Xlinker=--strip-all"]
         libraries = [*self.torch_stubs(link, ext.name), *old_glibc(), "-ldl"]
         command = [*link, "-shared", *objects, *libraries, "-o", str(part)]
         newest = max(Path(o).stat().st_mtime for o in objects)
@@ -272,7 +274,7 @@ class Build(build_ext):
         return source, "origin", [self.cxx, *CXX_FLAGS]
 
     def jobs_for_cpu(self):
-        for source in ROOT.glob("csrc/engine/cpu/*.cpp"):
+        for source in sorted(ROOT.glob("csrc/engine/cpu/*.cpp")):
             targets = CPU_TARGETS if source.stem == "kernels" else {"": []}
             for target, flags in targets.items():
                 define = [f"-DFUSEDAMP_TARGET={target}"] if target else []
@@ -285,14 +287,14 @@ class Build(build_ext):
             f for flag in CXX_FLAGS if flag != "-std=c++17" and flag != "-O3" for f in ("-Xcompiler", flag)
         ]
         nvcc = [self.nvcc, "-O3", "-std=c++17", "--fmad=false", "--expt-relaxed-constexpr", *host]
-        for source in ROOT.glob("csrc/engine/cuda/*.cu"):
+        for source in sorted(ROOT.glob("csrc/engine/cuda/*.cu")):
             yield source, source.stem, [*nvcc, *gencode(self.archs)]
-        for source in ROOT.glob("csrc/engine/cuda/lt_*.cpp"):  # no CUDA headers
+        for source in sorted(ROOT.glob("csrc/engine/cuda/lt_*.cpp")):  # no CUDA headers
             yield source, source.stem, [self.cxx, *CXX_FLAGS]
         for source in (
             ROOT / "csrc/ops/rows.cpp",
             ROOT / "csrc/ops/packed.cpp",
-            *ROOT.glob("csrc/ops/cuda*.cpp"),
+            *sorted(ROOT.glob("csrc/ops/cuda*.cpp")),
         ):
             yield source, source.stem, [*nvcc, "-x", "c++", "-DUSE_CUDA", *self.torch_flags()]
 
@@ -315,7 +317,7 @@ class Build(build_ext):
         }
         include = [f"-I{self.pybind11}", f"-I{sysconfig.get_path('include')}"]
         flags = [f"-DFUSEDAMP_{name}={value}" for name, value in defines.items()]
-        for source in ROOT.glob("csrc/python/*.cpp"):
+        for source in sorted(ROOT.glob("csrc/python/*.cpp")):
             yield source, source.stem, [self.cxx, *CXX_FLAGS, *include, *self.torch_include, *flags]
 
     def torch_flags(self):

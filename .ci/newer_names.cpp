@@ -1,6 +1,5 @@
 // Names that g++ 11 and later take from a libstdc++ or glibc newer than those of manylinux_2_28, hidden, and made of
 // what the older ones have. Each object of a release is linked with a copy of its own.
-#include <exception>
 #include <new>
 #include <sstream>
 
@@ -21,21 +20,18 @@ void make_ostringstream(void* at) { new (at) std::ostringstream(std::ios_base::o
 HIDDEN void make_stringstream(void* at) __asm__("_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev");
 void make_stringstream(void* at) { new (at) std::stringstream(std::ios_base::in | std::ios_base::out); }
 
-// libstdc++ 11: parts of std::exception_ptr's constructor and destructor, which were in the library before.
-void copy(void* to, const void* from);
-void destroy(void* pointer);
-__asm__(".symver copy, _ZNSt15__exception_ptr13exception_ptrC1ERKS0_@CXXABI_1.3.3");
-__asm__(".symver destroy, _ZNSt15__exception_ptr13exception_ptrD1Ev@CXXABI_1.3.3");
+// libstdc++ 11: parts of std::exception_ptr's constructor and destructor. The older one has its assignment.
+void assign(void* to, const void* from) __asm__("_ZNSt15__exception_ptr13exception_ptraSERKS0_");
 
 HIDDEN void add_reference(void* pointer) __asm__("_ZNSt15__exception_ptr13exception_ptr9_M_addrefEv");
 void add_reference(void* pointer) {
-  void* never_destroyed;  // an exception_ptr is one pointer
-  copy(&never_destroyed, pointer);
+  void* never_destroyed = nullptr;  // an exception_ptr is one pointer
+  assign(&never_destroyed, pointer);
 }
 
 HIDDEN void release(void* pointer) __asm__("_ZNSt15__exception_ptr13exception_ptr10_M_releaseEv");
 void release(void* pointer) {
-  destroy(pointer);
-  *static_cast<void**>(pointer) = nullptr;
+  const void* none = nullptr;
+  assign(pointer, &none);
 }
 }

@@ -220,8 +220,12 @@ def make_files(folder: Path, epoch: str, pythons: list[str], twice: bool) -> lis
     for wheel in wheels:
         say(wheel.name, f"{wheel.stat().st_size / 1e6:.2f} MB{'' if cuda else ', CPU only'}")
     if twice:
-        again = [path.read_bytes() for path in make_wheels(sdist, pythons, folder / "again")]
-        need([w.read_bytes() for w in wheels] == again, "the same bytes again", "the wheels differ")
+        different = []
+        for first, second in zip(wheels, make_wheels(sdist, pythons, folder / "again"), strict=True):
+            old, new = contents_of(first), contents_of(second)
+            different += [name for name in old | new if old.get(name) != new.get(name)]
+            different += [first.name] if first.read_bytes() != second.read_bytes() else []
+        need(not different, "the same bytes again", f"these differ: {different}")
     for wheel in wheels:
         check_contents(wheel, sdist, cuda)
         check_symbols(wheel, folder / "unpacked" / wheel.stem)

@@ -28,7 +28,7 @@ def stand_ins(tmp_path_factory):
 
 
 def link(path, *more):
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+    flags = ["-std=c++17", "-O0", "-fPIC", "-shared", "-fvisibility=hidden"]
     subprocess.run(["g++", *flags, ROOT / "tests/build/old_glibc.cpp", *more, "-o", path], check=True)
     lines = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line.split()[-1] for line in lines if line.split()[-2] == "U"], lines
