@@ -200,6 +200,9 @@ def check_commit() -> tuple[bool, str]:
     say("tag of the commit", f"v{VERSION}" if tagged else f"none: a rehearsal of v{VERSION}")
     changed = output("git", "status", "--porcelain", cwd=ROOT)
     need(not changed, "clean checkout", f"commit or remove:\n{changed}")
+    whole = BUILD["FUSEDAMP_CUDA"] == "1" and not os.environ.get("TORCH_CUDA_ARCH_LIST")
+    problem = "unset FUSEDAMP_CUDA and TORCH_CUDA_ARCH_LIST"
+    need(whole, "CUDA kernels for all architectures", problem, fatal=tagged)
     more = r"( \(\d.*\))?" if tagged else r"( \(unreleased\))?"
     problem = f"the changelog's heading is {heading!r}"
     need(re.fullmatch(re.escape(VERSION) + more, heading), f"newest changes: {VERSION}", problem)
