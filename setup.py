@@ -200,7 +200,11 @@ class Build(build_ext):
     def run(self):
         import pybind11
 
-        self.torch, self.pybind11 = find_torch(), pybind11.get_include()
+        self.torch, self.pybind11 = find_torch(), Path(self.build_temp) / "pybind11"
+        self.pybind11_version = pybind11.__version__
+        self.pybind11.parent.mkdir(parents=True, exist_ok=True)
+        self.pybind11.unlink(missing_ok=True)
+        self.pybind11.symlink_to(pybind11.get_include())  # in isolated builds another folder each time
         self.torch_version, self.torch_include = torch_headers(self.torch)
         check_compiler(self.cxx)
         self.nvcc = find_nvcc()
@@ -329,8 +333,10 @@ class Build(build_ext):
         target = Path(self.build_temp) / library / f"{name}.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         depends, stamp = target.with_suffix(".d"), target.with_suffix(".cmd")
-        if target.exists() and is_text(stamp, "\n".join(command)) and depends.exists():
-            read = [Path(f) for f in files_read(depends.read_text())]
+        recipe = "\n".join([*command, f"pybind11 {self.pybind11_version}"])
+        if target.exists() and is_text(stamp, recipe) and depends.exists():
+            names = files_read(depends.read_text())
+            read = [Path(name) for name in names if not name.startswith(f"{self.pybind11}/")]
             if all(f.exists() and f.stat().st_mtime <= target.stat().st_mtime for f in read):
                 return str(target)
         names = {ROOT: ".", self.torch: "torch", self.pybind11: "pybind11"}  # the same bytes in any folder
@@ -341,7 +347,7 @@ class Build(build_ext):
             [*command, *paths, "-MD", "-MF", str(depends), "-c", str(source), "-o", str(target)],
             str(source.relative_to(ROOT)),
         )
-        stamp.write_text("\n".join(command))
+        stamp.write_text(recipe)
         return str(target)
 
     def call(self, command, what):

@@ -150,6 +150,17 @@ def test_compiles_only_what_changed(name, tmp_path):
     assert "csrc/ops/rows.cpp" in compiled[0]
 
 
+def test_isolated_builds_compile_once(tmp_path):
+    """Each has pybind11 in another folder. Another version of it compiles the module again."""
+    sandbox = Sandbox(tmp_path)
+    compiled = []
+    for pybind11 in ("/somewhere/a 3.1.0", "/somewhere/b 3.1.0", "/somewhere/b 3.2.0"):
+        assert sandbox.build(STAND_IN_PYBIND11=pybind11)[0] == 0
+        compiled.append([call for call in sandbox.calls() if " -c " in call and "csrc/python/" in call])
+    assert len(compiled[0]) == len(compiled[2]) > 0
+    assert compiled[1] == []
+
+
 def test_changed_sources_change_the_origin_of_all_objects(tmp_path):
     sandbox = Sandbox(tmp_path)
     assert sandbox.build()[0] == 0
