@@ -142,7 +142,7 @@ def checkpoints(options):
         if kind is kinds[-1]:
             train(net, optimizer, [5])
             for p, q in zip(again.parameters(), net.parameters(), strict=True):
-                if options.get("state_dtype") == "int8":  # quantized anew
+                if options.get("state_dtype") == "int8":  # quantized again
                     torch.testing.assert_close(p, q, rtol=2**-7, atol=2**-7)
                 else:
                     assert torch.equal(p, q)
