@@ -66,17 +66,19 @@ $(PY):
 # Installs fusedamp with the named extra, and again when compiled sources changed. With nvcc, it builds code for two
 # architectures and PTX, which run on every GPU from 8.0; code for all architectures takes minutes.
 ARCHS = TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0+PTX}"
-HAS_TORCH = $(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install '$(TORCH)'
+PIP = $(PY) .progress.py
+HAS_TORCH = $(PY) -c 'import torch' 2>/dev/null || \
+	$(PIP) "Installing torch into $(VENV), once. A download of it takes minutes" -m pip install '$(TORCH)'
 $(VENV)/.fusedamp-%: $(SOURCES) | $(PY)
 	@$(HAS_TORCH)
-	$(ARCHS) $(PY) -m pip install $(if $(filter %.whl,$(INSTALL)),'$(INSTALL)[$*]',-e '.[$*]')
+	@$(ARCHS) $(PIP) "Installing fusedamp with its $* tools. A first build takes minutes" -m pip install $(if $(filter %.whl,$(INSTALL)),'$(INSTALL)[$*]',-e '.[$*]')
 	@touch $@
 
 # The tools alone: nothing is compiled.
 EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 $(VENV)/.fusedamp-dev $(VENV)/.fusedamp-release: pyproject.toml | $(PY)
 	@$(HAS_TORCH)
-	$(PY) -c '$(EXTRA)' $(@:$(VENV)/.fusedamp-%=%) | $(PY) -m pip install -r /dev/stdin
+	$(PY) -c '$(EXTRA)' $(@:$(VENV)/.fusedamp-%=%) | $(PIP) "Installing tools" -m pip install -r /dev/stdin
 	@touch $@
 
 .PHONY: demo test quick bench docs evidence mutants check release matrix dev

@@ -16,6 +16,7 @@ ONCE = (
     "build/test_matrix.py",
     "build/test_old_driver.py",
     "build/test_old_glibc.py",
+    "build/test_progress.py",
     "build/test_release.py",
     "build/test_sdist.py",
     "commands/test_demo.py",

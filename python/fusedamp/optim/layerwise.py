@@ -73,7 +73,7 @@ class LAMB(Layerwise):
             Adam's update plus ``weight_decay * p``; by ``lr * u`` if one of the norms is 0.
         bias_correction: correct Adam's moments, as in the paper.
         trust_clip: an upper bound of ``|p| / |u|``.
-        adapt: False takes ``|p| / |u|`` as 1, which is usual for groups of biases and normalisation weights.
+        adapt: False takes ``|p| / |u|`` as 1, which is usual for groups of biases and normalization weights.
         maximize: ascend instead of descend.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` and ``master``.
@@ -122,7 +122,7 @@ class LARS(Layerwise):
             constant ``lr``). ``lr`` may be a tensor of one element, which is read at each step, on the
             device.
         nesterov: Nesterov momentum, as in ``torch.optim.SGD``.
-        adapt: False multiplies by 1, which is usual for groups of biases and of normalisation weights.
+        adapt: False multiplies by 1, which is usual for groups of biases and of normalization weights.
         maximize: ascend instead of descend.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step``, ``momentum_buffer`` and ``master``.

@@ -44,7 +44,7 @@ def gradient_of(param: Tensor) -> Tensor | None:
 
 
 def memory_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Return a new uninitialised tensor; large CPU tensors use huge pages if available."""
+    """Return a new uninitialized tensor; large CPU tensors use huge pages if available."""
     new = torch.empty_like(tensor, dtype=dtype, device=device)
     if type(new) is Tensor and new.device.type == "cpu":
         advise_huge_pages(new.data_ptr(), new.nbytes)
