@@ -33,7 +33,7 @@ def split_over(tensor: Tensor, axis: int | None = None) -> tuple[MeshDim, ...]:
 
 
 def reduced_like(axis: int, tensor: Any) -> Tensor:
-    """Return an uninitialised tensor for sums of ``tensor`` along ``axis``, which keeps one element.
+    """Return an uninitialized tensor for sums of ``tensor`` along ``axis``, which keeps one element.
 
     Of a DTensor it is replicated over the mesh dimensions that split ``axis``, and placed alike over others.
     """
