@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
+    ".ci",
     "benchmarks",
     "csrc",
     "docs",
@@ -31,6 +32,7 @@ COPIED = (
     "tests",
     "setup.py",
     "pyproject.toml",
+    "CHANGELOG.md",
     "README.md",
     "LICENSE",
 )

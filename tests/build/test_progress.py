@@ -1,4 +1,4 @@
-"""progress.py: what `make` shows while pip installs and compiles."""
+""".progress.py: what `make` shows while pip installs and compiles."""
 
 import os
 import subprocess
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "progress.py"
+SCRIPT = Path(__file__).resolve().parents[2] / ".progress.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="not a source checkout")
 
 
 @pytest.fixture
 def run(tmp_path):
     """Run a copy of the script, in whose build folder there is an object of an earlier build."""
-    copy = tmp_path / "progress.py"
+    copy = tmp_path / ".progress.py"
     copy.write_bytes(SCRIPT.read_bytes())
     objects = tmp_path / "build" / "objects-linux" / "fusedamp._C"
     objects.mkdir(parents=True)

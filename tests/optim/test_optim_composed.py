@@ -126,7 +126,16 @@ def test_keys(case):
     train(optimizer, params, range(1))
     train(reference, others, range(1))
     mine, its = optimizer.state_dict(), reference.state_dict()
-    own = {"maximize", "use_muon", "adamw_betas", "adamw_eps", "ns_dtype", "rounding_seed", *formats.DEFAULTS}
+    own = {
+        "maximize",
+        "use_muon",
+        "adamw_betas",
+        "adamw_eps",
+        "ns_dtype",
+        "per_shard",
+        "rounding_seed",
+        *formats.DEFAULTS,
+    }
     keys = [key for key in mine["param_groups"][0] if key not in own - {*its["param_groups"][0]}]
     assert keys == [*its["param_groups"][0]]
     for i, entry in its["state"].items():

@@ -30,7 +30,7 @@ def refusal(case, dtype, mode) -> str | None:
     if case.ours in (optim.Adafactor, optim.Muon):
         if random or master == "split" or state != "float32":
             return rf"expected FP32 masters and states, the only formats of {case.ours.__name__}.*optim.AdamW"
-        return "expected real, unsharded parameters. Give it to another" if dtype.is_complex else None
+        return "expected real parameters. Give it to another" if dtype.is_complex else None
     if state != "float32":
         if case.options.get("centered"):
             return "as the difference of two rounded states may lose the variance. Pass centered=False"

@@ -13,10 +13,20 @@ from torch import Tensor
 
 from ...ops.checks import at
 from ...tensors.layout import fitted, round_robin, scalar_like
+from ...tensors.shards import is_distributed, is_flattened
 from .encoded import Remainder, Scales, plain
 from .foreign import FOREIGN_STATES, ignored_options, refuse_foreign
-from .formats import DEFAULTS, adapted, check_master, name_dtypes
-from .saved import Entry, bits_from_checkpoint, for_checkpoint, label, scale_name, taken_from_checkpoint
+from .formats import DEFAULTS, adapted, check_master, master_values, name_dtypes
+from .saved import (
+    Entry,
+    bits_from_checkpoint,
+    for_checkpoint,
+    label,
+    numel_name,
+    order_name,
+    scale_name,
+    taken_from_checkpoint,
+)
 from .sharded import is_quantized
 from .spec import resolved
 from .steps import as_step
@@ -44,10 +54,30 @@ def plainly(optimizer: Any) -> Iterator[None]:
 
 def _plain(optimizer: Any, state_dict: dict[str, Any]) -> None:
     # The entries belong to the optimizer; the state dict needs its own copies.
+    groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    owners = {i: p for group, saved in groups for p, i in zip(group["params"], saved["params"], strict=True)}
     state_dict["state"] = {
-        key: for_checkpoint(entry) if isinstance(entry, dict) else entry
+        key: _plain_entry(entry, owners.get(key)) if isinstance(entry, dict) else entry
         for key, entry in state_dict["state"].items()
     }
+
+
+def _plain_entry(entry: Entry, param: Tensor | None) -> Entry:
+    saved = for_checkpoint(entry)
+    if param is None or not (is_flattened(param) and is_distributed()):
+        return saved
+    # FSDP1 cuts and joins states by elements, in one dtype: numbers in FP32.
+    for name in (name for name, value in entry.items() if isinstance(value, Scales)):
+        del saved[name]
+    for name, value in entry.items():
+        if isinstance(value, Tensor) and not isinstance(value, Scales):
+            if name == "master":
+                saved[name] = master_values(entry, param)
+            elif is_quantized(value) or value.dtype == torch.bfloat16:
+                saved[name] = value.float()
+            for known in (numel_name(name), order_name(name)):
+                saved.pop(known, None)
+    return saved
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Runs a Python command and shows how it goes: what it does, for how long, and how many files are compiled.
 
-python progress.py "fusedamp: compiles" -m pip install -e .
+python .progress.py "fusedamp: compiles" -m pip install -e .
 
 The command's output goes to build/pip.log, and to the screen if the command fails. On a terminal one line
 changes each second; elsewhere there is a line every 15 seconds.
