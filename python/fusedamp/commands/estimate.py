@@ -16,7 +16,7 @@ from ..memory.estimate import estimate
 from ..memory.model_shapes import MODELS, Shapes
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-OPTIMIZERS = {name.lower(): getattr(optim, name) for name in optim.__all__}
+OPTIMIZERS = {n.lower(): getattr(optim, n) for n in optim.__all__ if hasattr(getattr(optim, n), "states")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

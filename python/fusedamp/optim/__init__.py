@@ -7,6 +7,7 @@ from .layerwise import LAMB, LARS, NovoGrad
 from .lion import Lion
 from .muon import Muon
 from .nadam import NAdam
+from .offload.offloaded import Offloaded
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
@@ -23,6 +24,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "NovoGrad",
+    "Offloaded",
     "RAdam",
     "RMSprop",
 ]

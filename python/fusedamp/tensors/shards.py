@@ -66,6 +66,17 @@ def local(tensor: Tensor) -> Tensor:
     return whole
 
 
+def placed_with(shard: Tensor, param: Tensor) -> Tensor:
+    """Return a DTensor with the mesh and placements of ``param`` and the shard ``shard``, on any device."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(param.shape, param.stride(), shard.dtype)
+    spec = DTensorSpec(param.device_mesh, param.placements, tensor_meta=meta)  # type: ignore[attr-defined]
+    made: Tensor = DTensor(shard, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return made  # from_local would move the shard to the mesh's device
+
+
 def sharded_dims(tensor: Tensor) -> tuple[MeshDim, ...]:
     """Return the mesh dimensions over which ``tensor`` is not replicated; empty for a plain tensor."""
     if not is_dtensor(tensor):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,6 +58,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _turn: int  # step counter, to detect a parameter that occurs twice
     _accesses: int = 0  # how often ``state`` was accessed
     _own_seed: int | None = None  # of groups without a rounding_seed
+    _in_parts: Callable[[list[Batch]], Iterable[Batch]] | None = None  # splits a step into smaller calls
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -185,11 +185,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         before, self._plan = self._stepped, None
         batches = self._prepare()  # all checks precede any update
         self._check_calls(batches)
-        for batch in batches:
+        for batch in batches if self._in_parts is None else self._in_parts(batches):
             self._launch(batch)
         # Building a plan costs more than a step without one, so the second identical step in a row builds it.
         self._stepped = [slot for batch in batches for slot in batch.slots]
-        if before and len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
+        if before and before == self._stepped and self._in_parts is None:
             self._plan = self._remember(batches)
             if self._plan:  # it replaces them
                 self._slots, self._stepped = {}, []
