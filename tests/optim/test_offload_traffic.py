@@ -1,0 +1,172 @@
+"""Offload: what crosses between device and host, when, and which modifications are noticed."""
+
+import copy
+
+import pytest
+import torch
+from cases import make_params
+from fusedamp import GradScaler, optim
+from fusedamp.optim.offload import buckets
+from pretend_device import Memory, Pretended, Traffic, loss_of, twins
+
+HALF = torch.bfloat16
+
+
+def trained(shapes=((64, 64), (8,), (128, 32), (16,)), dtype=HALF, **options):
+    memory = Memory()
+    params = twins(memory, make_params(dtype, list(shapes)))
+    optimizer = Pretended(memory, optim.AdamW, params, lr=1e-2, **options)
+    loss_of(params, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.link.settle()
+    return params, optimizer
+
+
+def test_two_bytes_each_way():
+    params, optimizer = trained()
+    scaler = GradScaler("cpu", init_scale=16.0)
+    for s in range(1, 4):
+        with Traffic(optimizer) as traffic:
+            scaler.scale(loss_of(params, s)).backward()
+            scaler.clip_grad_norm_(optimizer, 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            optimizer.link.settle()
+        assert (traffic.down, traffic.up) == (2.0, 2.0)
+
+
+def test_fp32_weights_cross_in_four_bytes():
+    params, optimizer = trained(dtype=torch.float32)
+    with Traffic(optimizer) as traffic:
+        loss_of(params, 1).backward()
+        optimizer.step()
+        optimizer.link.settle()
+    assert (traffic.down, traffic.up) == (4.0, 4.0)
+
+
+def test_nothing_goes_up_on_overflow():
+    params, optimizer = trained()
+    before = [p.detach().clone() for p in params]
+    scaler = GradScaler("cpu", init_scale=16.0)
+    with Traffic(optimizer) as traffic:
+        scaler.scale(loss_of(params, 1, poison=0)).backward()
+        scaler.step(optimizer)
+    assert (traffic.down, traffic.up) == (2.0, 0.0)
+    assert scaler.last_step_skipped
+    assert all(map(torch.equal, before, params))
+
+
+@pytest.mark.parametrize(("says", "expected"), [((False, True), 2.0), ((True, True), 4.0)])
+def test_only_the_last_micro_batch_is_copied(says, expected):
+    params, optimizer = trained()
+    with Traffic(optimizer) as traffic:
+        for s, is_last in enumerate(says):
+            optimizer.last_micro_batch(is_last)
+            loss_of(params, s + 1).backward()
+        optimizer.step()
+    assert traffic.down == expected
+    assert optimizer._is_last
+
+
+def test_last_micro_batch_as_a_context():
+    params, optimizer = trained()
+    optimizer.last_micro_batch(True)
+    with Traffic(optimizer) as traffic, optimizer.last_micro_batch(False):
+        loss_of(params, 1).backward()
+    assert traffic.down == 0.0
+    assert optimizer._is_last
+    with pytest.raises(TypeError, match=r"\[Offloaded.last_micro_batch\] is_last"):
+        optimizer.last_micro_batch("no")
+
+
+def test_gradients_are_copied_during_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(buckets, "FULL", 1)
+    params, optimizer = trained()
+    optimizer.link.late = False
+    with Traffic(optimizer) as traffic:
+        loss_of(params, 1).backward()
+    assert traffic.down == 2.0
+    with Traffic(optimizer) as traffic:
+        optimizer.step()
+    assert (traffic.down, traffic.up) == (0.0, 2.0)
+
+
+def test_small_tensors_cross_together():
+    params, optimizer = trained(shapes=[(16,)] * 100)
+    before = dict(optimizer.link.crossings)
+    loss_of(params, 1).backward()
+    optimizer.step()
+    optimizer.link.settle()
+    assert {k: n - before[k] for k, n in optimizer.link.crossings.items()} == {"down": 1, "up": 1}
+
+
+def test_large_tensors_have_buckets_of_their_own(monkeypatch):
+    monkeypatch.setattr(buckets, "SMALL", 64)
+    monkeypatch.setattr(buckets, "FULL", 8192)
+    _, optimizer = trained(shapes=[(8,), (64, 64), (32, 32), (8,), (40, 40), (100, 60)])
+    sizes = [[t.param.nbytes for t in bucket.twins] for bucket in optimizer._mirror.buckets]
+    assert sorted(map(sorted, sizes)) == [[16, 16], [2048, 3200], [8192], [12000]]
+
+
+def test_memory_is_made_for_what_trains():
+    """A frozen parameter has none; one that gets its first gradient late gets memory then."""
+    memory = Memory()
+    params = twins(memory, make_params(HALF, [(8, 8), (4, 4), (16, 16)]))
+    params[1].requires_grad_(False)
+    optimizer = Pretended(memory, optim.SGD, params, lr=0.5)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    assert sum(len(host) for host in optimizer.link.host) == 2 * 2 * (64 + 256)
+    params[1].grad = torch.ones_like(params[1])
+    expected = params[1].float() - 0.5
+    optimizer.step()
+    optimizer.link.settle()
+    assert torch.equal(params[1].float(), expected.to(HALF).float())
+
+
+@pytest.mark.parametrize("edit", ["in place", "data", "model"])
+def test_modified_weights_are_noticed(edit):
+    params, optimizer = trained([(8, 8), (8, 8)])
+    other = torch.full_like(params[0], 3.0)
+    with optimizer.link.edits(), torch.no_grad():
+        if edit == "in place":
+            params[0].copy_(other)
+        elif edit == "data":
+            params[0].data = other
+        else:
+            torch.nn.ParameterList(params).load_state_dict({"0": other, "1": params[1]})
+    optimizer.param_groups[0]["lr"] = 0.0
+    with Traffic(optimizer) as traffic:
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        optimizer.step()
+        optimizer.link.settle()
+    assert torch.equal(params[0], other)
+    assert traffic.down == 2.0 + (2.0 if edit == "model" else 1.0)  # load_state_dict writes both
+
+
+def test_reload_weights_after_writes_through_data():
+    params, optimizer = trained([(8, 8)])
+    optimizer.param_groups[0]["lr"] = 0.0
+    with optimizer.link.edits():
+        params[0].data.fill_(3.0)
+    optimizer.reload_weights()
+    params[0].grad = torch.zeros_like(params[0])
+    optimizer.step()
+    optimizer.link.settle()
+    assert (params[0] == 3.0).all()
+
+
+def test_gradients_modified_after_the_backward_pass_are_copied_again():
+    params, optimizer = trained([(8, 8)], betas=(0.0, 0.0))
+    twin = copy.deepcopy(params[0])
+    loss_of(params, 1).backward()
+    params[0].grad.zero_()
+    optimizer.step()
+    assert (optimizer.state[params[0]]["exp_avg"] == 0).all()
+    loss_of(params, 2).backward()
+    params[0].grad = torch.ones_like(twin)
+    optimizer.step()
+    assert (optimizer.state[params[0]]["exp_avg"] == 1).all()
