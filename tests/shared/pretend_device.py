@@ -6,6 +6,7 @@ What a program reads without waiting for it is missing, so a race shows in every
 from contextlib import contextmanager
 
 import torch
+from cases import make_params
 from fusedamp import optim
 from fusedamp.optim.offload.link import Done, Link
 
@@ -155,3 +156,18 @@ class Traffic:
 
     def __exit__(self, *error):
         self.down, self.up = ((self.link.moved[k] - self.before[k]) / self.count for k in ("down", "up"))
+
+
+def pair(shapes=((8, 4), (5,), ()), dtype=torch.bfloat16, kind=optim.AdamW, **options):
+    """The same parameters twice: with a plain optimizer, and offloaded from a pretended device."""
+    memory, params = Memory(), make_params(dtype, list(shapes))
+    moved = twins(memory, params)
+    return params, kind(params, **options), moved, Pretended(memory, kind, moved, **options)
+
+
+def step(params, optimizer, seed):
+    loss_of(params, seed).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if link := getattr(optimizer, "link", None):
+        link.settle()

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="an option of the optimizer, such as momentum=0.9 or master_weights=none",
     )
+    add("--offload", action="store_true", help="with masters, states and update on the host")
     add("--json", action="store_true", help="machine-readable, in bytes")
 
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
             OPTIMIZERS[args.optimizer],
             dtype=DTYPES[args.dtype],
             grad_dtype=DTYPES.get(args.grad_dtype),
+            offload=args.offload,
             **options,
         )
     except (TypeError, ValueError) as error:
