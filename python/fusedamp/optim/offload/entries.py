@@ -11,6 +11,7 @@ from torch import Tensor
 from ...tensors.layout import placed_like
 from ...tensors.shards import is_dtensor, local, placed_with
 from ..core.batch import Group
+from ..state.formats import numel_name
 from .mirror import Mirror
 
 
@@ -54,9 +55,10 @@ def place_states(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
         entry = state_dict["state"].get(index)
         if is_dtensor(param) and isinstance(entry, dict):
             shape = local(param).shape
-            for name, value in entry.items():
+            for name, value in list(entry.items()):
                 if isinstance(value, Tensor) and value.dim() and value.shape == shape:
                     entry[name] = placed_with(value, param)
+                    entry.pop(numel_name(name), None)  # it is the shard's
 
 
 def shards_of(groups: list[Group], state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -67,9 +69,11 @@ def shards_of(groups: list[Group], state_dict: dict[str, Any]) -> dict[str, Any]
     for index, param in _numbered(groups, state_dict):
         if is_dtensor(param) and isinstance(state.get(index), dict):
             entry = state[index] = dict(state[index])
-            for name, value in entry.items():
+            for name, value in list(entry.items()):
                 if isinstance(value, Tensor) and value.dim() and value.shape == param.shape:
                     entry[name] = local(placed_like(value, param)).cpu()
+                    if entry.get(numel_name(name)) == value.numel():
+                        entry[numel_name(name)] = entry[name].numel()
     return {**state_dict, "state": state}
 
 
