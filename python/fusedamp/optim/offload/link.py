@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Callable
 from typing import Literal
@@ -71,11 +72,15 @@ class CudaLink(Link):
         self._streams = {name: stream(device) for name in ("down", "up")}
 
     def host_bytes(self, size: int) -> Tensor:
-        # torch's page-locked memory has powers of two as sizes: a third more than needed on average.
-        memory = super().host_bytes(size)
+        # Whole pages of our own: the sizes of torch's page-locked memory are powers of two, a third more
+        # than needed on average.
+        memory = super().host_bytes(size + 2 * mmap.PAGESIZE)
+        start = -memory.data_ptr() % mmap.PAGESIZE
+        memory = memory[start : start + size]
         if size:
-            address, cudart = memory.data_ptr(), torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            torch.cuda.check_error(int(cudart.cudaHostRegister(address, size, 0)))
+            address, pages = memory.data_ptr(), -(-size // mmap.PAGESIZE)
+            register = torch.cuda.cudart().cudaHostRegister  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(int(register(address, pages * mmap.PAGESIZE, 0)))
             weakref.finalize(memory, self._release, address).atexit = False
         return memory
 
