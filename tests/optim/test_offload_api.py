@@ -145,6 +145,15 @@ def test_default_seeds_are_those_without_offload(monkeypatch):
     assert_equal(params, moved)
 
 
+def test_a_seed_that_an_option_needs_later_is_in_the_groups():
+    params = make_params(HALF)
+    offloaded = optim.Offloaded(optim.AdamW, params)
+    assert offloaded.param_groups[0]["rounding_seed"] is None
+    offloaded.param_groups[0]["state_dtype"] = "bfloat16"
+    step(params, offloaded, 0)
+    assert isinstance(offloaded.state_dict()["param_groups"][0]["rounding_seed"], int)
+
+
 def test_parameters_that_leave_the_groups_are_freed():
     """Accelerate replaces the parameters of a group after construction."""
     params, plain, moved, offloaded = pair()

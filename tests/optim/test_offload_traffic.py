@@ -128,23 +128,35 @@ def test_memory_is_made_for_what_trains():
 
 @pytest.mark.parametrize("edit", ["in place", "data", "model"])
 def test_modified_weights_are_noticed(edit):
-    params, optimizer = trained([(8, 8), (8, 8)])
+    params, optimizer = trained([(8, 8)] * 4)
     other = torch.full_like(params[0], 3.0)
+    expected = [other, other, params[2].clone(), params[3].clone()]
     with optimizer.link.edits(), torch.no_grad():
         if edit == "in place":
             params[0].copy_(other)
+            params[1].fill_(3.0)
         elif edit == "data":
-            params[0].data = other
+            params[0].data, params[1].data = other, other.clone()
         else:
-            torch.nn.ParameterList(params).load_state_dict({"0": other, "1": params[1]})
+            torch.nn.ParameterList(params).load_state_dict(dict(zip("0123", expected, strict=True)))
     optimizer.param_groups[0]["lr"] = 0.0
     with Traffic(optimizer) as traffic:
         for param in params:
             param.grad = torch.zeros_like(param)
         optimizer.step()
         optimizer.link.settle()
-    assert torch.equal(params[0], other)
-    assert traffic.down == 2.0 + (2.0 if edit == "model" else 1.0)  # load_state_dict writes both
+    assert all(map(torch.equal, params, expected))
+    assert traffic.down == 2.0 + (2.0 if edit == "model" else 1.0)  # load_state_dict writes all
+
+
+def test_a_copy_is_used_in_one_step_only():
+    """A replayed CUDA graph writes the same gradients without a version counter, and runs no hook."""
+    params, optimizer = trained([(8, 8)], betas=(0.0, 0.0))
+    loss_of(params, 1).backward()
+    optimizer.step()
+    params[0].grad.data.fill_(2.0)
+    optimizer.step()
+    assert (optimizer.state[params[0]]["exp_avg"] == 2).all()
 
 
 def test_reload_weights_after_writes_through_data():

@@ -88,6 +88,7 @@ class PretendLink(Link):
         assert target.dim() == source.dim() == 1
         assert target.is_contiguous()
         assert source.is_contiguous()
+        assert not source.is_conj()  # it would be resolved on the host, before it is there
         on_host = (target, source)[self._direction == "up"]
         on_device = (source, target)[self._direction == "up"]
         assert not target.numel() or (self._is_on_host(on_host) and not self._is_on_host(on_device))
