@@ -43,7 +43,7 @@ def rehearsed(name: str) -> dict:
 
 
 PARTS_IN_PYTHON = ["bitwise", "graphs", "sync", "large", "bandwidth", "launches", "training", "reduced"]
-PARTS_IN_PYTHON += ["linear", "fusions"]
+PARTS_IN_PYTHON += ["linear", "fusions", "offload"]
 
 
 @pytest.mark.parametrize("name", PARTS_IN_PYTHON)

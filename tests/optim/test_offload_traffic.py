@@ -37,6 +37,19 @@ def test_two_bytes_each_way():
         assert (traffic.down, traffic.up) == (2.0, 2.0)
 
 
+def test_a_step_moves_the_version_counters_of_weights():
+    """As torch's in-place operations do, so that autograd notices; a skipped step does not."""
+    params, optimizer = trained()
+    before = [p._version for p in params]
+    loss_of(params, 1).backward()
+    optimizer.found_inf = 1.0
+    optimizer.step()
+    assert [p._version for p in params] == before
+    del optimizer.found_inf
+    optimizer.step()
+    assert [p._version for p in params] > before
+
+
 def test_fp32_weights_cross_in_four_bytes():
     params, optimizer = trained(dtype=torch.float32)
     with Traffic(optimizer) as traffic:
