@@ -66,6 +66,7 @@ def test_nothing_goes_up_on_overflow():
     with Traffic(optimizer) as traffic:
         scaler.scale(loss_of(params, 1, poison=0)).backward()
         scaler.step(optimizer)
+        optimizer.link.settle()
     assert (traffic.down, traffic.up) == (2.0, 0.0)
     assert scaler.last_step_skipped
     assert all(map(torch.equal, before, params))
@@ -80,7 +81,17 @@ def test_only_the_last_micro_batch_is_copied(says, expected):
             loss_of(params, s + 1).backward()
         optimizer.step()
     assert traffic.down == expected
-    assert optimizer._is_last
+
+
+def test_after_a_step_backward_passes_copy_again():
+    params, optimizer = trained()
+    optimizer.last_micro_batch(False)
+    loss_of(params, 1).backward()
+    optimizer.step()
+    optimizer.link.late = False
+    with Traffic(optimizer) as traffic:
+        loss_of(params, 2).backward()
+    assert traffic.down == 2.0
 
 
 def test_last_micro_batch_as_a_context():

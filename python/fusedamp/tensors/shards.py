@@ -73,8 +73,9 @@ def placed_with(shard: Tensor, param: Tensor) -> Tensor:
 
     meta = TensorMeta(param.shape, param.stride(), shard.dtype)
     spec = DTensorSpec(param.device_mesh, param.placements, tensor_meta=meta)  # type: ignore[attr-defined]
-    made: Tensor = DTensor(shard, spec, requires_grad=False)  # type: ignore[no-untyped-call]
-    return made  # from_local would move the shard to the mesh's device
+    make: Any = DTensor  # from_local would move the shard to the mesh's device
+    made: Tensor = make(shard, spec, requires_grad=False)
+    return made
 
 
 def sharded_dims(tensor: Tensor) -> tuple[MeshDim, ...]:
