@@ -129,6 +129,21 @@ def whole_checkpoint_into_shards():
         assert optimizer.state[param]["exp_avg"].shape == local(param).shape
 
 
+def fsdp2_in_backward():
+    """step_in_backward: each shard is updated when its gradient has been reduced."""
+    plain, released = sharded(net()), sharded(net())
+    one, other = (optim.AdamW(model.parameters(), **SPLIT) for model in (plain, released))
+    optim.step_in_backward(other)
+    for s in range(4):
+        for model, optimizer in ((plain, one), (released, other)):
+            x = torch.randn(4, 7, generator=torch.Generator().manual_seed(s)).bfloat16()
+            model(x).float().square().sum().backward()
+            assert optimizer is one or all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same(plain, released)
+
+
 def dcp_saves_and_loads(folder):
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -198,6 +213,7 @@ def scenarios(folder):
         "fsdp2-full-checkpoints": partial(fsdp2_checkpoints, True),
         "whole-checkpoint": whole_checkpoint_into_shards,
         "dcp": partial(dcp_saves_and_loads, f"{folder}/saved"),
+        "fsdp2-in-backward": fsdp2_in_backward,
         "refusals": refusals,
         "ddp": partial(ddp, False),
         "ddp-view": partial(ddp, True),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import checks
+from ..ops.inputs import refuse_freed, stepping_in_backward
 from ..tensors.addresses import rows
 from ..tensors.shards import refuse_flattened
 from .gradients import Gradients, on
@@ -82,6 +83,8 @@ def clip_grad_norm_(
             )
     norm_type = check_norm("clip_grad_norm_", max_norm, norm_type)
     refuse_flattened("clip_grad_norm_", parameters)
+    if stepping_in_backward:
+        refuse_freed("clip_grad_norm_", parameters)
     gradients = Gradients(parameters)
     if not gradients.by_device:
         return torch.tensor(0.0)

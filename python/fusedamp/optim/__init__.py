@@ -3,6 +3,7 @@
 from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .in_backward import step_in_backward
 from .layerwise import LAMB, LARS, NovoGrad
 from .lion import Lion
 from .muon import Muon
@@ -27,4 +28,5 @@ __all__ = [
     "Offloaded",
     "RAdam",
     "RMSprop",
+    "step_in_backward",
 ]

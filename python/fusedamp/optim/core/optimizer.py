@@ -59,6 +59,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _accesses: int = 0  # how often ``state`` was accessed
     _own_seed: int | None = None  # of groups without a rounding_seed
     _in_parts: Callable[[list[Batch]], Iterable[Batch]] | None = None  # splits a step into smaller calls
+    _chosen = staticmethod(lambda g, group: enumerate(group["params"]))  # what a step steps
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -243,9 +244,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             mode = self._mode(group)
             seeds, position = ((mode.rounding_seed or 0) << 32) + position, position + len(group["params"])
             batches: dict[tuple[str, bool], Batch] = {}
-            for i, param in enumerate(group["params"]):
-                grad = gradient_of(param)
-                if grad is None:
+            for i, param in self._chosen(g, group):
+                if (grad := gradient_of(param)) is None:
                     continue
                 if grad.shape != param.shape and param.grad is None:
                     raise ValueError(
@@ -284,7 +284,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Yield generators that create the missing states of ``wanted`` parameters, one tensor at a time."""
         state = vars(self)["state"]
         for g, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
+            for i, param in self._chosen(g, group):
                 if not state.get(param) and wanted(param):
                     yield self._making_state(f"{self._where(g)} params[{i}]", group, param, state[param])
 

@@ -23,6 +23,7 @@ from ...tensors.shards import is_distributed, is_dtensor, is_flattened, local
 from ..core.batch import Batch, Group
 from ..core.optimizer import FusedOptimizer
 from ..core.params import check_distinct, check_place
+from ..core.parts import overrides_step
 from ..state import checkpoint
 from .buckets import Bucket, Twin
 from .entries import Entries, place_states, shards_of
@@ -343,8 +344,7 @@ def _check_class(optimizer_class: Any) -> None:
             f"[Offloaded] optimizer_class is {optimizer_class!r}; expected a class of fusedamp.optim. Pass "
             "the class first, then the parameters: Offloaded(fusedamp.optim.AdamW, model.parameters())."
         )
-    step = optimizer_class.step
-    if getattr(step, "__wrapped__", step) is not FusedOptimizer._fusedamp_step:
+    if overrides_step(optimizer_class):
         raise TypeError(
             f"[Offloaded] optimizer_class {optimizer_class.__name__} overrides step; expected the step of "
             "fusedamp.optim, whose calls are made bucket by bucket. Override step in a subclass of Offloaded."
