@@ -176,8 +176,9 @@ def test_complex_parameters():
     param = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.complex64))
     moved = memory.take(param)
     plain, offloaded = optim.AdamW([param]), Pretended(memory, optim.AdamW, [moved])
-    for _ in range(3):
-        param.grad = torch.randn(3, 5, dtype=torch.complex64).mH  # conjugated, transposed
+    for transposed in (False, True, False):
+        grad = torch.randn(5, 3, dtype=torch.complex64)
+        param.grad = grad.t().contiguous().mH if transposed else grad.conj()
         moved.grad = param.grad
         plain.step()
         offloaded.step()
