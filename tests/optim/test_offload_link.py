@@ -76,6 +76,9 @@ def test_copies_wait_for_the_device_and_the_device_for_them(calls):
         done.wait()
         link.follow(done)
         assert calls.made == [("synchronize event",), ("wait_event", done.event)]
+    calls.made.clear()
+    link.meet("down")
+    assert calls.made == [("wait_stream", streams[0], calls.main)]
     link.run("down", lambda: None)
     assert ("new stream", device) not in calls.made  # a stream per copy would grow the allocator's pools
 

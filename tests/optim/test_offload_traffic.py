@@ -117,6 +117,15 @@ def test_gradients_are_copied_during_the_backward_pass(monkeypatch):
     assert (traffic.down, traffic.up) == (0.0, 2.0)
 
 
+def test_a_copy_waits_for_the_stream_of_each_gradient(monkeypatch):
+    """Backward passes may use several streams; a copy is queued on the last one's."""
+    params, optimizer = trained([(8, 8)] * 3)
+    met = []
+    monkeypatch.setattr(optimizer.link, "meet", met.append)
+    loss_of(params, 1).backward()
+    assert met == ["down"] * 3
+
+
 def test_small_tensors_cross_together():
     params, optimizer = trained(shapes=[(16,)] * 100)
     before = dict(optimizer.link.crossings)

@@ -76,6 +76,7 @@ class Bucket:
     def arrive(self, twin: Twin) -> bool:
         """Note that a backward pass finished a gradient; True if it was the bucket's last."""
         self._arrived.add(id(twin))
+        self.link.meet("down")
         if len(self._arrived) < len(self.twins):
             return False
         self._arrived.clear()

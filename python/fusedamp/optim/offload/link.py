@@ -39,6 +39,10 @@ class Link:
         advise_huge_pages(memory.data_ptr(), size)
         return memory
 
+    def meet(self, direction: Direction) -> None:
+        """Make later work in the queue begin after the device's work so far: of each stream that makes
+        gradients, of which :meth:`run` sees the last."""
+
     def run(self, direction: Direction, work: Callable[[], None]) -> Done:
         """Queue ``work``. What it writes may be read after the result's ``wait``, or after :meth:`follow`."""
         work()
@@ -88,9 +92,12 @@ class CudaLink(Link):
         torch.cuda.synchronize(self._device)  # a copy may still use the memory
         torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
+    def meet(self, direction: Direction) -> None:
+        self._streams[direction].wait_stream(torch.cuda.current_stream(self._device))
+
     def run(self, direction: Direction, work: Callable[[], None]) -> Done:
         stream = self._streams[direction]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        self.meet(direction)
         with torch.cuda.stream(stream):
             work()
             return _Event(stream.record_event())

@@ -207,9 +207,8 @@ class Offloaded(torch.optim.Optimizer):
         if twin.bucket is None or twin.has_moved():
             check_place(source)
         if source is not param or is_flattened(param):
-            self._mirror.host._states_of(
-                param, group
-            )  # the host's copy is a plain tensor, which it would accept
+            # Its twin is a plain tensor, which the host's optimizer would accept.
+            self._mirror.host._states_of(param, group)
         if grad.layout is not torch.strided:
             grad = self._mirror.host._densified(grad)
         if grad.shape != param.shape or local(grad).device != source.device:
