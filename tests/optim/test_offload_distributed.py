@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from fusedamp import GradScaler, optim
+from fusedamp.checkpoints import fp32_state_dict
 from pretend_device import Memory, Pretended, Traffic
 from ranks import run_scenarios
 from torch import nn
@@ -71,6 +72,8 @@ def fsdp2(options, dtype=torch.bfloat16):
     other = Pretended(Memory(), optim.AdamW, offloaded.parameters(), **options)
     assert train(plain, one, micro=2) == train(offloaded, other, micro=2)
     assert_same(plain, offloaded)
+    wide = [fp32_state_dict(model, o) for model, o in ((plain, one), (offloaded, other))]
+    assert all(torch.equal(local(wide[0][name]), local(wide[1][name])) for name in wide[0])
     with Traffic(other) as traffic:  # only shards cross
         train(offloaded, other, [7])
     assert traffic.down < 0.75 * 2 * dtype.itemsize

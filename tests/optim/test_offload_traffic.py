@@ -126,6 +126,20 @@ def test_a_copy_waits_for_the_stream_of_each_gradient(monkeypatch):
     assert met == ["down"] * 3
 
 
+def test_a_main_grad_is_copied_in_the_step():
+    """Trainers write it in kernels of their own, which move no version counter."""
+    params, optimizer = trained([(8, 8)], betas=(0.0, 0.0))
+    params[0].main_grad = torch.zeros(8, 8)
+    handle = params[0].register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    for s in range(2):
+        loss_of(params, s).backward()
+        optimizer._arrive(params[0])  # as hooks do that run after the trainer's
+        params[0].main_grad.data.add_(1.0)
+    optimizer.step()
+    handle.remove()
+    assert (optimizer.state[params[0]]["exp_avg"] == 2).all()
+
+
 def test_small_tensors_cross_together():
     params, optimizer = trained(shapes=[(16,)] * 100)
     before = dict(optimizer.link.crossings)
@@ -180,6 +194,19 @@ def test_modified_weights_are_noticed(edit):
         optimizer.link.settle()
     assert all(map(torch.equal, params, expected))
     assert traffic.down == 2.0 + (2.0 if edit == "model" else 1.0)  # load_state_dict writes all
+
+
+def test_other_memory_at_the_same_address_is_noticed():
+    """As after two assignments to .data, when the allocator reuses what the first one freed."""
+    memory = bytearray(4 * 8)
+    param = torch.nn.Parameter(torch.frombuffer(memory, dtype=torch.float32))
+    optimizer = optim.Offloaded(optim.SGD, [param], lr=0.0)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    memory[:] = torch.arange(8.0).numpy().tobytes()
+    param.data = torch.frombuffer(memory, dtype=torch.float32)
+    optimizer.step()
+    assert torch.equal(param, torch.arange(8.0))
 
 
 def test_a_copy_is_used_in_one_step_only():

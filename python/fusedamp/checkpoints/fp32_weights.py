@@ -43,25 +43,25 @@ def fp32_state_dict(model: nn.Module, optimizer: FusedOptimizer | Offloaded) -> 
             f"[fp32_state_dict] the {type(optimizer).__name__} trains none of the parameters in "
             f"{type(model).__name__}.state_dict(); expected the model that it trains. Pass that model."
         )
+    offloads = isinstance(optimizer, Offloaded)
     # The property would make the next step check everything.
-    state = optimizer.state if isinstance(optimizer, Offloaded) else vars(optimizer)["state"]
+    state = optimizer.state if offloads else vars(optimizer)["state"]
     made: dict[int, Tensor] = {}  # tied weights occur several times
     for name, value in result.items():
         if isinstance(value, Tensor):
             if id(value) not in made:
                 entry = state.get(value, {}) if id(value) in trained else {}
-                made[id(value)] = _in_fp32(value, entry)
+                made[id(value)] = _in_fp32(value, entry, offloads)
             result[name] = made[id(value)]
     return result
 
 
-def _in_fp32(value: Tensor, entry: dict[str, Any]) -> Tensor:
+def _in_fp32(value: Tensor, entry: dict[str, Any], offloads: bool) -> Tensor:
     if not isinstance(value, nn.Parameter) or not has_master(value, "fp32"):
         return value.detach()
     if entry.get("master") is None:
         return value.detach().to(STATE_DTYPES[value.dtype])
-    device = entry["master"].device
-    if device == value.device:
+    if not offloads:
         return master_values(entry, value.detach())
-    made = master_values(entry, local(value).detach().to(device))  # of an offloaded parameter
+    made = master_values(entry, local(value).detach().cpu())
     return placed_with(made, value) if is_dtensor(value) else made

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from ...tensors.shards import local
@@ -30,14 +31,14 @@ class Twin:
         vars(self.home)["main_grad"] = None
         self.bucket: Bucket | None = None
         self.layout: tuple[Any, ...] = ()
-        self.seen: tuple[Any, ...] | None = None  # versions of the weight that ``home`` equals
+        self.seen: tuple[Any, ...] | None = None  # :func:`versions` of the weight that ``home`` equals
 
     def has_moved(self) -> bool:
         """True if the parameter has another device, dtype or layout than its bucket was made for."""
         return self.layout != _layout(local(self.param))
 
     def is_current(self) -> bool:
-        """True if ``home`` has the parameter's weight, by its version counter and address."""
+        """True if ``home`` has the parameter's weight, by its version counter and memory."""
         now = versions(self.param)
         return now is not None and now == self.seen
 
@@ -46,12 +47,14 @@ def _layout(source: Tensor) -> tuple[Any, ...]:
     return source.device, source.dtype, source.shape, source.stride()
 
 
-def versions(tensor: Tensor) -> tuple[int, int, int] | None:
-    """Return version counters and address; None if there is no counter, as of inference mode's tensors."""
+def versions(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Return version counters and identity of the memory; None if there is no counter, as of inference mode's
+    tensors. An address would not do: other memory may get it later."""
     shard = local(tensor)
     if tensor.is_inference() or shard.is_inference():
         return None
-    return tensor._version, shard._version, shard.data_ptr()
+    storage = StorageWeakRef(shard.untyped_storage())  # type: ignore[no-untyped-call]
+    return tensor._version, shard._version, storage, shard.storage_offset()
 
 
 class Bucket:

@@ -51,9 +51,9 @@ class Offloaded(torch.optim.Optimizer):
     updated. The host waits for the gradients, the device for the last weights.
 
     Weights that are modified on the device between steps are copied to the host in the next step, and masters
-    follow them as in any optimizer of fusedamp. Modifications are detected by version counters and addresses:
-    writes through ``.data``, which change neither, must be followed by :meth:`reload_weights`. The same holds
-    for gradients: write to them through ``.data`` only after ``last_micro_batch(False)``.
+    follow them as in any optimizer of fusedamp. Modifications are detected by version counters and by new
+    memory: writes through ``.data``, which change neither, must be followed by :meth:`reload_weights`. The
+    same holds for gradients: write to them through ``.data`` only after ``last_micro_batch(False)``.
 
     Args:
         optimizer_class: a class of :mod:`fusedamp.optim`; Muon, Adafactor, LAMB, LARS and NovoGrad need whole
@@ -133,7 +133,7 @@ class Offloaded(torch.optim.Optimizer):
             bucket = twin.bucket
             if bucket is None or not bucket.arrive(twin):
                 return
-            grads = [gradient_of(twin.param) for twin in bucket.twins]
+            grads = [twin.param.grad for twin in bucket.twins]
             if all(map(_can_fetch, bucket.twins, grads)):  # else the step does, or raises
                 bucket.fetch(grads)
 
@@ -367,14 +367,15 @@ def _is_capturing(param: Tensor) -> bool:
 
 
 def _can_fetch(twin: Twin, grad: Tensor | None) -> bool:
-    """True if ``grad`` needs no conversion before it is copied."""
+    """True if ``grad`` can be copied within the backward pass: it is final and needs no conversion."""
     param = twin.param
-    return not twin.has_moved() and (
-        grad is None
-        or (
-            grad.layout is torch.strided
-            and grad.shape == param.shape
-            and local(grad).device == local(param).device
-            and getattr(grad, "placements", None) == getattr(param, "placements", None)
-        )
+    if twin.has_moved():
+        return False
+    if grad is None:  # a main_grad is written without a version counter, by later backward passes too
+        return gradient_of(param) is None
+    return (
+        grad.layout is torch.strided
+        and grad.shape == param.shape
+        and local(grad).device == local(param).device
+        and getattr(grad, "placements", None) == getattr(param, "placements", None)
     )
