@@ -1,6 +1,7 @@
 """Steps in the backward pass: the bits of the plain optimizer, freed gradients, and what is refused."""
 
 import copy
+import gc
 import pickle
 
 import fusedamp
@@ -191,6 +192,20 @@ def test_the_handle_ends_it():
     assert params[0].grad is not None
     GradScaler("cpu", enabled=False).step(optimizer)
     step_in_backward(optimizer)
+
+
+def test_it_ends_with_the_optimizer():
+    """Hooks of an optimizer that was replaced must not step too."""
+    params = make_params(HALF, [(4,)])
+    optimizer = optim.SGD(params, lr=0.5)
+    step_in_backward(optimizer)
+    del optimizer
+    gc.collect()
+    before = params[0].detach().clone()
+    loss_of(params, 0).backward()
+    assert torch.equal(before, params[0])
+    assert params[0].grad is not None
+    assert not inputs.stepping_in_backward
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])

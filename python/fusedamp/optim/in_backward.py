@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.inputs import stepping_in_backward
-from ..tensors.layout import gradient_of
 from ..tensors.shards import is_distributed, is_dtensor, local
 from .core.optimizer import FusedOptimizer
 from .core.params import check_aliasing
@@ -22,7 +22,7 @@ class BackwardSteps:
     """Handle of :func:`step_in_backward`; :meth:`remove` ends it."""
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
-        self._singles = Singles(optimizer)
+        self._singles = Singles()
         self._stepped: set[int] = set()  # ids of the parameters stepped since the last optimizer.step()
         self._lock = threading.Lock()  # several devices have several backward threads
         params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -30,7 +30,7 @@ class BackwardSteps:
             param.register_post_accumulate_grad_hook(self._arrive) for param in params if param.requires_grad
         ]
         self._handles.append(optimizer.register_step_post_hook(self._end_step))
-        self._optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)  # the hooks must not outlive it
         stepping_in_backward.add(optimizer)
 
     def remove(self) -> None:
@@ -38,18 +38,21 @@ class BackwardSteps:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        stepping_in_backward.discard(self._optimizer)
+        if (optimizer := self._optimizer()) is not None:
+            stepping_in_backward.discard(optimizer)
 
     def _end_step(self, *_: Any) -> None:
         self._stepped.clear()
 
     def _arrive(self, param: Tensor) -> None:
+        optimizer, grad = self._optimizer(), param.grad
+        if optimizer is None or grad is None:
+            return
         with self._lock:
-            place, grad = self._singles.find(param), gradient_of(param)
-            if place is None or grad is None:
+            if (place := self._singles.find(optimizer.param_groups, param)) is None:
                 return
             self._check(f"{_WHERE} group {place[0]} params[{place[1]}]", param, grad)
-            self._singles.step(param, place)
+            self._singles.step(optimizer, param, place)
             self._stepped.add(id(param))
             if grad.is_cuda:  # FSDP2 makes it on one stream and steps on another
                 local(grad).record_stream(torch.cuda.current_stream(grad.device))
@@ -95,7 +98,8 @@ def step_in_backward(optimizer: FusedOptimizer) -> BackwardSteps:
 
     Args:
         optimizer: an optimizer of :mod:`fusedamp.optim`, not Offloaded.
-    Returns: a handle with ``remove()``. A copy of the optimizer steps in ``step()``.
+    Returns: a handle with ``remove()``, which need not be kept. It ends with the optimizer. A copy of the
+        optimizer steps in ``step()``.
     Raises: TypeError or ValueError for another optimizer, or for parameters that share memory. In a backward
         pass, a RuntimeError: for a second gradient before ``optimizer.step()`` (gradient accumulation, or a
         weight shared by re-entrant checkpoints; the first one was applied), for plain parameters on several

@@ -17,17 +17,15 @@ def overrides_step(kind: type[FusedOptimizer]) -> bool:
 
 
 class Singles:
-    """Steps the parameters of ``optimizer`` one by one, each with the caches of its last step."""
+    """Steps the parameters of one optimizer one by one, each with the caches of its last step."""
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self) -> None:
         self._places: dict[int, tuple[int, int]] = {}  # by id of the parameter: group, and index in it
         self._slots: dict[int, dict[int, Slot]] = {}
         self._accesses = -1
 
-    def find(self, param: Tensor) -> tuple[int, int] | None:
-        """Return the group of ``param`` and its index there; None if it has left the optimizer."""
-        groups: list[Group] = self._optimizer.param_groups
+    def find(self, groups: list[Group], param: Tensor) -> tuple[int, int] | None:
+        """Return the group of ``param`` and its index there; None if it is in none of ``groups``."""
         place = self._places.get(id(param))
         if place is None or not _is_at(groups, place, param):
             self._places = {
@@ -36,9 +34,9 @@ class Singles:
             place = self._places.get(id(param))
         return place
 
-    def step(self, param: Tensor, place: tuple[int, int]) -> None:
+    def step(self, optimizer: FusedOptimizer, param: Tensor, place: tuple[int, int]) -> None:
         """Step ``param`` as a step of all parameters would, if only it had a gradient."""
-        optimizer, (g, i) = self._optimizer, place
+        g, i = place
         if optimizer._accesses != self._accesses:  # the state may have been modified
             self._slots, self._accesses = {}, optimizer._accesses
         chosen: Any = vars(optimizer)
