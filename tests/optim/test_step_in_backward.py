@@ -254,7 +254,8 @@ def test_accumulation_is_refused():
 
 def test_a_weight_shared_by_reentrant_checkpoints_is_refused():
     layer = nn.Linear(4, 4)
-    step_in_backward(optim.SGD(layer.parameters(), lr=0.5))
+    optimizer = optim.SGD(layer.parameters(), lr=0.5)
+    step_in_backward(optimizer)
     x = torch.ones(2, 4, requires_grad=True)
     for _ in range(2):
         x = checkpoint(layer, x, use_reentrant=True)
@@ -285,7 +286,8 @@ def test_scalers_are_refused(kind):
 def test_clipping_is_refused():
     params = make_params(HALF, [(4,)])
     others = make_params(HALF, [(4,)])
-    step_in_backward(optim.SGD(params, lr=0.5))
+    optimizer = optim.SGD(params, lr=0.5)
+    step_in_backward(optimizer)
     with pytest.raises(RuntimeError, match=r"\[clip_grad_norm_\] the optimizer steps in the backward pass"):
         fusedamp.clip_grad_norm_(params, 1.0)
     loss_of(others, 0).backward()
@@ -294,7 +296,8 @@ def test_clipping_is_refused():
 
 def test_plain_parameters_on_several_ranks_are_refused(monkeypatch):
     params = make_params(HALF, [(4,)])
-    step_in_backward(optim.SGD(params, lr=0.5))
+    optimizer = optim.SGD(params, lr=0.5)
+    step_in_backward(optimizer)
     monkeypatch.setattr(in_backward, "is_distributed", lambda: True)
     before = params[0].detach().clone()
     with pytest.raises(RuntimeError, match="plain parameter on several ranks"):
@@ -305,7 +308,8 @@ def test_plain_parameters_on_several_ranks_are_refused(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Using backward")  # torch warns of a reference cycle
 def test_a_gradient_with_a_graph_is_refused():
     params = make_params(torch.float32, [(4,)])
-    step_in_backward(optim.SGD(params, lr=0.5))
+    optimizer = optim.SGD(params, lr=0.5)
+    step_in_backward(optimizer)
     with pytest.raises(RuntimeError, match="create_graph=True"):
         params[0].square().sum().backward(create_graph=True)
 
