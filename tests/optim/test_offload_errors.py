@@ -107,4 +107,5 @@ def test_bad_groups():
         with pytest.raises(ValueError, match=match):
             offloaded.add_param_group(group)
         assert len(offloaded.param_groups) == len(offloaded._mirror.host.param_groups) == 1
+        assert list(offloaded._mirror.twins) == [param]
     step([param], offloaded, 0)

@@ -52,13 +52,13 @@ class Mirror:
         if [list(map(id, some)) for some in homes] != [list(map(id, other["params"])) for other in others]:
             others[:] = [{"params": some} for some in homes]
             self.host._forget()
-            self._drop_unused()
+            self.drop_unused()
         for group, other in zip(groups, others, strict=True):
             for name in other.keys() - group.keys():
                 del other[name]
             other.update((name, value) for name, value in group.items() if name != "params")
 
-    def _drop_unused(self) -> None:
+    def drop_unused(self) -> None:
         """Drop twins of parameters that left the groups and have no state."""
         used = {id(home) for other in self.host.param_groups for home in other["params"]}
         used |= set(map(id, vars(self.host)["state"]))

@@ -287,6 +287,7 @@ class Offloaded(torch.optim.Optimizer):
             self._mirror.host.add_param_group({**group, "params": homes})
         except BaseException:
             self.param_groups.pop()
+            self._mirror.drop_unused()
             raise
         self._mirror.take_options(self.param_groups)
 
