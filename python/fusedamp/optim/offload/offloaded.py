@@ -260,17 +260,18 @@ class Offloaded(torch.optim.Optimizer):
             for slot, grad in zip(batch.slots, batch.grads, strict=True):
                 bucket = self._mirror.by_home[slot.param].bucket
                 assert bucket is not None
-                some = calls.setdefault(bucket, {})
-                part = some.setdefault(index, replace(batch, slots=[], grads=[]))
-                part.slots.append(slot)
-                part.grads.append(grad)
+                parts = calls.setdefault(bucket, {})
+                if index not in parts:
+                    parts[index] = replace(batch, slots=[], grads=[])
+                parts[index].slots.append(slot)
+                parts[index].grads.append(grad)
         for bucket in self._mirror.buckets:
             if bucket in calls:
                 bucket.land()
-                yield from calls[bucket].values()
+                mine = list(calls[bucket].values())
+                yield from mine
                 if not skips:
-                    parts = calls[bucket].values()
-                    bucket.store({self._mirror.by_home[slot.param] for part in parts for slot in part.slots})
+                    bucket.store({self._mirror.by_home[slot.param] for part in mine for slot in part.slots})
 
     # Groups and checkpoints ---------------------------------------------------------------
 
