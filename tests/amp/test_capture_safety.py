@@ -70,7 +70,7 @@ def combinations(optimizers):
 
 def test_every_optimizer_is_here():
     known = " ".join(OPTIMIZERS | COMPOSED).split()
-    assert set(optim.__all__) <= set(known)
+    assert {name for name in optim.__all__ if hasattr(getattr(optim, name), "states")} <= set(known)
 
 
 class HostRead(AssertionError):
