@@ -129,6 +129,7 @@ def test_a_copy_waits_for_the_stream_of_each_gradient(monkeypatch):
 def test_a_main_grad_is_copied_in_the_step():
     """Trainers write it in kernels of their own, which move no version counter."""
     params, optimizer = trained([(8, 8)], betas=(0.0, 0.0))
+    optimizer.link.late = False
     params[0].main_grad = torch.zeros(8, 8)
     handle = params[0].register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     for s in range(2):

@@ -227,6 +227,8 @@ def test_parameters_that_left_the_optimizer_are_left_alone():
     params = make_params(HALF, [(4,), (5,)])
     optimizer = optim.SGD(params, lr=0.5)
     step_in_backward(optimizer)
+    loss_of(params, 0).backward()
+    optimizer.step()
     optimizer.param_groups[0]["params"] = params[1:]
     before = params[0].detach().clone()
     loss_of(params, 0).backward()

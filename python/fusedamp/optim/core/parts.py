@@ -22,7 +22,6 @@ class Singles:
     def __init__(self) -> None:
         self._places: dict[int, tuple[int, int]] = {}  # by id of the parameter: group, and index in it
         self._slots: dict[int, dict[int, Slot]] = {}
-        self._accesses = -1
 
     def find(self, groups: list[Group], param: Tensor) -> tuple[int, int] | None:
         """Return the group of ``param`` and its index there; None if it is in none of ``groups``."""
@@ -32,13 +31,12 @@ class Singles:
                 id(p): (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])
             }
             place = self._places.get(id(param))
+            self._slots = {}  # of parameters that left, too
         return place
 
     def step(self, optimizer: FusedOptimizer, param: Tensor, place: tuple[int, int]) -> None:
         """Step ``param`` as a step of all parameters would, if only it had a gradient."""
         g, i = place
-        if optimizer._accesses != self._accesses:  # the state may have been modified
-            self._slots, self._accesses = {}, optimizer._accesses
         chosen: Any = vars(optimizer)
         before = optimizer._slots, optimizer._stepped
         optimizer._slots = self._slots.get(id(param), {})
