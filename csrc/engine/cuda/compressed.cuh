@@ -159,7 +159,7 @@ struct Draws {
 };
 
 __device__ __forceinline__ bool draws_in_pairs(const StepRow& row) {
-  const Place& place = row.place;
+  const Placement& place = row.place;
   return is_whole(place) || ((place.first | place.stride) % 2 == 0 && place.run % kPerLane == 0 && row.numel > 0 &&
                              whole_index(place, row.numel - 1) < kKeyElements);
 }
