@@ -27,7 +27,7 @@ from .formats import (
     scale_name,
     taken_from_checkpoint,
 )
-from .spec import resolved
+from .spec import StateSpec, resolved
 from .steps import as_step
 
 
@@ -85,7 +85,7 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
         return None  # torch raises a ValueError that names it
-    owners: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
+    owners: dict[Any, tuple[Tensor, dict[str, Any], bool]] = {}
     converted_groups = []
     for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         saved = dict(saved)
@@ -99,7 +99,8 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
         optimizer._check_group(f"{where} group {g}:", {**optimizer.defaults, **converted})
         converted_groups.append(converted)
         for index, param in zip(saved["params"], group["params"], strict=True):
-            owners[index] = (param, {**optimizer.defaults, **converted})
+            in_8_bits = saved.get("state_dtype") == "int8"
+            owners[index] = (param, {**optimizer.defaults, **converted}, in_8_bits)
     state, makers = dict(state_dict["state"]), []
     dropped: dict[str, int] = {}
     for index, saved in state_dict["state"].items():
@@ -144,14 +145,16 @@ def _warn_of_dropped(where: str, optimizer: str, dropped: dict[str, int]) -> Non
 
 
 def _converting(
-    where: str, optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any]
+    where: str, optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any], in_8_bits: bool
 ) -> Iterator[None]:
     """Convert the saved ``entry`` to the state of ``param``, in place, one tensor at a time."""
     with at(where):
-        yield from _convert_tensors(optimizer, entry, param, group)
+        yield from _convert_tensors(optimizer, entry, param, group, in_8_bits)
 
 
-def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any]) -> Iterator[None]:
+def _convert_tensors(
+    optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any], in_8_bits: bool
+) -> Iterator[None]:
     optimizer._check_param(param, group)
     specs = [spec for spec in optimizer.states if spec.of is None or spec.of(param, group)]
     for spec in specs:
@@ -179,6 +182,8 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
                 "expected its int8 or uint8 values. Quantized values must not be cast or computed with: "
                 'load the intact checkpoint into an optimizer with state_dtype="float32" for that.'
             )
+    for spec in specs if in_8_bits else ():
+        _refuse_cast(spec, entry.get(spec.name))
     bits_from_checkpoint(entry, param)
     present = [spec for spec in specs if spec.name in entry]
     states = {state.name: state for state in resolved(present, param, group, optimizer.defaults)}
@@ -206,6 +211,18 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
         else:
             entry[name] = copy.deepcopy(value)
         yield
+
+
+def _refuse_cast(spec: StateSpec, value: Any) -> None:
+    """Raise if ``value``, saved in 8 bits, is a float: torch.distributed.checkpoint casts what it loads."""
+    if spec.like is None and isinstance(value, Tensor) and not isinstance(value, Quantized):
+        raise ValueError(
+            f"has state {spec.name!r} of dtype {value.dtype} in a group that was saved with state_dtype "
+            "'int8'; expected its int8 or uint8 values and their block scales. torch.distributed.checkpoint "
+            "casts quantized values to the states of the optimizer that loads: load into one with "
+            'state_dtype="int8", and its state_dict() into this one. If the values are numbers of your own, '
+            'set the saved group\'s state_dtype to "float32".'
+        )
 
 
 def _copied(state: Tensor) -> Tensor:
