@@ -37,9 +37,7 @@ def main(folder, steps, killed_at=None):
     if saved := sorted(Path(folder).glob("*/.metadata")):  # written last: the checkpoint is complete
         loaded = state(done)
         dcp.load(loaded, checkpoint_id=saved[-1].parent)
-        set_state_dict(
-            net, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
-        )
+        set_state_dict(net, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
         schedule.load_state_dict(loaded["schedule"])
         scaler.load_state_dict(loaded["scaler"])
         done = loaded["done"]
