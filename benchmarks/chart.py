@@ -16,7 +16,7 @@ from .machine import Machine
 from .results import Result
 from .workloads import WORKLOADS
 
-# Okabe and Ito's colour-blind-safe palette.
+# Okabe and Ito's color-blind-safe palette.
 OURS, MORE_THREADS, SLOWER, INK = "#0072B2", "#56B4E9", "#D55E00", "#222222"
 PANELS = ("W1", "W2", "W3")
 BAR = 0.36
@@ -59,7 +59,7 @@ def _panel(axes: Axes, results: list[Result], rivals: list[str], threads: list[i
         place = threads.index(result.timing.threads)
         y = rivals.index(result.row.rival.key) + (place - (len(threads) - 1) / 2) * BAR
         ratio, low, high = result.ratio(), result.ratio(20), result.ratio(80)
-        axes.barh(y, ratio, BAR * 0.92, color=SLOWER if result.verdict == "slower" else _colour(place))
+        axes.barh(y, ratio, BAR * 0.92, color=SLOWER if result.verdict == "slower" else _color(place))
         axes.plot([low, high], [y, y], color=INK, linewidth=1.1, solid_capstyle="butt")
         text = _times(ratio)
         axes.annotate(text, (max(ratio, high), y), (4, 0), textcoords="offset points", va="center", color=INK,
@@ -78,7 +78,7 @@ def _times(ratio: float) -> str:
     return f"{ratio:.{digits}f}x"
 
 
-def _colour(place: int) -> str:
+def _color(place: int) -> str:
     return OURS if place == 0 else MORE_THREADS
 
 
@@ -102,7 +102,7 @@ def _words(figure: plt.Figure, machine: Machine, quick: bool, threads: list[int]
         "Lines: 20th to 80th percentile.", ha="center", va="center", fontsize=9, color=INK,
     )  # fmt: skip
     names = ["1 thread (CPU time)" if n == 1 else f"{n} threads (wall time)" for n in threads]
-    handles = [Patch(color=_colour(place), label=name) for place, name in enumerate(names)]
+    handles = [Patch(color=_color(place), label=name) for place, name in enumerate(names)]
     if slower:
         handles.append(Patch(color=SLOWER, label="fusedamp slower"))
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=9)

@@ -2,8 +2,10 @@
 
 python benchmarks/pages.py [--check]
 
-A table stands between `<!-- table: name -->` and `<!-- end -->`. `--check` writes nothing, and exits with 1
-if a page differs. Pictures: `python benchmarks/pictures.py`.
+A table stands between `<!-- table: name -->` and `<!-- end -->`, and so do README's badges. If pyproject.toml
+names the repository, README's links become absolute: a package index shows it without the files beside it.
+`--check` writes nothing, and exits with 1
+if a page differs. Pictures: `python benchmarks/pictures.py`; numbers in sentences: `benchmarks/sentences.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import inspect
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterable
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
@@ -24,8 +27,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 H200 = RESULTS / "nvidia-h200-2026-11-26.json"
 EPYC = RESULTS / "amd-epyc-avx512-2-cores.csv"
 EPYC_STORAGE = RESULTS / "amd-epyc-avx512-2-cores-storage.csv"
-PARITY = ROOT / "docs" / "parity.md"
+PARITY = ROOT / "docs" / "parity.md"  # a result that is a page
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT.get("urls", {}).get("Repository")
+RELATIVE = re.compile(r"(!?)\[((?:!\[[^]]*\]\([^)]*\)|[^]])*)\]\((?!https?:|#)([^)]+)\)")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 STORAGE = {  # of AdamW: the words of the tables, and the options
@@ -193,6 +199,25 @@ def optimizers() -> str:
     return markdown(["optimizer", "same arguments as", "options and defaults", "16- and 8-bit storage"], body)
 
 
+def badges(repository: str | None = REPOSITORY) -> str:
+    """Return the badges of README.md, from pyproject.toml; that of CI needs a repository."""
+    torch = next(need for need in PROJECT["dependencies"] if need.startswith("torch"))
+    shown = {
+        "version": (PROJECT["version"], "CHANGELOG.md"),
+        "Python": (PROJECT["requires-python"], "pyproject.toml"),
+        "torch": (torch.removeprefix("torch"), "pyproject.toml"),
+        "license": (PROJECT["license"], "LICENSE"),
+    }
+    lines = []
+    if repository:
+        workflow = f"{repository}/actions/workflows/ci.yml"
+        lines.append(f"[![CI]({workflow}/badge.svg)]({workflow})")
+    for name, (value, link) in shown.items():
+        text = value.replace("-", "--").replace(">=", "%E2%89%A5")
+        lines.append(f"[![{name} {value}](https://img.shields.io/badge/{name}-{text}-blue)]({link})")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed-gpu": speed_on_the_gpu,
     "speed-cpu": speed_on_the_cpu,
@@ -200,52 +225,21 @@ TABLES: dict[str, Callable[[], str]] = {
     "bytes": bytes_per_parameter,
     "storage-speed": speed_of_storage,
     "optimizers": optimizers,
+    "badges": badges,
 }
 
 
-def prose() -> list[str]:
-    """Return what README.md says in sentences, made from the results."""
-    parts = evidence()
-    step = {run["recipe"]: f"{run['step_ms']:.1f}" for run in parts["training"]["runs"]}
-    fp16, bf16 = (f"torch AMP, {name} autocast, fused AdamW" for name in ("FP16", "BF16"))
-    ours16, ours_b16 = (f"fusedamp, {name} weights with masters" for name in ("FP16", "BF16"))
-    cells = [re.findall(r"[\d.]+(?= \|)", line) for line in speed_on_the_gpu().splitlines()[2:]]
-    small = [float(line[-1]) for line in cells]
-    large = [float(cell) for line in cells for cell in line[:-1]]
-    one_thread = [
-        float(row["ratio_p50"])
-        for row in rows(EPYC)
-        if row["optimizer"] == "adamw" and row["rival"] in ("P1", "P3", "P4") and row["threads"] == "1"
-        if row["workload"] in ("W1", "W2", "W3")
-    ]
-    gaps = [
-        (name, float(low), float(high))
-        for name, low, high in re.findall(
-            r"^\| (.*?) \| [\d.]+ \| \S+ \| (\S+) to (\S+) \|", PARITY.read_text(), re.M
-        )
-    ]
-    lost = [gap for gap in gaps if "no masters" in gap[0] and "stochastic" not in gap[0]]
-    kept = [gap for gap in gaps if gap not in lost]
-    sum_of_bytes = bytes_per_parameter().splitlines()
-    return [
-        f"takes {step[ours16]} ms with FP16 weights, and {step[fp16]} ms under",
-        f"takes {step[ours_b16]} and {step[bf16]} ms",
-        f"{min(large):.1f} to {max(large):.1f} times as fast as with",
-        f"up to {max(small):.1f} times on 2,000",
-        f"{sum_of_bytes[6].split(' | ')[-1].rstrip(' |')} bytes per parameter instead of "
-        f"{sum_of_bytes[2].split(' | ')[-1].rstrip(' |')}",
-        f"{len(kept)} of {len(gaps)} formats end within {max(abs(x) for _, *ends in kept for x in ends):.4f}",
-        f"{min(low for _, low, _ in lost):.2f} to {max(high for *_, high in lost):.2f} behind",
-        f"{min(one_thread):.1f} to {max(one_thread):.1f} times as fast on one thread",
-        f"{json.loads(H200.read_text())['parts']['bitwise']['checks']} checks",
-        f"{parts['graphs']['graphs']} CUDA graphs",
-        f"{parts['suite']['counts']['tests']:,} tests",
-    ]
+def absolute(text: str, repository: str) -> str:
+    """Return a page of the top folder with links into the repository instead of relative ones."""
+    return RELATIVE.sub(
+        lambda m: f"{m[1]}[{m[2]}]({repository}/{'raw' if m[1] else 'blob'}/main/{m[3]})", text
+    )
 
 
-def written(text: str) -> str:
-    """Return a page with its tables made again."""
-    return PLACE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+def written(page: Path) -> str:
+    """Return the text of a page with its tables made again."""
+    text = PLACE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], page.read_text())
+    return absolute(text, REPOSITORY) if REPOSITORY and page.name == "README.md" else text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -254,8 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
     check = parser.parse_args(arguments).check
     stale = 0
     for page in PAGES:
-        text = page.read_text()
-        if (new := written(text)) != text:
+        if (new := written(page)) != page.read_text():
             stale += 1
             print(f"{page.relative_to(ROOT)}: {'differs' if check else 'written'}")
             if not check:

@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         help="clean pairs of samples per row and number of threads (default: 15; quick: 5)",
     )
-    add("--out", type=Path, help=f"folder for all files (default: {RESULTS.relative_to(ROOT)} and docs for a "
+    add("--out", type=Path, help=f"folder for all files (default: {RESULTS.relative_to(ROOT)} for a "
         f"whole run, {PARTIAL.relative_to(ROOT)} otherwise)")  # fmt: skip
     add(
         "--scaling",
@@ -151,12 +151,10 @@ def main(arguments: list[str] | None = None) -> int:
     machine, console = this_machine(), Console(stderr=True)
     whole = not (options.quick or options.workload or options.rival or options.dtype)
     out = options.out or (RESULTS if whole else PARTIAL)
-    pictures = options.out or (ROOT / "docs" if whole else PARTIAL)
-    for folder in (out, pictures):
-        folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     try:
         if options.scaling:
-            return scaling.run(options, machine, out, pictures, console)
+            return scaling.run(options, machine, out, console)
         if options.storage:
             return storage.run(options, machine, out, console)
         if options.cliffs:
@@ -165,13 +163,13 @@ def main(arguments: list[str] | None = None) -> int:
             return small.run(options, machine, out, console)
         if options.linear:
             return linear.run(options, machine, out, console)
-        return _run(options, machine, out, pictures, console)
+        return _run(options, machine, out, console)
     except WrongResult as error:
         console.print(f"[red]Wrong result, nothing written.[/red] {error}")
         return 1
 
 
-def _run(options: argparse.Namespace, machine: Machine, out: Path, pictures: Path, console: Console) -> int:
+def _run(options: argparse.Namespace, machine: Machine, out: Path, console: Console) -> int:
     no_stream, stream = None, None
     try:
         stream = Stream(QUICK_STREAM_NUMEL if options.quick else STREAM_NUMEL)
@@ -192,7 +190,7 @@ def _run(options: argparse.Namespace, machine: Machine, out: Path, pictures: Pat
     write_csv(out / f"{name}.csv", [result.record(machine, options.quick) for result in results])
     text = markdown(results, machine, options.quick, no_stream)
     (out / f"{name}.md").write_text(text)
-    drawn = chart.draw(results, machine, options.quick, pictures / "benchmark.png")
+    drawn = chart.draw(results, machine, options.quick, out / f"{name}.png")
     Console(width=max(console.width, 110)).print(Markdown(text))
     console.print(
         "Written:", *(f"{out / name}{ending}" for ending in (".csv", ".md")), *drawn, soft_wrap=True

@@ -56,7 +56,7 @@ def plan(quick: bool, cores: int) -> list[Job]:
     ]
 
 
-def run(options: argparse.Namespace, machine: Machine, out: Path, pictures: Path, console: Console) -> int:
+def run(options: argparse.Namespace, machine: Machine, out: Path, console: Console) -> int:
     """Measure all curves; write CSV and chart."""
     rows = [Row("adamw", "scaling", RIVALS[key]) for key in ("P1", "P2")]
     checks = {row: check_small(row, [(1_000,)] * 30) for row in rows}
@@ -74,8 +74,8 @@ def run(options: argparse.Namespace, machine: Machine, out: Path, pictures: Path
         {"curve": p.job.curve, "x": p.job.x, **p.result.record(machine, options.quick)} for p in points
     ]
     write_csv(out / f"{name}.csv", records)
-    draw(points, machine, options.quick, pictures / "benchmark_scaling.png")
-    console.print("Written:", f"{out / name}.csv", pictures / "benchmark_scaling.png", soft_wrap=True)
+    draw(points, machine, options.quick, out / f"{name}.png")
+    console.print("Written:", f"{out / name}.csv", f"{out / name}.png", soft_wrap=True)
     return 0
 
 
@@ -87,10 +87,10 @@ def draw(points: list[Point], machine: Machine, quick: bool, path: Path) -> None
         ("threads", "One large tensor", "threads", "elements per ns"),
     )
     for axes, (curve, title, x_label, y_label) in zip(grid, panels, strict=True):
-        for side, (name, colour, marker) in STYLES.items():
+        for side, (name, color, marker) in STYLES.items():
             line = _line([p for p in points if p.job.curve == curve], side)
             if line:
-                axes.plot(*zip(*line, strict=True), marker=marker, color=colour, label=name, linewidth=1.6)
+                axes.plot(*zip(*line, strict=True), marker=marker, color=color, label=name, linewidth=1.6)
         axes.set_title(title, fontsize=10.5, color=INK)
         axes.set(xlabel=x_label, ylabel=y_label)
         if curve == "threads":

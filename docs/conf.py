@@ -44,6 +44,8 @@ html_theme = "furo"
 html_title = f"fusedamp {version}"
 html_show_sphinx = False
 html_copy_source = False
+pygments_style = "tango"  # colors removed and added lines of a diff
+pygments_dark_style = "monokai"
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

@@ -1,4 +1,4 @@
-"""Trains with FP16 weights on one device: loss scale, clipping, schedule; stops and resumes with the same bits.
+"""Trains with FP16 weights on one device: loss scale, clipping, schedule, and resume with the same bits.
 
 python examples/single_gpu.py [--steps N] [--device cpu | cuda] [--checkpoint FILE]
 """

@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = (
+    ".ci",
     "benchmarks",
     "csrc",
     "docs",
@@ -31,6 +32,7 @@ COPIED = (
     "tests",
     "setup.py",
     "pyproject.toml",
+    "CHANGELOG.md",
     "README.md",
     "LICENSE",
 )
@@ -77,7 +79,7 @@ class Workshop:
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
             elif source.exists():
                 shutil.copy2(source, folder / name)
-        setup = folder / "setup.py"  # vectorising takes most of the compiler's time and changes no result
+        setup = folder / "setup.py"  # vectorizing takes most of the compiler's time and changes no result
         setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))
         return cls(folder)
 

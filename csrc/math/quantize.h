@@ -3,7 +3,7 @@
 //
 // The grid is nonuniform: 32 (nonnegative states) or 16 (signed states) quantized values per octave for the 4 octaves
 // below the block's largest magnitude, half as many for the next 4, and so on; the last few are evenly spaced down to
-// 0. (A uniform grid would round a small gradient's momentum up to a step of its large neighbour's, and divide it by
+// 0. (A uniform grid would round a small gradient's momentum up to a step of its large neighbor's, and divide it by
 // its own small second moment.) The grid is uniform between adjacent powers of two, so quantizing is a shift of a
 // value's bits, the probability of rounding up is linear in the value, and stochastic rounding is unbiased to 2^-16 of
 // a step. Nonnegative states have no quantized value 0: a second moment rounded to 0 with a nonzero first moment would

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../engine/cuda/old_driver.h"
 #include "checks.h"
 
 namespace fusedamp {
@@ -35,7 +36,7 @@ class CudaPlace {
 
  private:
   static void check(cudaError_t error) {
-    STD_TORCH_CHECK(error == cudaSuccess, "fusedamp: CUDA error: ", cudaGetErrorString(error));
+    STD_TORCH_CHECK(error == cudaSuccess, "fusedamp: CUDA error: ", cudaGetErrorString(error), cuda::old_driver());
   }
 
   Tensor like_;

@@ -1,7 +1,9 @@
 #include "tensors.h"
 
 #include <dlfcn.h>
+#include <malloc.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 
@@ -69,7 +71,7 @@ class Negation {
   // counts or addresses may differ by one bit, too.
   void learn(const py::list& pairs) {
     bit_ = 0;
-    constexpr Py_ssize_t kPointers = 8, kWords = 24;  // within the objects
+    constexpr Py_ssize_t kPointers = 8, kWords = 24;
     if (pairs.empty()) return;
     const auto differs = [&](Py_ssize_t pointer) {
       for (const py::handle pair : pairs)
@@ -80,7 +82,11 @@ class Negation {
     };
     for (pointer_ = 0; differs(pointer_);)
       if (++pointer_ == kPointers) return;
-    for (word_ = kWords; word_-- > 0;)  // from the end: sizes and counts come first
+    word_ = kWords;
+    for (const py::handle pair : pairs)
+      for (const py::handle tensor : py::reinterpret_borrow<py::tuple>(pair))
+        word_ = std::min(word_, words_within(object_of(tensor.ptr())));
+    while (word_-- > 0)  // from the end: sizes and counts come first
       if ((bit_ = common_bit(pairs))) return;
   }
   bool of(PyObject* tensor) const {
@@ -95,6 +101,10 @@ class Negation {
   uint64_t keys(const void* object) const { return static_cast<const uint64_t*>(object)[word_]; }
 
  private:
+  // torch allocates its objects with `new`, which is malloc's memory.
+  static Py_ssize_t words_within(const void* object) {
+    return static_cast<Py_ssize_t>(malloc_usable_size(const_cast<void*>(object)) / sizeof(uint64_t));
+  }
   const uint64_t* words_of(PyObject* tensor) const { return static_cast<const uint64_t*>(object_of(tensor)); }
   // The one bit of the word that is set in all negated tensors and in no other; 0 if there is none.
   uint64_t common_bit(const py::list& pairs) const {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from . import _C
 
 # Turing boards without tensor cores, although they report compute capability 7.5 like those that have them.
 _NO_TENSOR_CORES = re.compile(r"GTX 16\d0|\bMX[45]50\b|\bT(4|5|6|10|12)00\b|\bT550\b")
@@ -24,6 +27,7 @@ class Capability:
 
     ``fp16``, ``bf16``, ``tf32``, ``fp8``: whether it has matrix units for the format (tensor cores on a GPU,
     AMX tiles on a CPU). ``features``: compute capability, or the CPU's vector and matrix extensions.
+    ``problem``: why ops may fail there, such as an old driver; empty if nothing is known.
     """
 
     device: str
@@ -35,6 +39,7 @@ class Capability:
     fp8: bool
     recommended: torch.dtype
     why: str
+    problem: str = ""
 
 
 def capabilities() -> list[Capability]:
@@ -42,13 +47,39 @@ def capabilities() -> list[Capability]:
 
     GPU formats follow from the compute capability, as in NVIDIA's CUDA C++ Programming Guide and PTX ISA:
     FP16 tensor cores from 7.0 (Volta), BF16 and TF32 from 8.0 (Ampere), FP8 from 8.9 (Ada). CPU formats
-    follow from Linux's CPU flags.
+    follow from Linux's CPU flags. A driver older than the CUDA runtime that fusedamp was built with is a
+    ``problem``, with both versions.
     """
     found = [cpu_capability(_cpu_flags(), _cpu_name())]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
-        found.append(gpu_capability(index, properties.name, (properties.major, properties.minor)))
+        gpu = gpu_capability(index, properties.name, (properties.major, properties.minor))
+        found.append(replace(gpu, problem=old_driver(driver_cuda_version(), _C.build_info()["nvcc"])))
     return found
+
+
+def driver_cuda_version() -> str | None:
+    """Return the newest CUDA version that the installed driver supports, according to libcuda."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def old_driver(driver: str | None, built_with: str) -> str:
+    """Compare CUDA versions such as "12.8"; return "" if the driver is not older, or if one is unknown."""
+    if not driver or not built_with or _numbers(driver) >= _numbers(built_with):
+        return ""
+    return (
+        f"the driver supports CUDA {driver}, and fusedamp was built with CUDA {built_with}: update the "
+        f"driver, or build fusedamp with CUDA {driver} or earlier"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def gpu_capability(index: int, name: str, compute_capability: tuple[int, int]) -> Capability:

@@ -40,6 +40,14 @@ def backward(net, scaler, bad=False):
     scaler.scale(net(x).nan_to_num(posinf=1.0).sum() if not bad else net(x).sum()).backward()
 
 
+FORMATS = {
+    "fp32": {},
+    "split": {"master_weights": "split"},
+    "bf16 states": {"state_dtype": "bfloat16", "rounding_seed": 1},
+    "int8": {"master_weights": "split", "state_dtype": "int8", "rounding_seed": 1},
+}
+
+
 def scalers(**options):
     net = model(**options)
     params = list(net.parameters())
@@ -99,12 +107,54 @@ def whole_tensors(**options):
         assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
 
 
+def checkpoints(options):
+    """FSDP1 joins and cuts states by elements: checkpoints hold FP32 numbers, and training resumes."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+    def made():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).bfloat16()
+        net = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
+        return net, optim.AdamW(net.parameters(), lr=0.01, **options)
+
+    def train(net, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            net(torch.full((2, 6), 1.0 + step).bfloat16()).float().pow(2).sum().backward()
+            optimizer.step()
+
+    net, optimizer = made()
+    train(net, optimizer, range(3))
+    kinds = StateDictType.FULL_STATE_DICT, StateDictType.SHARDED_STATE_DICT
+    for kind in kinds:
+        with FullyShardedDataParallel.state_dict_type(net, kind):
+            saved = FullyShardedDataParallel.optim_state_dict(net, optimizer)
+            weights = copy.deepcopy(net.state_dict())
+        for entry in saved["state"].values():
+            for name in ("master", "exp_avg", "exp_avg_sq"):
+                assert entry[name].dtype == torch.float32
+            assert not {n for n in entry if n.endswith(("_scale", "_numel", "_order"))}
+        again, after = made()
+        with FullyShardedDataParallel.state_dict_type(again, kind):
+            again.load_state_dict(weights)
+            after.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(again, after, saved))
+        train(again, after, [5])
+        if kind is kinds[-1]:
+            train(net, optimizer, [5])
+            for p, q in zip(again.parameters(), net.parameters(), strict=True):
+                if options.get("state_dtype") == "int8":  # quantized again
+                    torch.testing.assert_close(p, q, rtol=2**-7, atol=2**-7)
+                else:
+                    assert torch.equal(p, q)
+
+
 SCENARIOS = {
     "scalers": (scalers, {}),
     "scalers, original parameters": (scalers, {"use_orig_params": True}),
     "torch's scaler": (way_out, {}),
     "whole tensors": (whole_tensors, {}),
     "whole tensors, original parameters": (whole_tensors, {"use_orig_params": True}),
+    **{f"checkpoints, {name}": (checkpoints, {"options": options}) for name, options in FORMATS.items()},
 }
 
 

@@ -85,7 +85,7 @@ def test_skipped_step_changes_nothing_bit_for_bit(make_optimizer, unscale_first,
 
 @pytest.mark.parametrize("make_optimizer", OPTIMIZERS)
 def test_first_step_overflow_leaves_no_trace(make_optimizer):
-    """The normal case with a large initial scale: no uninitialised buffer, no step counted."""
+    """The normal case with a large initial scale: no uninitialized buffer, no step counted."""
     finals = []
     for overflow_first in (False, True):
         params, optimizer, scaler = make(make_optimizer)

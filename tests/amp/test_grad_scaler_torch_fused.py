@@ -62,7 +62,7 @@ def test_as_under_torchs_scaler(make_optimizer, outcomes):
 
 @each_fused
 def test_first_step_overflow_leaves_no_trace(make_optimizer):
-    """torch's fused SGD makes its buffers uninitialised, and uses them next: weights of 2.5e30."""
+    """torch's fused SGD makes its buffers uninitialized, and uses them next: weights of 2.5e30."""
     overflowed, clean = make(make_optimizer), make(make_optimizer)
     for _ in range(3):
         iterate(*overflowed, math.inf)
@@ -74,7 +74,7 @@ def test_first_step_overflow_leaves_no_trace(make_optimizer):
 
 
 def test_late_parameter_of_fused_sgd_overflows_first():
-    """One parameter has its buffer, the other would get an uninitialised one."""
+    """One parameter has its buffer, the other would get an uninitialized one."""
     params, scaler, optimizer = make(FUSED[2])
     late = params.pop()
     iterate(params, scaler, optimizer)

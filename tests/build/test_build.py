@@ -150,17 +150,40 @@ def test_compiles_only_what_changed(name, tmp_path):
     assert "csrc/ops/rows.cpp" in compiled[0]
 
 
+def test_isolated_builds_compile_once(tmp_path):
+    """Each has pybind11 in another folder. Another version of it compiles the module again."""
+    sandbox = Sandbox(tmp_path)
+    compiled = []
+    for pybind11 in ("/somewhere/a 3.1.0", "/somewhere/b 3.1.0", "/somewhere/b 3.2.0"):
+        assert sandbox.build(STAND_IN_PYBIND11=pybind11)[0] == 0
+        compiled.append([call for call in sandbox.calls() if " -c " in call and "csrc/python/" in call])
+    assert len(compiled[0]) == len(compiled[2]) > 0
+    assert compiled[1] == []
+
+
 def test_changed_sources_change_the_origin_of_all_objects(tmp_path):
     sandbox = Sandbox(tmp_path)
     assert sandbox.build()[0] == 0
     before = next(tmp_path.glob("build/*/origin.cpp")).read_text()
-    with open(tmp_path / "csrc/ops/rows.cpp", "a") as file:
-        file.write("// changed\n")
+    source = tmp_path / "csrc/ops/rows.cpp"
+    source.write_text(source.read_text().replace("row", "now", 1))  # the same size
     assert sandbox.build()[0] == 0
     assert next(tmp_path.glob("build/*/origin.cpp")).read_text() != before
     compiled = [call for call in sandbox.calls() if " -c " in call]
     assert sum("/origin.cpp" in call for call in compiled) == 2
     assert len(compiled) == 3
+
+
+def test_other_libraries_link_again(tmp_path):
+    """Objects that were linked for this system do not stay in a build for an older glibc."""
+    sandbox = Sandbox(tmp_path, compilers=("g++", "nvcc"))
+    for folder in ("", "old", "old"):
+        assert sandbox.build(FUSEDAMP_GLIBC=folder)[0] == 0
+    assert not sandbox.calls() or all("/dev/null" in call for call in sandbox.calls())
+    assert sandbox.build(FUSEDAMP_GLIBC="older")[0] == 0
+    linked = [call for call in sandbox.calls() if "-Lolder older/newer_names.o" in call]
+    assert [call.partition(" ")[0] for call in linked] == ["g++", "nvcc", "g++"]
+    assert not [call for call in sandbox.calls() if " -c " in call]
 
 
 def test_max_jobs(tmp_path):

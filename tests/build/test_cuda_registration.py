@@ -37,7 +37,7 @@ def test_every_op_is_registered_for_cuda() -> None:
 
 
 def test_the_cuda_object_needs_no_gpu_and_no_cuda_library_to_load() -> None:
-    """In a process that sees no GPU, where nothing of CUDA has been initialised."""
+    """In a process that sees no GPU, where nothing of CUDA has been initialized."""
     code = "import fusedamp, torch; assert not torch.cuda.is_initialized(); print('loaded')"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -17,13 +17,9 @@ ORIGIN = b"another constant" + b"0.1.0, sources 0123456789ab\0"
 
 
 @pytest.fixture
-def release():
+def release(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     return runpy.run_path(str(SCRIPT), run_name="release")
-
-
-def test_newest_changes(release):
-    text = "# Changelog\n\n## 0.2.0 (2030-01-02)\n\nMain.\n\n- One.\n\n## 0.1.0\n\n- Old.\n"
-    assert release["changes"](text) == ("0.2.0 (2030-01-02)", "Main.\n\n- One.")
 
 
 def test_an_sdist_has_the_same_bytes_each_time(release, tmp_path):
@@ -53,6 +49,31 @@ def test_symbols_without_a_version(name, release):
 @pytest.mark.parametrize("name", ["arc4random", "fstat64", "atexit", "_ZN2at4mainEv"])
 def test_symbols_of_a_newer_system(name, release):
     assert not release["UNVERSIONED"].fullmatch(name)
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.parametrize(
+    ("cuda", "architectures", "changed", "complete"),
+    [("1", "", "", True), ("0", "", "", False), ("1", "9.0", "", False), ("1", "", " M setup.py", False)],
+)
+def test_a_tag_needs_what_a_rehearsal_names(
+    tagged, cuda, architectures, changed, complete, release, monkeypatch, capsys
+):
+    """All CUDA architectures; a changed file stops both."""
+    said = {"tag": "v1.0" if tagged else "", "status": changed, "log": "1790000000"}
+    scope = release["check_commit"].__globals__
+    monkeypatch.setitem(scope, "output", lambda *command, **options: said[command[1]])
+    monkeypatch.setitem(scope, "VERSION", "1.0")
+    monkeypatch.setitem(scope["BUILD"], "FUSEDAMP_CUDA", cuda)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    heading = "1.0 (2030-01-02)" if tagged else "1.0 (unreleased)"
+    monkeypatch.setattr(scope["matrix"], "changes", lambda text: (heading, ""))
+    if changed or (tagged and not complete):
+        with pytest.raises(SystemExit, match="setup.py" if changed else "unset FUSEDAMP_CUDA"):
+            release["check_commit"]()
+    else:
+        assert release["check_commit"]() == (tagged, "1790000000")
+        assert ("NOT YET" in capsys.readouterr().out) == (not complete)
 
 
 CASES = {

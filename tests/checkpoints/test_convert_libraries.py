@@ -67,7 +67,7 @@ def distance(some, others):
     return torch.stack(squares).sum().sqrt().item()
 
 
-# Relative to the distance travelled; fresh states would give about 0.1.
+# Relative to the distance traveled; fresh states would give about 0.1.
 @pytest.mark.parametrize(
     ("make", "source", "dtype", "tolerance"),
     [
@@ -90,7 +90,7 @@ def test_training_continues(monkeypatch, make, source, dtype, tolerance):
     with pytest.raises(ValueError, match=f'source="{source}"'):
         ours.load_state_dict(theirs.state_dict())
     ours.load_state_dict(convert(theirs.state_dict(), ours, source))
-    travelled = train(model, theirs, range(BATCHES, 2 * BATCHES))
+    traveled = train(model, theirs, range(BATCHES, 2 * BATCHES))
     train(twin, ours, range(BATCHES, 2 * BATCHES))
-    apart = distance(model.parameters(), twin.parameters()) / travelled
+    apart = distance(model.parameters(), twin.parameters()) / traveled
     assert apart < tolerance

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
-from fusedamp import capabilities
-from fusedamp.capabilities import cpu_capability, gpu_capability
+from fusedamp import _C, capabilities
+from fusedamp.capabilities import cpu_capability, gpu_capability, old_driver
+from fusedamp.commands import info as commands_info
 
 GPUS = [  # name, compute capability, has (fp16, bf16, tf32, fp8), recommended
     ("Tesla P100-PCIE-16GB", (6, 0), (False, False, False, False), torch.float32),
@@ -62,6 +66,34 @@ def test_cpu_rules(flags, units, choice, reason):
     assert (found.fp16, found.bf16) == units
     assert found.recommended is choice
     assert reason in found.why
+
+
+@pytest.mark.parametrize(("driver", "built"), [("12.8", "13.0"), ("13.0", "13.2"), ("9.2", "12.1")])
+def test_an_old_driver_is_a_problem(driver, built, monkeypatch):
+    """Both versions and the way out, in `capabilities` and in ``info``."""
+    module = sys.modules["fusedamp.capabilities"]
+    mine = _C.build_info()
+    monkeypatch.setattr(module, "driver_cuda_version", lambda: driver)
+    monkeypatch.setattr(commands_info, "driver_cuda_version", lambda: driver)
+    monkeypatch.setattr(_C, "build_info", lambda: mine | {"nvcc": built})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    gpu = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    problem = (
+        f"the driver supports CUDA {driver}, and fusedamp was built with CUDA {built}: update the driver, or "
+        f"build fusedamp with CUDA {driver} or earlier"
+    )
+    assert [device.problem for device in capabilities()] == ["", problem]
+    assert problem in commands_info.describe(commands_info.system_info())
+
+
+@pytest.mark.parametrize(
+    ("driver", "built"), [("13.0", "13.0"), ("13.2", "13.0"), ("12.10", "12.9"), (None, "13.0"), ("9.2", "")]
+)
+def test_other_drivers_are_not(driver, built):
+    """Newer ones run what older toolkits built. Without a driver or CUDA kernels, nothing is compared."""
+    assert old_driver(driver, built) == ""
 
 
 def test_the_machine_at_hand():

@@ -50,7 +50,7 @@ inline void test_recode(Random& random, DType from, DType to, DType half, bool w
   }
   if (is_8bit(from))
     for (int64_t b = 0; b < blocks; ++b) t.scales.set(b, std::ldexp(1.0, static_cast<int>(below(random, 250)) - 125));
-  for (int64_t i = 0; with_weight && i < numel; ++i) {  // rounded masters, their neighbours, and any
+  for (int64_t i = 0; with_weight && i < numel; ++i) {  // rounded masters, their neighbors, and any
     t.weight.set(i, get(t.source.cpu(), from, i));
     auto* at = static_cast<uint16_t*>(t.weight.cpu()) + i;
     const int64_t kind = below(random, 4);

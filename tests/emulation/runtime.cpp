@@ -1,5 +1,5 @@
 // The fibers behind cuda_emulation.h. Compiled without sanitizers; it tells AddressSanitizer and ThreadSanitizer about
-// fibers, shared memory and synchronisation through their hooks, which are absent in a plain build.
+// fibers, shared memory and synchronization through their hooks, which are absent in a plain build.
 #include "fibers.h"
 
 #include <sys/mman.h>

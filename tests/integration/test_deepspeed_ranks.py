@@ -1,4 +1,4 @@
-"""DeepSpeed's engine on 2 gloo ranks with our AdamW as client optimizer, without ZeRO and with its stage 1."""
+"""DeepSpeed on 2 gloo ranks with our AdamW as client optimizer, without ZeRO and with its stage 1."""
 
 import tempfile
 

@@ -40,6 +40,20 @@ def test_skips_have_a_reason(page):
         assert re.fullmatch(r'skip: next (?:"\w.*"|if\(.*, reason="\w.*"\)) ', comment), comment
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_code_fits_its_box(page):
+    """The box of the site shows 90 characters."""
+    blocks = re.findall(r"^```\w.*?^```", page.read_text(), re.S | re.M)
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > 90]
+
+
+def test_each_optimizer_has_an_api_entry():
+    import fusedamp
+
+    text = (ROOT / "docs" / "api" / "optim.rst").read_text()
+    assert set(re.findall(r"^\.\. autoclass:: (\w+)$", text, re.M)) == set(fusedamp.optim.__all__)
+
+
 @pytest.mark.slow
 def test_pages_build_without_a_warning(tmp_path):
     for needed in ("sphinx", "furo", "myst_parser"):

@@ -35,7 +35,7 @@ def model_of(dtype, lora):
     return model
 
 
-def train(folder, cls, dtype=FP32, options={}, lora=False, **resume):
+def train(folder, cls, dtype=FP32, options=None, lora=False, **resume):
     import transformers
     from accelerate.state import AcceleratorState
 
@@ -57,7 +57,7 @@ def train(folder, cls, dtype=FP32, options={}, lora=False, **resume):
             disable_tqdm=True,
         ),
         train_dataset=[{"x": a, "labels": b} for a, b in zip(x, y, strict=True)],
-        optimizer_cls_and_kwargs=(cls, {"lr": LR, "weight_decay": 0.1, **options}),
+        optimizer_cls_and_kwargs=(cls, {"lr": LR, "weight_decay": 0.1, **(options or {})}),
     )
     before = weights(trainer.model)
     trainer.train(**resume)

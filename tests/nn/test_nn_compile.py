@@ -214,7 +214,7 @@ def test_tracers():
 
 
 class Scaled(torch.Tensor):
-    """A subclass with behaviour of its own."""
+    """A subclass with behavior of its own."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

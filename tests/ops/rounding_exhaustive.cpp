@@ -19,7 +19,7 @@ static void expect(bool good, const char* what, uint32_t bits) {
 
 static bool same(float a, float b) { return bits_of(a) == bits_of(b); }
 
-// Without branches, so that compilers vectorise them over all 2^32.
+// Without branches, so that compilers vectorize them over all 2^32.
 static inline bool good_bf16(uint32_t bits) {
   const float x = float_of(bits);
   const uint16_t weight = float_to_bf16_away(x);

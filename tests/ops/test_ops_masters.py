@@ -72,7 +72,7 @@ def test_masters_follow_a_written_infinity(dtype):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_an_untouched_weight_keeps_its_masters_low_bits(dtype):
-    """A master that rounds to the weight stays, bit for bit: also ties, where its neighbour would round
+    """A master that rounds to the weight stays, bit for bit: also ties, where its neighbor would round
     elsewhere."""
     upper = every_half(dtype).float()
     upper = upper[upper.isfinite()]
@@ -90,7 +90,7 @@ def test_an_untouched_weight_keeps_its_masters_low_bits(dtype):
 
 @pytest.mark.parametrize("place", [0, 1, 15, 16, 511, 512, 513, 32_767, 32_768, 32_800])
 def test_follows_elementwise(place):
-    """One written weight: its master follows, its neighbours keep what 16 bits cannot hold."""
+    """One written weight: its master follows, its neighbors keep what 16 bits cannot hold."""
     call = step_call("adamw", [(32_801,)], torch.bfloat16, masters=True, **STILL)
     call.params[0][place] = 2.5
     expected = call.masters[0].clone()

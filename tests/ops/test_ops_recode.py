@@ -112,7 +112,7 @@ def test_extreme_masters_beside_every_weight(dtype):
             else weights != weights
         )
         changed = (split != weights) & ~weights.isnan()
-        assert not changed[~fits].any()  # a weight is what the model has; ties alone go to its neighbour
+        assert not changed[~fits].any()  # a weight is what the model has; ties alone go to its neighbor
         assert (remainder[split.isnan()] == 0).all()
 
 

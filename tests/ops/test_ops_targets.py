@@ -33,7 +33,7 @@ def here():
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_rounding(dtype):
-    """All 2^16 16-bit inputs; float32 by all its upper halves, ties and their neighbours, subnormals, NaN."""
+    """All 2^16 16-bit inputs; float32 by all its upper halves, ties and their neighbors, subnormals, NaN."""
     op_battery.check_widening(dtype)
     op_battery.check_narrowing(dtype)
 

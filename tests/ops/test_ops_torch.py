@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from fusedamp import ops
+from fusedamp.ops import library
 from op_calls import HALVES, STATE_NAMES, VARIANTS, same_bits, scalar, step_call
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -191,3 +192,8 @@ def test_schemas_say_what_is_written():
         arguments = getattr(torch.ops.fusedamp, op).default._schema.arguments
         written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
         assert written == {"params", "masters", "states", "steps", "scales"}
+
+
+def test_a_build_that_is_older_than_the_python_files_is_named():
+    with pytest.raises(ImportError, match=r"have no op gone_: .*: `pip install \.`"):
+        library._register_fake("gone_", lambda: None)

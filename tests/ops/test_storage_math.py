@@ -64,12 +64,12 @@ def spread(numel, sigma, seed=0):
 @pytest.mark.parametrize("nonnegative", [False, True], ids=["signed", "nonnegative"])
 @pytest.mark.parametrize("sigma", [0.0, 1.0, 4.0])
 @pytest.mark.parametrize("numel", SIZES)
-def test_codes_are_neighbours_of_the_value(numel, sigma, nonnegative):
+def test_codes_are_neighbors_of_the_value(numel, sigma, nonnegative):
     """Each quantized value is one of the two nearest to its value, and its block's scale is correct."""
     values = spread(numel, sigma)
     codes, scales = stored(values, nonnegative=nonnegative)
     wanted = values * values if nonnegative else values
-    assert reference.are_neighbours(codes, scales, wanted)
+    assert reference.are_neighbors(codes, scales, wanted)
     assert not nonnegative or (codes > 0).all()  # zero is excluded
 
 
@@ -82,7 +82,7 @@ def test_rounding_is_unbiased(nonnegative):
     total = sum(reference.decoded(*stored(values, seed, nonnegative=nonnegative)) for seed in range(rounds))
     scales = stored(values, nonnegative=nonnegative)[1].double().repeat_interleave(reference.BLOCK)
     relative = (wanted.abs() / scales).cpu().numpy()
-    below, above = (torch.from_numpy(side).to(HERE) for side in reference.neighbours(relative, nonnegative))
+    below, above = (torch.from_numpy(side).to(HERE) for side in reference.neighbors(relative, nonnegative))
     cell = (above - below) * scales
     up = ((wanted.abs() - below * scales) / cell).clamp(0, 1)
     deviation = cell * (up * (1 - up) / rounds).sqrt()
@@ -198,7 +198,7 @@ def test_conversions_agree_with_the_definition(dtype):
     assert torch.equal(found.double(), reference.decoded(codes, scales))
     repeated = scales.repeat_interleave(reference.BLOCK)[:1000].double()
     share = (values.double().abs() / repeated).cpu().numpy()
-    below, above = reference.neighbours(share, dtype == torch.uint8)
+    below, above = reference.neighbors(share, dtype == torch.uint8)
     nearest = np.minimum(np.abs(share - below), np.abs(share - above))
     error = ((found.double().abs() - values.double().abs()).abs() / repeated).cpu().numpy()
     assert np.allclose(error, nearest, rtol=1e-5, atol=0)

@@ -146,6 +146,33 @@ def other_format():
         again.check()
 
 
+def eight_bits_elsewhere():
+    """Shards whose boundaries cut blocks save floats, and whole tensors quantized values: neither is taken
+    for the other."""
+    import torch.distributed.checkpoint as dcp
+
+    make = partial(Trained, case="adamw", dtype=BF16, options=REPLICATED["split, int8"])
+    whole, shards = shared_folder(), shared_folder()
+    trained = make(sharded)
+    train(trained.net, trained.optimizer, range(3))
+    dcp.save(trained.state(False), checkpoint_id=shards)
+    with resized(1) as here:
+        if here:
+            one = make(network)
+            train(one.net, one.optimizer, range(3))
+            dcp.save(one.state(False), checkpoint_id=whole)
+            with pytest.raises(dcp.api.CheckpointException, match="(?s)Missing key .*exp_avg_scale"):
+                make(network).load(shards, False)
+    with pytest.raises(ValueError, match="'exp_avg' of dtype torch.float32, which was saved in 8 bits"):
+        make(sharded).load(whole, False)
+    again = make(sharded)
+    again.load(shards, False)
+    for one in (trained, again):
+        train(one.net, one.optimizer, range(3, 6))
+    for p, q in zip(trained.net.parameters(), again.net.parameters(), strict=True):
+        assert torch.equal(p.full_tensor(), q.full_tensor())
+
+
 FORMS = {
     "fp32 weights": (FP32, FORMATS["fp32"]),
     "fp32 masters": (BF16, FORMATS["fp32"]),
@@ -169,6 +196,7 @@ SCENARIOS = {
         "async": partial(saved_while_training, *FORMS["split, bf16"]),
         "async, rounded": partial(saved_while_training, *FORMS["none, rounded"]),
         "other format": other_format,
+        "8 bits elsewhere": eight_bits_elsewhere,
     },
     2: {f"from one, {form}": partial(saved_on_one, "adamw", *FORMS[form], True) for form in FORMS},
 }

@@ -91,7 +91,7 @@ def test_muon_is_torchs(dtype, adjust):
 
 
 def test_orthogonalization_is_as_exact_as_torchs():
-    """Guards the order of normalising and rounding: no further from exact arithmetic than torch's."""
+    """Guards the order of normalizing and rounding: no further from exact arithmetic than torch's."""
     from torch.optim import _muon
 
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_orthogonalization_is_as_exact_as_torchs():
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**-20, 2.0**20, 2.0**60])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_orthogonalization_ignores_the_scale(dtype, scale):
-    """Guards FP16's range: gradients are normalised before they are rounded."""
+    """Guards FP16's range: gradients are normalized before they are rounded."""
     matrix = torch.randn(12, 20, generator=torch.Generator().manual_seed(1))
     one, other = (orthogonalized(m, COEFFICIENTS, 5, 0.0, dtype) for m in (matrix, matrix * scale))
     assert torch.equal(one, other)
@@ -126,7 +126,16 @@ def test_keys(case):
     train(optimizer, params, range(1))
     train(reference, others, range(1))
     mine, its = optimizer.state_dict(), reference.state_dict()
-    own = {"maximize", "use_muon", "adamw_betas", "adamw_eps", "ns_dtype", "rounding_seed", *formats.DEFAULTS}
+    own = {
+        "maximize",
+        "use_muon",
+        "adamw_betas",
+        "adamw_eps",
+        "ns_dtype",
+        "per_shard",
+        "rounding_seed",
+        *formats.DEFAULTS,
+    }
     keys = [key for key in mine["param_groups"][0] if key not in own - {*its["param_groups"][0]}]
     assert keys == [*its["param_groups"][0]]
     for i, entry in its["state"].items():

@@ -100,16 +100,6 @@ def test_compressed_dtensors_step_as_plain_tensors(case, dtype, storage, mesh):
             assert torch.equal(found, wanted), name
 
 
-@pytest.mark.parametrize("case", SOME, ids=str)
-def test_8_bit_states_of_dtensors_are_refused(case, mesh):
-    """Guards resharding: scales belong to blocks of a shard's memory."""
-    params = as_dtensors(make_params(torch.bfloat16, [(6, 4)]), mesh, Shard(0))
-    params[0].grad, before = torch.ones_like(params[0]), params[0].full_tensor().clone()
-    with pytest.raises(ValueError, match=r"params\[0\] is bfloat16 .* a DTensor, .* Use state_dtype=.bf"):
-        case.ours(params, **case.options, **CODES).step()
-    assert torch.equal(params[0].full_tensor(), before)
-
-
 def test_fully_sharded_module(mesh):
     """Guards FSDP2 itself: sharded parameters, with slots cached between steps."""
     from torch.distributed.fsdp import fully_shard
@@ -230,16 +220,24 @@ def test_distributed_checkpoint(case, storage, sharded, flatten, mesh, tmp_path)
             assert kept(other.state[q])[name].dtype == (value.dtype if storage else wide)
 
 
-def test_shards_of_matrices_are_refused(mesh):
-    """Guards rules over whole tensors: a shard has other norms; Muon's AdamW part takes it all the same."""
-    for case in COMPOSED:
-        params = as_dtensors(make_params(torch.float32, [(6, 4)]), mesh, Shard(0))
-        params[0].grad = torch.ones_like(params[0])
-        with pytest.raises(ValueError, match=r"params\[0\] of shape \[6, 4\] is a DTensor; .* unsharded"):
-            case.ours(params, **case.options).step()
-    optimizer = case.ours(params, **case.options, use_muon=False)
-    optimizer.step()
-    assert optimizer.state[params[0]]["exp_avg"].placements == (Shard(0),)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", COMPOSED, ids=str)
+def test_matrices_on_a_mesh_of_one_step_as_plain_tensors(case, dtype, mesh):
+    """Guards rules over whole tensors where nothing is split, and the placements of means."""
+    plain = make_params(dtype, [(6, 4), (5,)])
+    params = as_dtensors(plain, mesh, Shard(0))
+    optimizer, expected = case.ours(params, **case.options), case.ours(plain, **case.options)
+    for s in range(3):
+        for p, grad in zip(params, set_grads(plain, s), strict=True):
+            p.grad = distribute_tensor(grad, mesh, [Shard(0)])
+        optimizer.step()
+        expected.step()
+    for p, q in zip(params, plain, strict=True):
+        assert torch.equal(p.full_tensor(), q)
+        for name, value in optimizer.state[p].items():
+            if name != "step":
+                assert value.placements == ((Replicate() if name == "col_var" else Shard(0)),)
+                assert torch.equal(value.full_tensor(), expected.state[q][name])
 
 
 @pytest.mark.parametrize("case", MAIN + COMPOSED, ids=str)

@@ -30,7 +30,7 @@ SAVED = {
     "scales cast": (set_to("exp_avg_scale", torch.Tensor.half), "with block scales torch.float16"),
     "cast without scales": (
         lambda e: [set_to("exp_avg", torch.Tensor.float)(e), e.pop("exp_avg_scale"), e.pop("exp_avg_numel")],
-        "has state 'exp_avg' of dtype torch.float32 in a group that was saved with state_dtype 'int8'",
+        "has state 'exp_avg' of dtype torch.float32, which was saved in 8 bits",
     ),
     "scales lost": (lambda e: e.pop("exp_avg_scale"), "with block scales None"),
     "too few scales": (set_to("exp_avg_scale", lambda s: s[:0]), r"expected torch.float32 of shape \[3\]"),
@@ -88,7 +88,7 @@ def test_distributed_checkpoints_load_into_their_own_format(target, tmp_path):
 
     source, eight = trained(state_dtype="int8"), trained(state_dtype="int8", lr=0.1)
     dcp.save(get_optimizer_state_dict(*source), checkpoint_id=tmp_path)
-    with pytest.raises(ValueError, match="group that was saved with state_dtype 'int8'; expected its int8"):
+    with pytest.raises(ValueError, match="which was saved in 8 bits; expected its int8"):
         load(*trained(state_dtype=target))
     load(*eight)
     net, other = trained(state_dtype=target)

@@ -189,7 +189,7 @@ def test_whole_copies_put_in_place_go_on(copied):
 
 
 def test_another_order_in_memory_is_refused():
-    """Block scales belong to neighbours in memory: of a channels-last weight, too."""
+    """Block scales belong to neighbors in memory: of a channels-last weight, too."""
     param = torch.nn.Parameter(torch.randn(3, 40, 5, 6).to(memory_format=torch.channels_last))
     optimizer = optim.AdamW([param], **INT8)
     param.grad = torch.randn_like(param)

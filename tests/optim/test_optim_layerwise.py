@@ -198,7 +198,7 @@ def test_compressed_storage_steps_as_fp32_does_at_first(case, dtype, storage):
     after, state = one(case.ours, weight, grad, **options, **storage)
     for name in case.scalars:
         torch.testing.assert_close(state[name], expected[name], rtol=SUMS, atol=0.0)
-    # A neighbour in the 16-bit format: ties, or a random rounding.
+    # A neighbor in the 16-bit format: ties, or a random rounding.
     ulp = torch.finfo(dtype).eps * plain.float().abs() + torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     assert ((after.float() - plain.float()).abs() <= ulp).all()
     if storage.get("master_weights") != "none" and "split" not in storage.values():

@@ -30,7 +30,7 @@ def refusal(case, dtype, mode) -> str | None:
     if case.ours in (optim.Adafactor, optim.Muon):
         if random or master == "split" or state != "float32":
             return rf"expected FP32 masters and states, the only formats of {case.ours.__name__}.*optim.AdamW"
-        return "expected real, unsharded parameters. Give it to another" if dtype.is_complex else None
+        return "expected real parameters. Give it to another" if dtype.is_complex else None
     if state != "float32":
         if case.options.get("centered"):
             return "as the difference of two rounded states may lose the variance. Pass centered=False"
@@ -100,7 +100,7 @@ def assert_near(case, param, entry, exact, wide, mode):
     has_master = param.dtype in HALVES and mode["master_weights"] != "none"
     assert ("master" in entry) == has_master
     if not has_master and mode["stochastic_rounding"] and param.dtype in HALVES:
-        assert_neighbour(param.detach(), wide["master"])
+        assert_neighbor(param.detach(), wide["master"])
     elif has_master and mode["master_weights"] == "split":
         assert entry["master"].dtype == torch.int16
         master, off = recode.master_of(param.detach(), entry["master"]), wide["master"].clone()
@@ -109,7 +109,7 @@ def assert_near(case, param, entry, exact, wide, mode):
             assert ((master - off).abs()[small] <= 2.0**-40).all()
             master, off = master[~small], off[~small]
         assert bits(master) == bits(off)
-        assert_neighbour(param.detach(), wide["master"])
+        assert_neighbor(param.detach(), wide["master"])
     else:
         assert bits(param) == bits(exact)
         assert not has_master or bits(entry["master"]) == bits(wide["master"])
@@ -120,14 +120,14 @@ def assert_near(case, param, entry, exact, wide, mode):
         elif mode["state_dtype"] == "float32":
             assert bits(value) == bits(wanted), name
         elif mode["state_dtype"] == "bfloat16":
-            assert_neighbour(value, wanted)
+            assert_neighbor(value, wanted)
         else:
             nonnegative = name in nonnegative_states(case.ours)
             assert value.dtype == (torch.uint8 if nonnegative else torch.int8)
-            assert storage_reference.are_neighbours(value, scales, wanted), name
+            assert storage_reference.are_neighbors(value, scales, wanted), name
 
 
-def assert_neighbour(rounded, wanted):
+def assert_neighbor(rounded, wanted):
     """A 16-bit value on one side of the FP32 value or on the other, with nothing between."""
     info = torch.finfo(rounded.dtype)
     unit = torch.clamp(wanted.double().abs(), min=info.tiny).log2().floor().exp2() * info.eps

@@ -15,7 +15,7 @@ PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def test_makers_take_turns():
-    """The same states of neighbours are made one after the other, however many states each has."""
+    """The same states of neighbors are made one after the other, however many states each has."""
     made = []
 
     def maker(name, kinds):

@@ -25,7 +25,7 @@ class Trajectory:
 
     def __init__(self, case: Case, param: torch.Tensor):
         self.case, self.p, self.state = case, param.detach().double(), {}
-        self.largest = torch.zeros_like(self.p)  # |g| + |decay|, as if they never cancelled
+        self.largest = torch.zeros_like(self.p)  # |g| + |decay|, as if they never canceled
         self.units = torch.zeros_like(self.p)  # the bound of the error, in units of u
         self.exact_units = torch.zeros_like(self.p)  # that of coefficients, which are always made in FP64
         self.sure = torch.ones_like(self.p, dtype=torch.bool)  # whether roundings cannot change the branch

@@ -120,7 +120,7 @@ BAD_PARAMS = {
     ),
     "meta": (
         lambda: [torch.nn.Parameter(torch.ones(3, device="meta"))],
-        r"params\[1\] is float32 of shape \[3\] on meta; expected cpu or cuda",
+        r"params\[1\] is float32 of shape \[3\] on meta; expected cpu or cuda\. Call its to_empty",
     ),
     "dtype": (
         lambda: [torch.nn.Parameter(torch.ones(3).to(torch.float8_e5m2))],

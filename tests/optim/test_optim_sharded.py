@@ -166,6 +166,44 @@ def measured_over_ranks():
             assert (own - gathered[-1]).abs() > 1e-2
 
 
+def bytes_on_the_wire():
+    """An agreement is one reduction of 4 bytes; norms are one of 16 bytes per tensor and mesh dimension."""
+    from unittest.mock import patch
+
+    from torch.distributed.tensor import distribute_tensor
+
+    sent = []
+
+    def counted(tensor, *args, **kwargs):
+        sent.append(tensor.nbytes)
+        return reduced(tensor, *args, **kwargs)
+
+    reduced = dist.all_reduce
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = BY_NAME["adamw"].ours([param]), GradScaler("cpu", process_group=dist.group.WORLD)
+    mesh, placements = placements_of("rows", (6, 2))
+    params = [torch.nn.Parameter(distribute_tensor(torch.ones(6, 2), mesh, placements)) for _ in range(5)]
+    lamb, plain_scaler = BY_NAME["lamb"].ours(params), GradScaler("cpu")
+    plain_scaler.scale(torch.ones(()))
+    for step in range(4):  # the same with a plan as without one
+        param.grad = torch.ones(3)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with patch.object(dist, "all_reduce", counted):
+            scaler.step(optimizer)
+            assert sent == [4], step
+            scaler.update()
+            assert sent == [4]
+            sent.clear()
+            lamb.step()
+            assert sent == [5 * 16]
+            sent.clear()
+            plain_scaler.step(lamb)
+            plain_scaler.update()
+            assert sent == [4, 5 * 16]
+            sent.clear()
+
+
 def some_without_gradients():
     """A rank without a gradient joins the reduction, so the others do not wait for it."""
     from torch.distributed.tensor import distribute_tensor
@@ -246,7 +284,11 @@ SCENARIOS = {
         f"{case} clipped": partial(sharding_changes_nothing, case, "fp32 weights", "rows", 0.5)
         for case in ("adamw", "lamb")
     }
-    | {"measured over ranks": measured_over_ranks, "some without gradients": some_without_gradients},
+    | {
+        "bytes on the wire": bytes_on_the_wire,
+        "measured over ranks": measured_over_ranks,
+        "some without gradients": some_without_gradients,
+    },
     4: FOUR
     | {
         f"{case}, FSDP2 over tensor parallel": partial(fsdp2_over_tensor_parallel, case)

@@ -51,7 +51,7 @@ def test_skipped_step_changes_nothing(case, found_inf):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_overflow_on_the_first_step_leaves_no_trace(case):
-    """Guards torch's fused SGD defect (uninitialised buffer), step counts and masters after a first
+    """Guards torch's fused SGD defect (uninitialized buffer), step counts and masters after a first
     overflow.
     """
     skipped, clean = ([p for dtype in DTYPES for p in make_params(dtype)] for _ in range(2))

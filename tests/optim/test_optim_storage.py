@@ -248,7 +248,7 @@ def test_memory_is_what_was_promised():
 
 
 def test_8_bit_states_follow_the_parameters_layout():
-    """Blocks of scales are neighbours in memory: other layouts have blocks and scales of their own."""
+    """Blocks of scales are neighbors in memory: other layouts have blocks and scales of their own."""
     torch.manual_seed(0)
     start, grad = torch.randn(3, 40, 5, 6), torch.logspace(-3, 3, 3600).view(3, 40, 5, 6)
 

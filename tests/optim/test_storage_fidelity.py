@@ -83,7 +83,7 @@ def test_error_is_flat_over_gradient_magnitudes(state_dtype, spread):
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 @pytest.mark.parametrize(("ratio", "bound"), [(1 / 32, 0.05), (1 / 1000, 0.25)])
 def test_a_small_gradient_keeps_its_step_beside_a_large_one(state_dtype, ratio, bound):
-    """A gradient's momentum is not drowned in the rounding steps of neighbours with far larger ones: Adam
+    """A gradient's momentum is not drowned in the rounding steps of neighbors with far larger ones: Adam
     moves it as far. (Codes are 1/8 octave apart at 1/32, and so far apart for v at 1/1000, a whole octave,
     that the mean of its inverse root is off by some percent.)
     """

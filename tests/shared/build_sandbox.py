@@ -45,6 +45,10 @@ if "STAND_IN_READ_ONLY" in os.environ:
     os.access = lambda *args: False
 if "STAND_IN_GIL_DISABLED" in os.environ:
     sysconfig.get_config_vars()["Py_GIL_DISABLED"] = 1
+if "STAND_IN_PYBIND11" in os.environ:
+    import pybind11
+    folder, pybind11.__version__ = os.environ["STAND_IN_PYBIND11"].split()
+    pybind11.get_include = lambda: folder
 sys.argv[0] = "setup.py"
 runpy.run_path("setup.py", run_name="__main__")
 """

@@ -1,4 +1,4 @@
-"""Trains a sharded BF16 net under torchrun, with a checkpoint per step; the first life of a rank may end early.
+"""Trains a sharded BF16 net under torchrun, with a checkpoint per step; rank 1 may be killed once.
 
 torchrun --nproc-per-node 2 --max-restarts 1 elastic_run.py FOLDER STEPS [STEP AT WHICH RANK 1 IS KILLED]
 """

@@ -27,7 +27,7 @@ def agreed(value):
     return value
 
 
-def _rank(index, scenarios, world, folder):
+def run_scenarios(scenarios, index, world, folder):
     """One rank: every scenario (name to call) in a separate process group; failures are recorded.
 
     Groups are kept and the process ends without tearing them down: gloo sometimes aborts where it does (its
@@ -73,11 +73,15 @@ def resized(size):
         _join(f"{folder[0]}/again", index, world)
 
 
+def _rank(index, scenarios, world, folder):
+    run_scenarios(scenarios, index, world, folder)
+
+
 def spawned(scenarios):
     """Return a fixture and a test that run ``scenarios`` (world size to name to call), one spawn per size.
 
-    Calls are module-level functions or partials of them. Assign the results to ``ranks`` and to a name that
-    starts with ``test``.
+    Calls are module-level functions or partials of them. More than 2 ranks are slow. Assign the results to
+    ``ranks`` and to a name that starts with ``test``.
     """
 
     @pytest.fixture(scope="module")
@@ -92,9 +96,13 @@ def spawned(scenarios):
 
         return run
 
-    @pytest.mark.parametrize(
-        ("world", "name"), [(world, name) for world, calls in scenarios.items() for name in calls]
-    )
+    cases = [
+        pytest.param(world, name, marks=[pytest.mark.slow] if world > 2 else [])
+        for world, calls in scenarios.items()
+        for name in calls
+    ]
+
+    @pytest.mark.parametrize(("world", "name"), cases)
     def test(ranks, world, name):
         folder = ranks(world)
         failures = [path.read_text() for path in sorted(folder.glob(f"{glob.escape(name)}.failed on *"))]

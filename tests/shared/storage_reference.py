@@ -27,7 +27,7 @@ def scale_of(block: np.ndarray, nonnegative: bool) -> float:
     return power if largest / power < 2 - room else 2 * power
 
 
-def neighbours(x: np.ndarray, nonnegative: bool) -> tuple[np.ndarray, np.ndarray]:
+def neighbors(x: np.ndarray, nonnegative: bool) -> tuple[np.ndarray, np.ndarray]:
     """The grid values on both sides of each x >= 0, which is relative to the scale."""
     values = values_of_codes(nonnegative)
     lowest = 1 if nonnegative else 0
@@ -43,7 +43,7 @@ def decoded(codes: Tensor, scales: Tensor) -> Tensor:
     return magnitudes * scales.double().repeat_interleave(BLOCK)[: flat.numel()]
 
 
-def are_neighbours(codes: Tensor, scales: Tensor, wanted: Tensor) -> bool:
+def are_neighbors(codes: Tensor, scales: Tensor, wanted: Tensor) -> bool:
     """True if each quantized value is one of the two nearest to its value, and each scale is correct."""
     nonnegative = codes.dtype == torch.uint8
     values, found = wanted.flatten().double().cpu().numpy(), decoded(codes, scales).cpu().numpy()
@@ -55,7 +55,7 @@ def are_neighbours(codes: Tensor, scales: Tensor, wanted: Tensor) -> bool:
             if (stored != 0.0).any():
                 return False
             continue
-        below, above = neighbours(np.abs(block) / scale, nonnegative)
+        below, above = neighbors(np.abs(block) / scale, nonnegative)
         magnitude = np.abs(stored) / scale
         if not ((magnitude == below) | (magnitude == above)).all() or (stored * block < 0).any():
             return False

@@ -24,7 +24,7 @@ PARTS = {
         Part("graphs", "CUDA graphs: capture and replay against eager", 150, proves=True),
         Part("suite", "The test suite on the device", 180, proves=True),
         Part("sanitizer", "compute-sanitizer: memcheck and racecheck", 120, proves=True),
-        Part("sync", "No host synchronisation in the tail of a step", 60, proves=True),
+        Part("sync", "No host synchronization in the tail of a step", 60, proves=True),
         Part("large", "More than 2^31 elements", 90, proves=True),
         Part("linear", "Linear layers: values, sums, same bits", 60, proves=True),
         Part("bandwidth", "Bandwidth and time of optimizer steps", 120),

@@ -18,7 +18,7 @@ ASLEEP_CYCLES = 400_000_000  # at least 0.2 s
 
 @contextmanager
 def alarmed(place: Place) -> Iterator[None]:
-    """Make every synchronisation that torch knows of raise."""
+    """Make every synchronization that torch knows of raise."""
     if place.device != "cuda":
         yield
         return

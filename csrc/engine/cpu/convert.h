@@ -1,5 +1,5 @@
 // Converts blocks of any element type to and from blocks of float or double. Uses hardware conversions for FP16 if the
-// target has them; the rest is plain code that the compiler vectorises. Results are bitwise equal on every target.
+// target has them; the rest is plain code that the compiler vectorizes. Results are bitwise equal on every target.
 #pragma once
 #include "../../math/rounding.h"
 #include "../dtype.h"

@@ -16,7 +16,7 @@ namespace fusedamp::cuda {
 struct Device {
   CUstream_st* stream;
   int multiprocessors;
-  // Device memory for the kernels that this call queues, aligned to 16 bytes, not initialised.
+  // Device memory for the kernels that this call queues, aligned to 16 bytes, not initialized.
   std::function<void*(int64_t bytes)> scratch;
   // The address of a device copy of `table`: a cached one with equal content, or a new one that `upload` fills.
   std::function<const void*(const void* table, int64_t bytes)> resident;

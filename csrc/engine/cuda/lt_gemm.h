@@ -15,7 +15,7 @@ struct LtDevice {
   CUstream_st* stream;
   int index;
   int capability;  // as 90 for 9.0
-  // Device memory for the kernels that this call queues, of any alignment, not initialised.
+  // Device memory for the kernels that this call queues, of any alignment, not initialized.
   std::function<void*(int64_t bytes)> scratch;
 };
 

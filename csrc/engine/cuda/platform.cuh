@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "old_driver.h"
+
 #define FUSEDAMP_SHARED(T, name, count) __shared__ T name[count]
 
 namespace fusedamp::cuda {
@@ -52,7 +54,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("fusedamp: CUDA kernel ") + name +
-                             " could not be launched: " + cudaGetErrorString(error));
+                             " could not be launched: " + cudaGetErrorString(error) + old_driver());
 }
 
 }  // namespace fusedamp::cuda

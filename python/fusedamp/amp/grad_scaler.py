@@ -151,7 +151,7 @@ class GradScaler(GradientChecks):
         gradients is not an error. An optimizer whose step is wrapped or has pre-hooks, and any other
         optimizer without AMP support, is called only if the host read no overflow. torch's fused optimizers
         get ``grad_scale`` and ``found_inf`` (at most 1: they step at 2). torch's fused SGD takes the host
-        path until its momentum buffers exist, because a skipped step would leave them uninitialised.
+        path until its momentum buffers exist, because a skipped step would leave them uninitialized.
 
         Returns: the result of ``optimizer.step``; None if it was not called.
         Raises: RuntimeError if a fused step did not run on ``optimizer``, or ran on another object.

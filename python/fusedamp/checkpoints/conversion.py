@@ -33,8 +33,9 @@ def convert(
             have the same parameters in the same order.
         source: "apex", "te" (TransformerEngine), "deepspeed", "bitsandbytes", "optimi" or "torchao". The
             library need not be installed, except torchao, whose tensors dequantize themselves.
-        fp32_weights: FP32 values of all parameters, in the optimizer's order, for checkpoints without
-            masters. They become the masters of 16-bit parameters.
+        fp32_weights: FP32 values of all parameters, in the order of the optimizer's groups, for checkpoints
+            without masters. They become the masters of 16-bit parameters. Shapes are checked; the order of
+            parameters of one shape cannot be.
     Returns: a state dict for ``optimizer.load_state_dict``, which copies it. Tensors that need no conversion
         are those of ``state_dict``.
     Raises: ValueError naming an option that would change the rule, such as ``bias_correction=False`` or
@@ -129,8 +130,9 @@ def _by_parameter(weights: Sequence[Tensor] | None, optimizer: FusedOptimizer) -
     if shapes != [list(param.shape) for param in params]:
         raise ValueError(
             f"[convert] fp32_weights has {len(shapes)} tensors, which do not have the shapes of the "
-            f"optimizer's {len(params)} parameters in order; expected one for each. Pass such as "
-            "[weights[name] for name, _ in model.named_parameters()]."
+            f"optimizer's {len(params)} parameters in order; expected one for each, group by group. Pass "
+            "[weights[names[p]] for group in optimizer.param_groups for p in group['params']], where names "
+            "is {p: name for name, p in model.named_parameters()}."
         )
     return {id(param): weight.detach() for param, weight in zip(params, weights, strict=True)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import _C
-from ..capabilities import capabilities
+from ..capabilities import capabilities, driver_cuda_version, old_driver
 from ..ops.library import cpu_target
 from ..tensors.addresses import how_read
 
@@ -20,13 +19,18 @@ def system_info() -> dict[str, object]:
     devices = [asdict(capability) for capability in capabilities()]
     for device in devices:
         device["recommended"] = str(device["recommended"]).removeprefix("torch.")
+    build, driver = _C.build_info(), driver_cuda_version()
     return {
-        "fusedamp": _C.build_info()["version"],
+        "fusedamp": build["version"],
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cuda": {"torch_built_for": torch.version.cuda, "driver_supports": _driver_cuda_version()},
-        "build": _C.build_info(),
+        "cuda": {
+            "torch_built_for": torch.version.cuda,
+            "driver_supports": driver,
+            "problem": old_driver(driver, build["nvcc"]),
+        },
+        "build": build,
         "cpu_target": cpu_target(),
         "addresses": how_read(),
         "devices": devices,
@@ -40,6 +44,7 @@ def describe(info: dict[str, Any]) -> str:
         f"fusedamp {info['fusedamp']}, torch {info['torch']}, Python {info['python']}, {info['system']}",
         f"CUDA     torch built for {cuda['torch_built_for'] or 'none'}; driver supports"
         f" {cuda['driver_supports'] or 'none (no NVIDIA driver found)'}",
+        *([f"         {cuda['problem']}"] if cuda["problem"] else []),
         "build    " + ", ".join(f"{key} {_listed(value)}" for key, value in build.items()),
         f"CPU code {info['cpu_target']} (FUSEDAMP_CPU_TARGET overrides)",
         f"tensors  read by {info['addresses']}",
@@ -60,13 +65,3 @@ def describe(info: dict[str, Any]) -> str:
 
 def _listed(value: object) -> str:
     return (", ".join(map(str, value)) if isinstance(value, list) else str(value)) or "none"
-
-
-def _driver_cuda_version() -> str | None:
-    """Return the newest CUDA version that the installed driver supports, according to libcuda."""
-    version = ctypes.c_int()
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return None
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"

@@ -28,7 +28,7 @@ def convert(model: Model, *, grad_dtype: torch.dtype | None = None, fuse_gelu: b
         model: any module, wrapped or not; an ``nn.Linear`` itself too.
         grad_dtype: ``torch.float32`` for FP32 gradients of 16-bit parameters; see the limits in
             :class:`fusedamp.nn.Linear`. None leaves converted layers as they are.
-        fuse_gelu: also join neighbours Linear, GELU(approximate="tanh") of an ``nn.Sequential`` to a
+        fuse_gelu: also join neighbors Linear, GELU(approximate="tanh") of an ``nn.Sequential`` to a
             :class:`fusedamp.nn.LinearGELU`, with an ``nn.Identity`` in the place of GELU. Layers that have
             hooks or occur more than once stay; so does the exact GELU.
     Returns: the model.

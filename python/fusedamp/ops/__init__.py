@@ -4,7 +4,7 @@ TypeError, and version counters that autograd can trust.
 Every tensor of a call lives on one device. Lists mix float16, bfloat16, float32 and float64 freely. Tensors
 are dense in memory (no gaps or overlaps) in any order of dimensions; what belongs to a parameter has its
 shape and strides. Empty and 0-dim tensors and views at any offset are fine, and so is an empty list: there
-is nothing to do then. Nothing synchronises with the host, and a call that raises has changed nothing.
+is nothing to do then. Nothing synchronizes with the host, and a call that raises has changed nothing.
 
 Every step op also takes ``maximize`` (ascend instead of descend), ``inv_scale``, ``clip_coef`` and
 ``found_inf``.

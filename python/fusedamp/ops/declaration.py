@@ -53,15 +53,16 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
             stands for 1.
         found_inf (1 element, fp32): not 0 means skip; None means no check.
         scales (list of contiguous fp32 tensors, in the order of the states): of 8-bit states, one for each
-            128 neighbours in memory; rewritten.
-        seeds (list of int, one per parameter; default: its index): random numbers are a function of seed,
+            128 neighbors in memory; rewritten.
+        seeds (list of int, one per parameter; its index by default): random numbers are a function of seed,
             step count and place, on every device.
         places (list of int, three per parameter; default: whole tensors): of a shard's elements in the whole
             tensor, whose random numbers they take: ``first``, ``run``, ``stride``. Element i is element
             ``i // run * stride + first + i % run`` of the whole; with ``run`` 0, ``first + i``.
         stochastic_rounding: round 16-bit weights without masters stochastically.
     Raises: ValueError naming the op, the index, what it got, what it wanted.
-    Cost: {cost}; no host sync.  Source: {source}.
+    Cost: {cost}; no host sync.
+    Source: {source}.
     """
 
 

@@ -70,7 +70,8 @@ def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> N
         found_inf (1 element, fp32): set to 1 if an element is not finite before, or after as it is stored;
             else untouched.
     Raises: ValueError naming the op, the index, what it got, what it wanted.
-    Cost: reads and writes each gradient once; no host sync.  Source: arXiv:1710.03740, section 3.2.
+    Cost: reads and writes each gradient once; no host sync.
+    Source: arXiv:1710.03740, section 3.2.
     """
     checks.need_lists("unscale_", grads=grads)
     if not grads:

@@ -1,6 +1,7 @@
 """Loads the op libraries, and tells torch the shapes of what the ops return."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,17 @@ def _need_one_kind(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("some tensors are on the meta device and others are not")
 
 
+def _register_fake(name: str, function: Callable[..., Any]) -> None:
+    if not hasattr(torch.ops.fusedamp, name):
+        raise ImportError(
+            f"fusedamp's compiled files have no op {name}: they are older than its Python files. Build "
+            "again: `pip install .` (or `pip install -e .`) in the source folder."
+        )
+    torch.library.register_fake(f"fusedamp::{name}", function)
+
+
 for _name in ("unscale_", "update_scale_", "_recode_", "_check_step", *STEP_OPS):
-    torch.library.register_fake(f"fusedamp::{_name}", _need_one_kind)
+    _register_fake(_name, _need_one_kind)
 
 
 def _nothing_shared(tensors: list[torch.Tensor], written: int) -> tuple[int, int]:
@@ -92,9 +102,9 @@ def _measured_shape(params: list[torch.Tensor], *args: Any, **kwargs: Any) -> to
     return params[0].new_empty((len(params), 2), dtype=torch.float64)
 
 
-torch.library.register_fake("fusedamp::_find_shared_memory", _nothing_shared)
-torch.library.register_fake("fusedamp::_measure_", _measured_shape)
-torch.library.register_fake("fusedamp::grad_stats", _grad_stats_shapes)
+_register_fake("_find_shared_memory", _nothing_shared)
+_register_fake("_measure_", _measured_shape)
+_register_fake("grad_stats", _grad_stats_shapes)
 
 
 def cpu_target() -> str:

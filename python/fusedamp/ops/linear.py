@@ -26,7 +26,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[
         x ([M, K], fp16|bf16), weight ([N, K]), bias ([N] or None): read only, one dtype.
     Returns: y and pre, both [M, N] in that dtype, each an fp32 value that was rounded once.
     Raises: ValueError naming the op, the argument, what it got, what it wanted.
-    Cost: one product; no host sync.  Source: arXiv:1606.08415, section 2 (GELU).
+    Cost: one product; no host sync.
+    Source: arXiv:1606.08415, section 2 (GELU).
     """
     y, pre = call("linear_gelu", x, weight, bias)
     return y, pre
@@ -43,7 +44,8 @@ def linear_gelu_input_grad(
         bias_dtype: of the sums: fp32, or the dtype of grad.
     Returns: [M, K] in the dtype of grad, and [K] in bias_dtype (empty without bias_grad).
     Raises: ValueError naming the op, the argument, what it got, what it wanted.
-    Cost: one product; no host sync.  Source: arXiv:1606.08415, section 2 (GELU).
+    Cost: one product; no host sync.
+    Source: arXiv:1606.08415, section 2 (GELU).
     """
     out, sums = call("linear_gelu_input_grad", grad, weight, pre, bias_grad=bias_grad, bias_dtype=bias_dtype)
     return out, sums

@@ -44,7 +44,8 @@ def update_scale_(
         found_inf (1 element, fp32): read only.
         hysteresis_tracker (1 element, int32): what is left of the budget, ``hysteresis`` at first; rewritten.
     Raises: ValueError naming the argument, what it got, what it wanted.
-    Cost: one element; no host sync.  Source: arXiv:1710.03740, section 3.2.
+    Cost: one element; no host sync.
+    Source: arXiv:1710.03740, section 3.2.
     """
     rule = (
         growth_factor,

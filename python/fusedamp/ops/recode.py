@@ -11,7 +11,7 @@ from torch import Tensor
 from ..tensors.layout import memory_like
 from .call import bump, call
 
-SCALE_BLOCK = 128  # neighbours in memory that share a scale
+SCALE_BLOCK = 128  # neighbors in memory that share a scale
 
 
 def master_of(weight: Tensor, master: Tensor, made: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from ..ops import options_of
 from ..tensors.layout import STATE_DTYPES, round_robin
 from ..tensors.shards import local
+from .core.batch import Group
 from .core.optimizer import FusedOptimizer
 from .core.options import NOT_NEGATIVE
 from .state.formats import Storage
@@ -69,6 +70,6 @@ class Adagrad(FusedOptimizer):
         return grad.to_dense()
 
 
-def _can_have_state(param: Tensor) -> bool:
+def _can_have_state(param: Tensor, group: Group) -> bool:
     """True if states can be created now; otherwise the first step creates them or raises."""
     return param.device.type in ("cpu", "cuda") and local(param).dtype in STATE_DTYPES

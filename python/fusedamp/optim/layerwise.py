@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..ops import measure, options_of
+from ..tensors.blocks import split_over
+from ..tensors.exchange import add_up_
 from ..tensors.layout import scalar_like
-from ..tensors.shards import Layout, all_reduce_, layout_of, local, need_whole
+from ..tensors.shards import local, need_whole
 from .core.batch import Batch, Group
 from .core.optimizer import FusedOptimizer
 from .core.options import BETAS, NOT_NEGATIVE
@@ -47,23 +49,18 @@ class Layerwise(FusedOptimizer):
 
         All ranks reduce the same tensors, also those that have no gradient on this rank.
         """
-        by_layout: dict[Layout, list[Tensor]] = {}
-        for group in self.param_groups:
-            for param in group["params"]:
-                layout = layout_of(param)
-                if any(mesh.size(dim) > 1 for mesh, dim in layout.sharded):
-                    by_layout.setdefault(layout, []).append(param)
-        sharded = {id(param) for params in by_layout.values() for param in params}
-        squares: dict[int, Tensor] = {}
+        params = [param for group in self.param_groups for param in group["params"]]
+        over = {id(param): dims for param in params if (dims := split_over(param))}
+        squares = {
+            id(param): torch.zeros(2, dtype=torch.float64, device=local(param).device)
+            for param in params
+            if id(param) in over
+        }
         for batch in batches:
-            if any(id(slot.param) in sharded for slot in batch.slots):
+            if any(id(slot.param) in over for slot in batch.slots):
                 rows = measure(batch.call()).unbind()
                 squares |= {id(slot.param): row for slot, row in zip(batch.slots, rows, strict=True)}
-        for layout, params in by_layout.items():
-            none = torch.zeros(2, dtype=torch.float64, device=local(params[0]).device)
-            sums = torch.stack([squares.get(id(param), none) for param in params])
-            all_reduce_(sums, layout.sharded, "sum")
-            squares |= {id(param): row for param, row in zip(params, sums.unbind(), strict=True)}
+        add_up_((squares[key], dims) for key, dims in over.items())
         return squares
 
 
@@ -76,7 +73,7 @@ class LAMB(Layerwise):
             Adam's update plus ``weight_decay * p``; by ``lr * u`` if one of the norms is 0.
         bias_correction: correct Adam's moments, as in the paper.
         trust_clip: an upper bound of ``|p| / |u|``.
-        adapt: False takes ``|p| / |u|`` as 1, which is usual for groups of biases and normalisation weights.
+        adapt: False takes ``|p| / |u|`` as 1, which is usual for groups of biases and normalization weights.
         maximize: ascend instead of descend.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step``, ``exp_avg``, ``exp_avg_sq`` and ``master``.
@@ -125,7 +122,7 @@ class LARS(Layerwise):
             constant ``lr``). ``lr`` may be a tensor of one element, which is read at each step, on the
             device.
         nesterov: Nesterov momentum, as in ``torch.optim.SGD``.
-        adapt: False multiplies by 1, which is usual for groups of biases and of normalisation weights.
+        adapt: False multiplies by 1, which is usual for groups of biases and of normalization weights.
         maximize: ascend instead of descend.
         master_weights: as in :class:`fusedamp.optim.AdamW`.
     State: ``step``, ``momentum_buffer`` and ``master``.

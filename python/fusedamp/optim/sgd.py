@@ -34,7 +34,7 @@ class SGD(FusedOptimizer):
 
     op, hyper = "sgd_", options_of("sgd_")
     bounds = {"momentum": NOT_NEGATIVE, "dampening": FINITE}
-    # A buffer is initialised with its first gradient. torch stores no count: a loaded buffer counts as 1.
+    # A buffer is initialized with its first gradient. torch stores no count: a loaded buffer counts as 1.
     states = (StateSpec("momentum_buffer", when=itemgetter("momentum"), count=1.0, restarts=True),)
 
     def __init__(

@@ -44,7 +44,7 @@ def gradient_of(param: Tensor) -> Tensor | None:
 
 
 def memory_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """Return a new uninitialised tensor; large CPU tensors use huge pages if available."""
+    """Return a new uninitialized tensor; large CPU tensors use huge pages if available."""
     new = torch.empty_like(tensor, dtype=dtype, device=device)
     if type(new) is Tensor and new.device.type == "cpu":
         advise_huge_pages(new.data_ptr(), new.nbytes)
@@ -112,7 +112,8 @@ def _placed_like(tensor: Tensor, param: Tensor) -> Tensor:
     return tensor if tensor.placements == placements else tensor.redistribute(mesh, placements)
 
 
-def _placement(tensor: Tensor) -> tuple[Any, Any]:
+def placement(tensor: Tensor) -> tuple[Any, Any]:
+    """Return mesh and placements; None twice for a plain tensor."""
     return getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None)
 
 
@@ -124,7 +125,7 @@ def fitted(value: Tensor, param: Tensor, dtype: torch.dtype | None = None) -> Te
 
 def fits(value: object, param: Tensor, dtype: torch.dtype) -> bool:
     """True if ``value`` can be used as a state of ``param`` stored in ``dtype``."""
-    if not isinstance(value, Tensor) or _placement(value) != _placement(param):
+    if not isinstance(value, Tensor) or placement(value) != placement(param):
         return False
     state, source = local(value), local(param)
     return (

@@ -6,9 +6,9 @@ from __future__ import annotations
 from math import prod
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from .blocks import Index, part_of
 from .shards import is_dtensor
 
 
@@ -54,26 +54,19 @@ def place_of(param: Tensor, shard: Tensor) -> Place:
 def _start(param: Tensor, dim: int, size: int) -> int:
     """Return where this rank's ``size`` indices of a dimension start."""
     mesh: Any = param.device_mesh  # type: ignore[attr-defined]
-    indices = torch.arange(param.size(dim), device="cpu")
+    index: Index = range(param.size(dim))
     for axis, placement in enumerate(param.placements):  # type: ignore[attr-defined]
-        if getattr(placement, "dim", None) == dim:  # split_factor: FSDP2 shards what tensor parallelism did
-            pieces = indices.chunk(getattr(placement, "split_factor", 1))
-            indices = torch.cat(
-                [_chunk(piece, mesh.size(axis), mesh.get_local_rank(axis)) for piece in pieces]
-            )
-    if len(indices) != size or not torch.equal(indices, torch.arange(size, device="cpu") + indices[0]):
+        if getattr(placement, "dim", None) == dim:
+            factor = getattr(placement, "split_factor", 1)
+            index = part_of(index, factor, mesh.size(axis), mesh.get_local_rank(axis))
+    if len(index) != size or tuple(index) != tuple(range(index[0], index[0] + size)):
         raise ValueError(
             f"{_described(param)}, of which this rank has {size} of dimension {dim}; expected indices "
             "without gaps, as random numbers belong to places in the whole tensor. Use sizes that the mesh "
             'divides, or state_dtype="float32" with masters.'
         )
-    return int(indices[0])
+    return index[0]
 
 
 def _described(param: Any) -> str:
     return f"is a DTensor of shape {list(param.shape)} with placements {param.placements}"
-
-
-def _chunk(piece: Tensor, count: int, index: int) -> Tensor:
-    chunks = piece.chunk(count)
-    return chunks[index] if index < len(chunks) else piece[:0]

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from fusedamp.commands.demo.report import Outcome
 from fusedamp.commands.demo.train import Run
 
-# Okabe and Ito's colour-blind-safe palette; line styles encode the same.
-COLOURS = {"fp32": "#000000", "fp16": "#0072B2", "bf16": "#D55E00"}
+# Okabe and Ito's color-blind-safe palette; line styles encode the same.
+COLORS = {"fp32": "#000000", "fp16": "#0072B2", "bf16": "#D55E00"}
 DASHES = (0, (5, 2))
 TITLES = {"gpt": "Small GPT", "digits": "Conv net on digits"}
 
@@ -32,7 +32,8 @@ def draw(outcomes: list[Outcome], path: Path, subtitle: str) -> None:
         if scaled:
             _scales(row[1], outcome)
     figure.suptitle(
-        f"16-bit weights need FP32 masters: fine-tuning in FP32, FP16 and BF16\n{subtitle}", fontsize=12
+        f"16-bit weights need FP32 master weights: fine-tuning in FP32, FP16 and BF16\n{subtitle}",
+        fontsize=12,
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -41,11 +42,11 @@ def draw(outcomes: list[Outcome], path: Path, subtitle: str) -> None:
 def _losses(axes: Axes, outcome: Outcome) -> None:
     for run in outcome.runs:
         steps, losses, _ = zip(*run.evaluations, strict=True)
-        axes.plot(steps, losses, color=COLOURS[run.variant.dtype], **_style(run))
+        axes.plot(steps, losses, color=COLORS[run.variant.dtype], **_style(run))
     _label_ends(axes, [run for run in outcome.runs if run.variant.stack == "fusedamp"])
     axes.plot([], [], color="#000000", linewidth=5, alpha=0.25, label="torch: FP32, AMP")
-    axes.plot([], [], color="#000000", linewidth=1.6, label="fusedamp, FP32 masters")
-    axes.plot([], [], color="#000000", linewidth=1.6, linestyle=DASHES, label="fusedamp, no masters")
+    axes.plot([], [], color="#000000", linewidth=1.6, label="fusedamp, FP32 master weights")
+    axes.plot([], [], color="#000000", linewidth=1.6, linestyle=DASHES, label="fusedamp, no master weights")
     axes.legend(frameon=False, fontsize=9, loc="lower left")
     axes.set(title=f"{TITLES[outcome.task.name]}: held-out loss", xlabel="step", xlim=(0, outcome.task.steps))
     _tidy(axes)
@@ -66,15 +67,15 @@ def _label_ends(axes: Axes, runs: list[Run]) -> None:
         height = max(height + (top - bottom) * 0.11, end)
         formats = sorted({run.variant.dtype for run in bundle}, reverse=True)
         bare = [not run.variant.masters for run in bundle]
-        masters = "no masters" if all(bare) else "" if any(bare) or formats == ["fp32"] else "with masters"
+        masters = "no master weights" if all(bare) else ""
         axes.annotate(
-            f"{', '.join(formats).upper()}\n{masters} {end:.3f}",
+            f"{', '.join(formats).upper()} {end:.3f}\n{masters}".strip(),
             (1.015, height),
             xycoords=("axes fraction", "data"),
             va="center",
             fontsize=9,
             annotation_clip=False,
-            color=COLOURS[formats[0]] if len(formats) == 1 else "#000000",
+            color=COLORS[formats[0]] if len(formats) == 1 else "#000000",
         )
 
 
@@ -83,10 +84,10 @@ def _scales(axes: Axes, outcome: Outcome) -> None:
         if run.scaler.is_enabled() and run.variant.masters:
             name = f"{run.variant.name}: {len(run.skipped)} skipped"
             attempts = range(len(run.scales))
-            axes.step(attempts, run.scales, where="post", color=COLOURS["fp16"], label=name, **_style(run))
+            axes.step(attempts, run.scales, where="post", color=COLORS["fp16"], label=name, **_style(run))
             heights = [run.scales[i] for i in run.skipped]
-            axes.plot(run.skipped, heights, "x", color=COLOURS["fp32"], markersize=6)
-    axes.plot([], [], "x", color=COLOURS["fp32"], label="gradients overflowed, step skipped")
+            axes.plot(run.skipped, heights, "x", color=COLORS["fp32"], markersize=6)
+    axes.plot([], [], "x", color=COLORS["fp32"], label="gradients overflowed, step skipped")
     axes.set_yscale("log", base=2)
     axes.set(title=f"{TITLES[outcome.task.name]}: loss scale (FP16)", xlabel="attempt (step done or skipped)")
     axes.legend(frameon=False, fontsize=9)

@@ -37,13 +37,18 @@ def run_tasks(tasks: list[Task], options: Options) -> int:
     for outcome in outcomes:
         lines = outcome.lost_line(), gradients_line(outcome.runs, outcome.task.finetune(options.seed, 0))
         console.print(table(outcome), *filter(None, lines), sep="\n", end="\n\n")
+    console.print(
+        "Do 16-bit weights match FP32? A gap counts if it is larger than between batch orders of FP32.",
+        *(outcome.spread_line() for outcome in outcomes),
+        sep="\n",
+    )
     findings = [finding for outcome in outcomes for finding in outcome.findings()]
     for finding in findings:
         console.print(
             "yes " if finding.held else "NO  ", finding.text, style="" if finding.held else "bold red"
         )
     draw(outcomes, options.picture, _machine(options))
-    console.print(f"plot: {options.picture} time: {time.perf_counter() - started:.0f} s", soft_wrap=True)
+    console.print(f"\nPlot: {options.picture} (all in {time.perf_counter() - started:.0f} s)", soft_wrap=True)
     failed = sum(not finding.held for finding in findings)
     if failed:
         console.print(
@@ -77,11 +82,12 @@ def _machine(options: Options) -> str:
 
 def _method(options: Options) -> str:
     text = (
-        f"Fine-tuning at lr {options.learning_rate:g} (BERT's was 2e-5 to 5e-5, arXiv:1810.04805): many "
-        "updates are then smaller than half the distance between two adjacent 16-bit weights. The loss "
-        f"scale of FP16 starts at 2**{log2(options.init_scale):g}, which is too large: an overflowing step "
-        "is skipped and its batch is repeated, so all runs make the same updates on the same batches. "
-        f"Gaps are compared with FP32's spread over {EXTRA_ORDERS} other batch orders."
+        "Fine-tunes two small networks with torch's AMP and with fusedamp, on the same batches, and compares "
+        f"held-out losses. At lr {options.learning_rate:g} (BERT's was 2e-5 to 5e-5, arXiv:1810.04805) many "
+        "updates are smaller than half the distance between two adjacent 16-bit weights. FP16's loss scale "
+        f"starts too large, at 2**{log2(options.init_scale):g}: an overflowing step is skipped, and its "
+        f"batch is repeated. Gaps are compared with those of FP32 in {EXTRA_ORDERS} other batch orders. The "
+        "networks are too small to time a step: `make bench` does that."
     )
     if options.device.type == "cpu":
         text += " On a CPU, 16-bit layers multiply in FP32 and round the result, as tensor cores do."

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +86,6 @@ class Run:
     scaler: torch.amp.GradScaler
     device: torch.device
     losses: list[float] = field(default_factory=list)  # one per step
-    update_s: list[float] = field(default_factory=list)  # one per step: unscale, clip, step, update
     scales: list[float] = field(default_factory=list)  # one per attempt
     skipped: list[int] = field(default_factory=list)  # which attempts overflowed
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)  # steps done, loss, accuracy
@@ -129,7 +126,6 @@ class Run:
         loss, _ = self.loss(batch)
         before = self.scaler.get_scale()
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        started = self._now()
         if isinstance(self.scaler, GradScaler):
             self.scaler.clip_grad_norm_(self.optimizer, MAX_NORM)
         else:
@@ -137,13 +133,11 @@ class Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        spent = self._now() - started
         self.scales.append(before)
         if self.scaler.get_scale() < before:
             self.skipped.append(len(self.scales) - 1)
             return False
         self.losses.append(loss.item())
-        self.update_s.append(spent)
         return True
 
     @torch.no_grad()
@@ -160,11 +154,6 @@ class Run:
         with torch.autocast(self.device.type, DTYPES[self.variant.dtype]) if autocast else nullcontext():
             logits = self.model(x).float().flatten(0, -2)
         return F.cross_entropy(logits, y.flatten()), (logits.argmax(1) == y.flatten()).float().mean()
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def weights(self) -> list[Tensor]:
         """Return a copy of the parameters."""
@@ -188,12 +177,6 @@ class Run:
         state = [plain(value) for entry in entries for value in entry.values() if isinstance(value, Tensor)]
         held = [*parameters, *(p.grad for p in parameters if p.grad is not None), *state]
         return sum(t.numel() * t.element_size() for t in held) / sum(p.numel() for p in parameters)
-
-
-def speedup(run: Run, rival: Run) -> float:
-    """Return the speedup of unscale, clip, step and update over ``rival``: the median ratio over paired
-    steps."""
-    return median(theirs / ours for ours, theirs in zip(run.update_s, rival.update_s, strict=True))
 
 
 def lost_updates(before: list[Tensor], after: list[Tensor], dtype: torch.dtype) -> float:

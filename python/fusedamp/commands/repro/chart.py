@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from .report import Sweep
 
-BLACK, GREY = "#000000", "#999999"
+BLACK, GRAY = "#000000", "#999999"
 PALETTE = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442")  # Okabe and Ito's
 TOP = 8.0  # largest plotted loss; 256 equally likely bytes have 5.5
 
@@ -30,16 +30,16 @@ def draw(sweeps: list[Sweep], path: Path, subtitle: str) -> None:
 
 
 def _curves(axes: Axes, sweep: Sweep) -> None:
-    colours = iter(PALETTE)
+    colors = iter(PALETTE)
     for result in sweep.results:
         steps, losses = zip(*result.curve, strict=True)
         reference = result.setup.dtype == "fp32"
-        colour = (GREY if result.setup.order else BLACK) if reference else next(colours)
+        color = (GRAY if result.setup.order else BLACK) if reference else next(colors)
         bare = result.setup.options.get("master_weights") == "none"
         axes.plot(
             steps,
             losses,
-            color=colour,
+            color=color,
             linewidth=4 if reference else 1.6,
             alpha=0.4 if reference else 1.0,
             linestyle=(0, (5, 2)) if bare else "-",

@@ -18,7 +18,8 @@ from ...ops.inputs import AmpInputs, GradientTable, begin_step, inputs_on
 from ...tensors.layout import gradient_of, round_robin
 from ...tensors.shards import local
 from ..state import checkpoint, formats
-from ..state.formats import Entry, Storage, name_dtypes
+from ..state.formats import Storage, name_dtypes
+from ..state.saved import Entry, taken_from_checkpoint
 from ..state.spec import State, StateSpec, complete, completing, resolved
 from .batch import Batch, Group
 from .options import Bounds, SeenOptions, check_common, draws, is_compressed
@@ -134,6 +135,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         for batch in batches:
             batch.launch()
 
+    def _takes_part(self, param: Tensor, group: Group) -> bool:
+        """True if the step updates ``param``; a missing gradient then counts as zeros."""
+        return gradient_of(param) is not None
+
     def _densified(self, grad: Tensor) -> Tensor:
         raise RuntimeError(
             f"{type(self).__name__} does not support sparse gradients, please consider SparseAdam instead"
@@ -238,15 +243,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         position = 0  # of a group's first parameter in the optimizer; seeds random numbers reproducibly
         for key in [key for key, slot in known.items() if state.get(slot.param) is not slot.entry]:
             del known[key]  # its state was removed or replaced
-        round_robin(list(self._missing_states(lambda param: gradient_of(param) is not None)))
+        round_robin(list(self._missing_states(self._takes_part)))
         for g, group in enumerate(self.param_groups):
             mode = self._mode(group)
             seeds, position = ((mode.rounding_seed or 0) << 32) + position, position + len(group["params"])
             batches: dict[tuple[str, bool], Batch] = {}
             for i, param in enumerate(group["params"]):
+                if not self._takes_part(param, group):
+                    continue
                 grad = gradient_of(param)
                 if grad is None:
-                    continue
+                    grad = torch.zeros_like(param)
                 if grad.shape != param.shape and param.grad is None:
                     raise ValueError(
                         f"{self._where(g)} params[{i}] has a main_grad of shape {list(grad.shape)}; "
@@ -280,12 +287,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._unchecked = False
         return calls
 
-    def _missing_states(self, wanted: Callable[[Tensor], bool]) -> Iterator[Iterator[None]]:
+    def _missing_states(self, wanted: Callable[[Tensor, Group], bool]) -> Iterator[Iterator[None]]:
         """Yield generators that create the missing states of ``wanted`` parameters, one tensor at a time."""
         state = vars(self)["state"]
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
-                if not state.get(param) and wanted(param):
+                if not state.get(param) and wanted(param, group):
                     yield self._making_state(f"{self._where(g)} params[{i}]", group, param, state[param])
 
     def _making_state(self, where: str, group: Group, param: Tensor, entry: Entry) -> Iterator[None]:
@@ -387,7 +394,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             name_dtypes(group)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        for entry in vars(self)["state"].values():
+        for param, entry in vars(self)["state"].items():
             for spec in self.states if isinstance(entry, dict) else ():
                 # From a pickle of a version that stored 8-bit states as several tensors.
-                formats.taken_from_checkpoint(entry, spec.name, spec.nonnegative)
+                taken_from_checkpoint(entry, spec.name, spec.nonnegative, param)

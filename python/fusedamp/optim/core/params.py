@@ -28,7 +28,8 @@ def check_place(source: Tensor) -> None:
     """Raise if a step cannot write ``source`` in place."""
     got = _described(source)
     if source.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{got}; expected cpu or cuda. Move the model there before the step.")
+        way = "Call its to_empty() and initialize it" if source.is_meta else "Move the model there"
+        raise ValueError(f"{got}; expected cpu or cuda. {way} before the step.")
     if source.numel() and not is_fake(source) and not source.data_ptr():
         raise ValueError(f"{got} and has no storage; expected memory to update. Restore it before the step.")
     if source.numel() and overlaps_itself(source):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import is_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ...tensors.layout import STATE_DTYPES, placed_like, strided_like
 from ...tensors.places import WHOLE, place_of
 from ...tensors.shards import local
 from ..state.encoded import Encoded, Quantized, Remainder, parts, plain
-from ..state.formats import Entry
+from ..state.saved import Entry
 from ..state.spec import State, StateSpec, complete
 
 
@@ -51,8 +51,8 @@ class Slot:
         self.param, self.source, self.entry, self.mode, self.names = param, source, entry, mode, names
         self.dense = source if source.stride() == wanted else torch.empty_like(source).copy_(source)
         self.target = _real(self.dense)
-        states = [entry[name] for name in names]
-        self.states = tuple(_real(plain(local(state))) for state in states)
+        states = [local(entry[name]) for name in names]
+        self.states = tuple(_real(plain(state)) for state in states)
         self.scales = tuple(state.scales for state in states if isinstance(state, Quantized))
         self.master = _real(plain(local(entry["master"]))) if "master" in entry else None
         # State keys (and attributes) of the tensors above, in the order of the op's columns.
@@ -68,7 +68,7 @@ class Slot:
         self.seed = 0  # of its random numbers
         self.place = place_of(param, self.dense) if mode.is_random() else WHOLE
         self._values = tuple(entry.values())
-        self._inside = [part for value in self._values if isinstance(value, Encoded) for part in parts(value)]
+        self._inside = self._inside_of(self._values)
         self._dtype, self._numel, self._stride = source.dtype, source.numel(), source.stride()
         self._device_index = source.get_device()
         self._grad_dtype: torch.dtype | None = None  # of the last checked gradient
@@ -95,8 +95,13 @@ class Slot:
         """True if encoded states still contain the tensors that the step reads."""
         if not self._inside:
             return True
-        now = [part for value in self._values if isinstance(value, Encoded) for part in parts(value)]
+        now = self._inside_of(self._values)
         return len(now) == len(self._inside) and all(map(is_, now, self._inside))
+
+    @staticmethod
+    def _inside_of(values: tuple[Any, ...]) -> list[Tensor]:
+        shards = [local(value) for value in values if isinstance(value, Tensor)]
+        return [part for shard in shards if isinstance(shard, Encoded) for part in parts(shard)]
 
     def paired(self, grad: Tensor) -> Tensor:
         """Return ``grad`` in the form that the op takes: the local shard, real, with the strides of

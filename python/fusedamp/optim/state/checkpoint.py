@@ -13,21 +13,22 @@ from torch import Tensor
 
 from ...ops.checks import at
 from ...tensors.layout import fitted, round_robin, scalar_like
-from .encoded import Quantized, Remainder, Scales, plain
+from ...tensors.shards import is_distributed, is_flattened
+from .encoded import Remainder, Scales, plain
 from .foreign import FOREIGN_STATES, ignored_options, refuse_foreign
-from .formats import (
-    DEFAULTS,
+from .formats import DEFAULTS, adapted, check_master, master_values, name_dtypes
+from .saved import (
     Entry,
-    adapted,
     bits_from_checkpoint,
-    check_master,
     for_checkpoint,
     label,
-    name_dtypes,
+    numel_name,
+    order_name,
     scale_name,
     taken_from_checkpoint,
 )
-from .spec import StateSpec, resolved
+from .sharded import is_quantized
+from .spec import resolved
 from .steps import as_step
 
 
@@ -53,10 +54,50 @@ def plainly(optimizer: Any) -> Iterator[None]:
 
 def _plain(optimizer: Any, state_dict: dict[str, Any]) -> None:
     # The entries belong to the optimizer; the state dict needs its own copies.
+    owners: dict[Any, Tensor] = {}
+    in_8_bits: set[Any] = set()
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        owners |= dict(zip(saved["params"], group["params"], strict=True))
+        if any(map(_is_fsdp1, group["params"])):
+            saved["state_dtype"] = "float32"  # as _plain_entry() saves its states
+        if saved["state_dtype"] == "int8":
+            in_8_bits |= set(saved["params"])
     state_dict["state"] = {
-        key: for_checkpoint(entry) if isinstance(entry, dict) else entry
+        key: _plain_entry(entry, owners.get(key)) if isinstance(entry, dict) else entry
         for key, entry in state_dict["state"].items()
     }
+    for key in in_8_bits & state_dict["state"].keys():
+        _mark_numbers(optimizer, state_dict["state"][key])
+
+
+def _is_fsdp1(param: Tensor) -> bool:
+    return is_flattened(param) and is_distributed()
+
+
+def _mark_numbers(optimizer: Any, saved: Entry) -> None:
+    """Give floats among 8-bit states a size of 0, by which :func:`_refuse_cast` knows them."""
+    for spec in optimizer.states:
+        value = saved.get(spec.name)
+        if spec.like is None and isinstance(value, Tensor) and value.is_floating_point():
+            saved[numel_name(spec.name)] = 0
+
+
+def _plain_entry(entry: Entry, param: Tensor | None) -> Entry:
+    saved = for_checkpoint(entry)
+    if param is None or not _is_fsdp1(param):
+        return saved
+    # FSDP1 cuts and joins states by elements, in one dtype: numbers in FP32.
+    for name in (name for name, value in entry.items() if isinstance(value, Scales)):
+        del saved[name]
+    for name, value in entry.items():
+        if isinstance(value, Tensor) and not isinstance(value, Scales):
+            if name == "master":
+                saved[name] = master_values(entry, param)
+            elif is_quantized(value) or value.dtype == torch.bfloat16:
+                saved[name] = value.float()
+            for known in (numel_name(name), order_name(name)):
+                saved.pop(known, None)
+    return saved
 
 
 @contextmanager
@@ -173,17 +214,17 @@ def _convert_tensors(
             "Load a checkpoint of this optimizer."
         )
     for spec in optimizer.states:
-        taken_from_checkpoint(entry, spec.name, spec.nonnegative)
+        taken_from_checkpoint(entry, spec.name, spec.nonnegative, param)
         scales = scale_name(spec.name)
-        if scales in entry and not isinstance(entry.get(spec.name), Quantized):
+        if scales in entry and not is_quantized(entry.get(spec.name)):
             dtype = getattr(entry.get(spec.name), "dtype", "missing")
             raise ValueError(
                 f"has {scales!r}, the block scales of an 8-bit state, beside {spec.name!r} of dtype {dtype}; "
                 "expected its int8 or uint8 values. Quantized values must not be cast or computed with: "
                 'load the intact checkpoint into an optimizer with state_dtype="float32" for that.'
             )
-    for spec in specs if in_8_bits else ():
-        _refuse_cast(spec, entry.get(spec.name))
+        if spec.like is None:
+            _refuse_cast(entry, spec.name, in_8_bits)
     bits_from_checkpoint(entry, param)
     present = [spec for spec in specs if spec.name in entry]
     states = {state.name: state for state in resolved(present, param, group, optimizer.defaults)}
@@ -213,21 +254,25 @@ def _convert_tensors(
         yield
 
 
-def _refuse_cast(spec: StateSpec, value: Any) -> None:
-    """Raise if ``value``, saved in 8 bits, is a float: torch.distributed.checkpoint casts what it loads."""
-    if spec.like is None and isinstance(value, Tensor) and not isinstance(value, Quantized):
+def _refuse_cast(entry: Entry, name: str, in_8_bits: bool) -> None:
+    """Raise if the state ``name`` is a float and was saved in 8 bits: torch.distributed.checkpoint casts."""
+    value = entry.get(name)
+    if not isinstance(value, Tensor) or is_quantized(value):
+        return
+    numel = entry.pop(numel_name(name), None)
+    if numel or (in_8_bits and numel is None):
         raise ValueError(
-            f"has state {spec.name!r} of dtype {value.dtype} in a group that was saved with state_dtype "
-            "'int8'; expected its int8 or uint8 values and their block scales. torch.distributed.checkpoint "
-            "casts quantized values to the states of the optimizer that loads: load into one with "
-            'state_dtype="int8", and its state_dict() into this one. If the values are numbers of your own, '
-            'set the saved group\'s state_dtype to "float32".'
+            f"has state {name!r} of dtype {value.dtype}, which was saved in 8 bits; expected its int8 or "
+            "uint8 values and their block scales. torch.distributed.checkpoint casts quantized values to the "
+            'states of the optimizer that loads: load into one with state_dtype="int8" and shards like those '
+            "saved, or into unsharded parameters, and its state_dict() into this one. If the values are "
+            f"numbers of your own, save {numel_name(name)!r} as 0."
         )
 
 
 def _copied(state: Tensor) -> Tensor:
     """Copy ``state``, which needs no conversion."""
-    if isinstance(state, Quantized):
+    if is_quantized(state):
         return state.clone()
     return fitted(state, state, state.dtype)
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from functools import reduce
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from ...ops.recode import SCALE_BLOCK, master_of, quantized, split_master_, zero_code
-from ...tensors.layout import STATE_DTYPES, fits, fitted, is_fake, memory_like, strided_like
-from ...tensors.shards import local
-from ...tensors.travel import as_bytes, from_bytes, holds_bytes
-from .encoded import Encoded, Quantized, Remainder, Scales, plain
+from ...tensors.layout import STATE_DTYPES, fits, fitted, memory_like, placement, strided_like
+from ...tensors.shards import is_dtensor, local
+from . import sharded
+from .encoded import Quantized, Remainder, Scales, plain
 from .foreign import WAYS_OUT
-
-Entry = dict[str, Any]  # optimizer.state[param]
-CODES = (torch.int8, torch.uint8)  # of signed states, and of those that are never negative
+from .saved import CODES, Entry, check_scales, scale_name
 
 
 class Storage(TypedDict, total=False):
@@ -81,21 +78,6 @@ def spelled_out(cls: type) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def scale_name(state: str) -> str:
-    """The key in a checkpoint of the block scales of an 8-bit state."""
-    return f"{state}_scale"
-
-
-def numel_name(state: str) -> str:
-    """Return the key in a checkpoint of the number of elements of an encoded state."""
-    return f"{state}_numel"
-
-
-def order_name(state: str) -> str:
-    """The key in a checkpoint of the order in which an 8-bit state's dimensions lie in memory."""
-    return f"{state}_order"
-
-
 def stored_dtype(param_dtype: torch.dtype, state_dtype: str, nonnegative: bool) -> torch.dtype:
     """The dtype of a state of a parameter, under an option ``state_dtype`` that fits the parameter."""
     if state_dtype == "int8":
@@ -112,16 +94,11 @@ def need_storable(param: Tensor, state_dtype: str) -> None:
     """Raise unless the states of ``param`` can be kept as the option ``state_dtype`` says."""
     if state_dtype == "float32":
         return
-    kind = _described(param)
     if STATE_DTYPES[param.dtype] != torch.float32:
         raise ValueError(
-            f"{kind} in a group with state_dtype {state_dtype!r}; expected float16, bfloat16 or float32. Put "
-            'it into a group of its own with state_dtype="float32", which means the wide type for it.'
-        )
-    if state_dtype == "int8" and local(param) is not param:
-        raise ValueError(
-            f"{kind}, a DTensor, in a group with state_dtype 'int8'; expected a plain tensor, as block "
-            'scales belong to a shard\'s memory and could not be resharded. Use state_dtype="bfloat16".'
+            f"{_described(param)} in a group with state_dtype {state_dtype!r}; expected float16, bfloat16 or "
+            'float32. Put it into a group of its own with state_dtype="float32", which means the wide type '
+            "for it."
         )
 
 
@@ -142,13 +119,13 @@ def filled(like: Tensor, dtype: torch.dtype, value: float) -> Tensor:
     """A new state like ``like``, kept in ``dtype``, with ``value`` everywhere."""
     if dtype not in CODES:
         return memory_like(like, dtype).fill_(complex(value, value) if dtype.is_complex else value)
-    codes = memory_like(like, dtype)
-    scales = torch.zeros(-(-like.numel() // SCALE_BLOCK), dtype=torch.float32, device=like.device)
+    codes = memory_like(local(like), dtype)
+    scales = torch.zeros(-(-codes.numel() // SCALE_BLOCK), dtype=torch.float32, device=codes.device)
     code, scale = zero_code(dtype), 0.0
     if value != 0.0:
         one = quantized(torch.full((1,), value, device="cpu"), dtype)
         code, scale = int(one[0]), float(one[1])
-    return Quantized(codes.fill_(code), scales.fill_(scale))
+    return sharded.like(Quantized(codes.fill_(code), scales.fill_(scale)), like)
 
 
 def adapted(entry: Entry, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,15 +133,11 @@ def adapted(entry: Entry, name: str, like: Tensor, dtype: torch.dtype) -> Tensor
     already."""
     value = entry[name]
     check_shape(name, value, like)
-    if isinstance(value, Quantized):
-        check_scales(name, value.bits, value.scales)
-        if value.bits.dtype == dtype and value.bits.stride() == _dense_stride(like):
-            if fits(value.bits, like, dtype) and value.scales.device == like.device:
-                return value
-            return Quantized(
-                fitted(value.bits, like, dtype), value.scales.to(like.device, torch.float32, copy=True)
-            )
-        value = value.dequantize()
+    if isinstance(inner := local(value), Quantized):
+        check_scales(name, inner.bits, inner.scales)
+        if inner.bits.dtype == dtype and (kept := _moved(value, inner, like)) is not None:
+            return kept
+        value = sharded.dequantized(value)
     elif not isinstance(entry.get(scale_name(name)), Scales | None):
         raise ValueError(
             f"has state {name!r} of dtype {value.dtype} beside {scale_name(name)!r}, the block scales of an "
@@ -179,136 +152,26 @@ def adapted(entry: Entry, name: str, like: Tensor, dtype: torch.dtype) -> Tensor
         )
     if dtype not in CODES:
         return value if fits(value, like, dtype) else fitted(value, like, dtype)
-    if local(value).stride() != _dense_stride(like):
+    if local(value).stride() != _dense_stride(local(like)) or placement(value) != placement(like):
         value = fitted(value, like)
-    return Quantized(*quantized(value.detach(), dtype, like.device))
+    return sharded.like(Quantized(*quantized(local(value).detach(), dtype, local(like).device)), like)
+
+
+def _moved(value: Tensor, shard: Quantized, like: Tensor) -> Tensor | None:
+    """Return an 8-bit state in the layout of ``like``; None if only its values can be brought there."""
+    if is_dtensor(like) and shard is value:
+        return sharded.cut(shard, like)
+    here = local(like)
+    if shard.bits.stride() != _dense_stride(here) or placement(value) != placement(like):
+        return None
+    if fits(shard.bits, here, shard.bits.dtype) and shard.scales.device == here.device:
+        return value
+    moved = fitted(shard.bits, here, shard.bits.dtype), shard.scales.to(here.device, torch.float32, copy=True)
+    return sharded.like(Quantized(*moved), like)
 
 
 def _dense_stride(like: Tensor) -> tuple[int, ...]:
     return torch.empty_like(like, device="meta").stride()
-
-
-def check_scales(name: str, values: Tensor, scales: Any) -> None:
-    """Raise unless ``scales`` can be the block scales of the 8-bit ``values``."""
-    wanted = -(-values.numel() // SCALE_BLOCK)
-    if not isinstance(scales, Tensor) or scales.shape != (wanted,) or scales.dtype != torch.float32:
-        got = f"{scales.dtype} of shape {list(scales.shape)}" if isinstance(scales, Tensor) else repr(scales)
-        raise ValueError(
-            f"has 8-bit state {name!r} of {values.numel()} elements with block scales {got}; expected "
-            f"torch.float32 of shape [{wanted}]. Pass what state_dict() returned, or clear optimizer.state."
-        )
-
-
-def taken_from_checkpoint(entry: Entry, name: str, nonnegative: bool) -> None:
-    """Make one tensor of the values, scales and size of an 8-bit state in a saved ``entry``, in place."""
-    value = entry.get(name)
-    if not isinstance(value, Tensor) or value.dtype not in CODES or isinstance(value, Encoded):
-        return
-    scales, numel = entry.pop(scale_name(name), None), entry.pop(numel_name(name), value.numel())
-    order = entry.pop(order_name(name), None)
-    scales = plain(scales) if isinstance(scales, Tensor) else scales
-    check_scales(name, value, scales)
-    if value.dtype != CODES[nonnegative]:
-        raise ValueError(
-            f"has 8-bit state {name!r} of dtype {value.dtype}; expected {CODES[nonnegative]}, as it "
-            f"{'never is' if nonnegative else 'may be'} negative. Pass what state_dict() returned."
-        )
-    if numel != value.numel():
-        raise ValueError(
-            f"has 8-bit state {name!r} of {value.numel()} elements, which was saved with {numel}; expected "
-            "all of them, as their block scales belong to their places. To add or remove elements, load the "
-            'checkpoint into an optimizer with state_dtype="float32", whose states are numbers.'
-        )
-    powers = scales.view(torch.int32) & 0x7FFFFF if not is_fake(scales) else None
-    if powers is not None and not ((powers == 0) & (scales >= 0) | scales.isnan()).all():
-        raise ValueError(
-            f"has 8-bit state {name!r} with {scale_name(name)!r} that are no powers of two; expected the "
-            "scales that were saved with it. Scales can't be averaged or cast: do so with the states of an "
-            'optimizer with state_dtype="float32".'
-        )
-    entry[name] = Quantized(value if order is None else _in_order(value, order), scales)
-    label(entry, name)
-
-
-def for_checkpoint(entry: Entry) -> Entry:
-    """``entry`` as plain tensors, which every program can read; of 8-bit states, contiguous ones in the order
-    of memory, to which their block scales belong, so that no copy of them changes it; of remainders, bytes,
-    which collectives can move.
-    """
-    for name, value in list(entry.items()):
-        if isinstance(value, Tensor) and not isinstance(value, Scales):
-            label(entry, name)  # it may have been replaced since the last step
-        elif isinstance(value, Scales):
-            state = name.removesuffix(scale_name(""))
-            if not isinstance(entry.get(state), Quantized):  # it was removed since
-                for known in (name, numel_name(state), order_name(state)):
-                    entry.pop(known, None)
-    saved = {name: plain(value) if isinstance(value, Tensor) else value for name, value in entry.items()}
-    master = saved.get("master")
-    if isinstance(master, Tensor) and master.dtype == torch.int16:
-        saved["master"] = as_bytes(master)
-    for name, value in entry.items():
-        if isinstance(value, Quantized) and not value.bits.is_contiguous():
-            saved[name] = value.bits.permute(_order(value.bits)).reshape(value.shape)
-    return saved
-
-
-def bits_from_checkpoint(entry: Entry, param: Tensor) -> None:
-    """Replace the saved bytes of a split master's remainder in ``entry`` by its bits, and drop its size."""
-    value, numel = entry.get("master"), entry.pop(numel_name("master"), None)
-    if not isinstance(value, Tensor):
-        return
-    if holds_bytes(value, param.shape):
-        entry["master"] = value = from_bytes(value)
-    if numel is not None and not (plain(value).dtype == torch.int16 and value.numel() == numel):
-        raise ValueError(
-            f"has a master of dtype {value.dtype} and shape {list(value.shape)}, saved as the remainder of a "
-            f"split one of {numel} elements; expected its unchanged bytes, torch.uint8 of shape "
-            f"{[*param.shape, 2]}. Load the intact checkpoint, or remove 'master' from it: it is created "
-            "from the weight."
-        )
-
-
-def _order(dense: Tensor) -> list[int]:
-    """The dimensions of a dense tensor as its memory has them, the outermost first."""
-    strides = dense.stride()
-    return sorted(range(dense.dim()), key=lambda d: (-strides[d], d))
-
-
-def _order_number(dense: Tensor) -> int:
-    """:func:`_order` as one number, which every kind of checkpoint can hold."""
-    return reduce(lambda number, dim: 64 * number + dim, _order(dense), 1)
-
-
-def _in_order(saved: Tensor, number: int) -> Tensor:
-    """The view of ``saved``, contiguous in the order of memory, that has the order ``number`` again."""
-    order: list[int] = []
-    while number > 1:
-        number, dim = divmod(number, 64)
-        order.insert(0, dim)
-    if sorted(order) != list(range(saved.dim())):
-        raise ValueError(
-            f"has an 8-bit state of shape {list(saved.shape)} with the order {order} of dimensions; expected "
-            "each once. Load an intact checkpoint."
-        )
-    permuted = saved.contiguous().view([saved.size(d) for d in order])
-    return permuted.permute([order.index(d) for d in range(saved.dim())])
-
-
-def label(entry: Entry, name: str) -> None:
-    """Put beside the state ``name`` what a checkpoint needs to know of it, and nothing else."""
-    value, scales = entry[name], scale_name(name)
-    if isinstance(value, Encoded) or value.dtype == torch.int16:
-        entry[numel_name(name)] = value.numel()
-    else:
-        entry.pop(numel_name(name), None)
-    if not isinstance(value, Quantized):
-        entry.pop(scales, None)
-        entry.pop(order_name(name), None)
-        return
-    if getattr(entry.get(scales), "bits", None) is not value.scales:
-        entry[scales] = Scales(value.scales)
-    entry[order_name(name)] = _order_number(value.bits)
 
 
 def keep_master(entry: Entry, param: Tensor, dtype: torch.dtype) -> None:

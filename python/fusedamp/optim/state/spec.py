@@ -10,18 +10,8 @@ import torch
 from torch import Tensor
 
 from ...tensors.layout import STATE_DTYPES
-from .formats import (
-    Entry,
-    adapted,
-    filled,
-    has_master,
-    keep_master,
-    label,
-    need_real,
-    need_storable,
-    numel_name,
-    stored_dtype,
-)
+from .formats import adapted, filled, has_master, keep_master, need_real, need_storable, stored_dtype
+from .saved import Entry, label, numel_name
 from .steps import as_step, check_step
 
 Group = dict[str, Any]
