@@ -28,6 +28,10 @@ SAVED = {
         "'exp_avg_scale' that are no powers of two",
     ),
     "scales cast": (set_to("exp_avg_scale", torch.Tensor.half), "with block scales torch.float16"),
+    "cast without scales": (
+        lambda e: [set_to("exp_avg", torch.Tensor.float)(e), e.pop("exp_avg_scale"), e.pop("exp_avg_numel")],
+        "has state 'exp_avg' of dtype torch.float32, which was saved in 8 bits",
+    ),
     "scales lost": (lambda e: e.pop("exp_avg_scale"), "with block scales None"),
     "too few scales": (set_to("exp_avg_scale", lambda s: s[:0]), r"expected torch.float32 of shape \[3\]"),
     "pruned": (set_to("exp_avg", lambda v: v[:-1]), r"of 256 elements with block scales .* shape \[3\]"),
@@ -60,6 +64,39 @@ def test_edited_checkpoints_are_refused(edit, text, target):
     with pytest.raises(ValueError, match=r"^\[AdamW.load_state_dict\] state\[6\] .*" + text):
         other.load_state_dict(saved)
     assert not other.state
+
+
+@pytest.mark.parametrize("target", ["float32", "bfloat16"])
+def test_distributed_checkpoints_load_into_their_own_format(target, tmp_path):
+    """torch.distributed.checkpoint casts quantized values to the dtype of the states that it loads into."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def trained(**options):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(9, 7).bfloat16()
+        optimizer = optim.AdamW(net.parameters(), **options)
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        return net, optimizer
+
+    def load(net, optimizer):
+        saved = get_optimizer_state_dict(net, optimizer)
+        dcp.load(saved, checkpoint_id=tmp_path)
+        set_optimizer_state_dict(net, optimizer, saved)
+
+    source, eight = trained(state_dtype="int8"), trained(state_dtype="int8", lr=0.1)
+    dcp.save(get_optimizer_state_dict(*source), checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="which was saved in 8 bits; expected its int8"):
+        load(*trained(state_dtype=target))
+    load(*eight)
+    net, other = trained(state_dtype=target)
+    other.load_state_dict(eight[1].state_dict())
+    for p, q in zip(net.parameters(), source[0].parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            wanted = source[1].state[q][name].dequantize()
+            assert torch.equal(other.state[p][name], wanted.to(other.state[p][name].dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

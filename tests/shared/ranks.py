@@ -2,7 +2,9 @@
 
 import glob
 import os
+import tempfile
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,17 +35,42 @@ def run_scenarios(scenarios, index, world, folder):
     """
     torch.set_num_threads(1)
     for name, call in scenarios.items():
-        torch.distributed.init_process_group(
-            "gloo", f"file://{folder / name}", timedelta(seconds=60), rank=index, world_size=world
-        )
+        _join(folder / name, index, world)
         try:
             call()
             (folder / f"{name}.done on {index}").touch()
-        except Exception:
+        except BaseException:  # a CheckpointException of torch is not an Exception
             (folder / f"{name}.failed on {index}").write_text(traceback.format_exc())
-        _kept.extend(torch.distributed.distributed_c10d._world.pg_map)
-        torch.distributed.destroy_process_group()
+        _leave()
     os._exit(0)
+
+
+def _leave():
+    _kept.extend(torch.distributed.distributed_c10d._world.pg_map)
+    torch.distributed.destroy_process_group()
+
+
+def _join(path, index, world):
+    torch.distributed.init_process_group(
+        "gloo", f"file://{path}", timedelta(seconds=60), rank=index, world_size=world
+    )
+
+
+@contextmanager
+def resized(size):
+    """Make the first ``size`` ranks a world of their own inside the block; yields whether this is one."""
+    index, world = rank(), torch.distributed.get_world_size()
+    folder = [tempfile.mkdtemp()]
+    torch.distributed.broadcast_object_list(folder)
+    _leave()
+    if index < size:
+        _join(f"{folder[0]}/smaller", index, size)
+    try:
+        yield index < size
+    finally:
+        if index < size:
+            _leave()
+        _join(f"{folder[0]}/again", index, world)
 
 
 def _rank(index, scenarios, world, folder):

@@ -54,17 +54,37 @@ def plainly(optimizer: Any) -> Iterator[None]:
 
 def _plain(optimizer: Any, state_dict: dict[str, Any]) -> None:
     # The entries belong to the optimizer; the state dict needs its own copies.
-    groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
-    owners = {i: p for group, saved in groups for p, i in zip(group["params"], saved["params"], strict=True)}
+    owners: dict[Any, Tensor] = {}
+    in_8_bits: set[Any] = set()
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        owners |= dict(zip(saved["params"], group["params"], strict=True))
+        if any(map(_is_fsdp1, group["params"])):
+            saved["state_dtype"] = "float32"  # as _plain_entry() saves its states
+        if saved["state_dtype"] == "int8":
+            in_8_bits |= set(saved["params"])
     state_dict["state"] = {
         key: _plain_entry(entry, owners.get(key)) if isinstance(entry, dict) else entry
         for key, entry in state_dict["state"].items()
     }
+    for key in in_8_bits & state_dict["state"].keys():
+        _mark_numbers(optimizer, state_dict["state"][key])
+
+
+def _is_fsdp1(param: Tensor) -> bool:
+    return is_flattened(param) and is_distributed()
+
+
+def _mark_numbers(optimizer: Any, saved: Entry) -> None:
+    """Give floats among 8-bit states a size of 0, by which :func:`_refuse_cast` knows them."""
+    for spec in optimizer.states:
+        value = saved.get(spec.name)
+        if spec.like is None and isinstance(value, Tensor) and value.is_floating_point():
+            saved[numel_name(spec.name)] = 0
 
 
 def _plain_entry(entry: Entry, param: Tensor | None) -> Entry:
     saved = for_checkpoint(entry)
-    if param is None or not (is_flattened(param) and is_distributed()):
+    if param is None or not _is_fsdp1(param):
         return saved
     # FSDP1 cuts and joins states by elements, in one dtype: numbers in FP32.
     for name in (name for name, value in entry.items() if isinstance(value, Scales)):
@@ -106,7 +126,7 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if [len(group["params"]) for group in groups] != [len(saved["params"]) for saved in saved_groups]:
         return None  # torch raises a ValueError that names it
-    owners: dict[Any, tuple[Tensor, dict[str, Any]]] = {}
+    owners: dict[Any, tuple[Tensor, dict[str, Any], bool]] = {}
     converted_groups = []
     for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         saved = dict(saved)
@@ -120,7 +140,8 @@ def _convert(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | Non
         optimizer._check_group(f"{where} group {g}:", {**optimizer.defaults, **converted})
         converted_groups.append(converted)
         for index, param in zip(saved["params"], group["params"], strict=True):
-            owners[index] = (param, {**optimizer.defaults, **converted})
+            in_8_bits = saved.get("state_dtype") == "int8"
+            owners[index] = (param, {**optimizer.defaults, **converted}, in_8_bits)
     state, makers = dict(state_dict["state"]), []
     dropped: dict[str, int] = {}
     for index, saved in state_dict["state"].items():
@@ -165,14 +186,16 @@ def _warn_of_dropped(where: str, optimizer: str, dropped: dict[str, int]) -> Non
 
 
 def _converting(
-    where: str, optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any]
+    where: str, optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any], in_8_bits: bool
 ) -> Iterator[None]:
     """Convert the saved ``entry`` to the state of ``param``, in place, one tensor at a time."""
     with at(where):
-        yield from _convert_tensors(optimizer, entry, param, group)
+        yield from _convert_tensors(optimizer, entry, param, group, in_8_bits)
 
 
-def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any]) -> Iterator[None]:
+def _convert_tensors(
+    optimizer: Any, entry: Entry, param: Tensor, group: dict[str, Any], in_8_bits: bool
+) -> Iterator[None]:
     optimizer._check_param(param, group)
     specs = [spec for spec in optimizer.states if spec.of is None or spec.of(param, group)]
     for spec in specs:
@@ -200,6 +223,8 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
                 "expected its int8 or uint8 values. Quantized values must not be cast or computed with: "
                 'load the intact checkpoint into an optimizer with state_dtype="float32" for that.'
             )
+        if spec.like is None:
+            _refuse_cast(entry, spec.name, in_8_bits)
     bits_from_checkpoint(entry, param)
     present = [spec for spec in specs if spec.name in entry]
     states = {state.name: state for state in resolved(present, param, group, optimizer.defaults)}
@@ -227,6 +252,22 @@ def _convert_tensors(optimizer: Any, entry: Entry, param: Tensor, group: dict[st
         else:
             entry[name] = copy.deepcopy(value)
         yield
+
+
+def _refuse_cast(entry: Entry, name: str, in_8_bits: bool) -> None:
+    """Raise if the state ``name`` is a float and was saved in 8 bits: torch.distributed.checkpoint casts."""
+    value = entry.get(name)
+    if not isinstance(value, Tensor) or is_quantized(value):
+        return
+    numel = entry.pop(numel_name(name), None)
+    if numel or (in_8_bits and numel is None):
+        raise ValueError(
+            f"has state {name!r} of dtype {value.dtype}, which was saved in 8 bits; expected its int8 or "
+            "uint8 values and their block scales. torch.distributed.checkpoint casts quantized values to the "
+            'states of the optimizer that loads: load into one with state_dtype="int8" and shards like those '
+            "saved, or into unsharded parameters, and its state_dict() into this one. If the values are "
+            f"numbers of your own, save {numel_name(name)!r} as 0."
+        )
 
 
 def _copied(state: Tensor) -> Tensor:
