@@ -161,9 +161,9 @@ def eight_bits_elsewhere():
             one = make(network)
             train(one.net, one.optimizer, range(3))
             dcp.save(one.state(False), checkpoint_id=whole)
-            with pytest.raises(dcp.api.CheckpointException, match="(?s)Missing key .*exp_avg_scale"):
+            with pytest.raises(dcp.api.CheckpointException, match=r"(?s)Missing key .*exp_avg_scale"):
                 make(network).load(shards, False)
-    with pytest.raises(ValueError, match="'exp_avg' of dtype torch.float32, which was saved in 8 bits"):
+    with pytest.raises(ValueError, match=r"'exp_avg' of dtype torch.float32, which was saved in 8 bits"):
         make(sharded).load(whole, False)
     again = make(sharded)
     again.load(shards, False)
