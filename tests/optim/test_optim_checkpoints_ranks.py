@@ -161,9 +161,9 @@ def eight_bits_elsewhere():
             one = make(network)
             train(one.net, one.optimizer, range(3))
             dcp.save(one.state(False), checkpoint_id=whole)
-            with pytest.raises(dcp.api.CheckpointException, match="(?s)Missing key .*exp_avg_scale"):
+            with pytest.raises(dcp.api.CheckpointException, match=r"(?s)Missing key .*exp_avg_scale"):
                 make(network).load(shards, False)
-    with pytest.raises(ValueError, match="'exp_avg' of dtype torch.float32, which was saved in 8 bits"):
+    with pytest.raises(ValueError, match=r"'exp_avg' of dtype torch\.float32, which was saved in 8 bits"):
         make(sharded).load(whole, False)
     again = make(sharded)
     again.load(shards, False)
@@ -182,14 +182,10 @@ FORMS = {
     "none, rounded": (BF16, FORMATS["none, rounded"]),
 }
 INT8 = (BF16, REPLICATED["split, int8"])
-KINDS = {"nested": False, "flattened": True}
 SCENARIOS = {
-    4: {
-        f"{form}, {kind}": partial(saved_on_all, "adamw", *FORMS[form], flat, (4, 2, 1))
-        for form in FORMS
-        for kind, flat in KINDS.items()
-    }
+    4: {form: partial(saved_on_all, "adamw", *FORMS[form], False, (4, 2, 1)) for form in FORMS}
     | {
+        "flattened": partial(saved_on_all, "adamw", *FORMS["split, bf16"], True, (4, 2, 1)),
         "sgd": partial(saved_on_all, "sgd-nesterov", *FORMS["split, bf16"], True, (4, 1)),
         "replicated, nested": partial(saved_on_all, "adamw", *INT8, False, (4, 2, 1), network),
         "replicated, flattened": partial(saved_on_all, "adamw", *INT8, True, (2,), network),
