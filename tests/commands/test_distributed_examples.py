@@ -1,6 +1,7 @@
 """The examples for one device, for several and for trainers run, learn, and print what they claim."""
 
 import re
+import runpy
 import subprocess
 import sys
 
@@ -26,23 +27,38 @@ TRAINERS = {
 
 def run(name, ranks, *arguments, steps=5):
     """Run an example on ``ranks`` ranks; returns the loss and the rest of the line that it prints."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    command = [sys.executable, *launch, str(SHARED / "run_example.py"), str(EXAMPLES / f"{name}.py")]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [
+        sys.executable,
+        *(launch if ranks else ()),
+        str(SHARED / "run_example.py"),
+        str(EXAMPLES / f"{name}.py"),
+    ]
     command += ["--device", "cpu", "--steps", str(steps), *map(str, arguments)]
     made = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert made.returncode == 0, made.stderr[-4000:]
-    found = re.search(rf"^step {steps}  loss (\d+\.\d+)(.*)$", made.stdout, re.M)
-    assert found, made.stdout
+    return printed(made.stdout, steps)
+
+
+def printed(text, steps):
+    found = re.search(rf"^step {steps}  loss (\d+\.\d+)(.*)$", text, re.M)
+    assert found, text
     return float(found[1]), found[2].strip()
 
 
-def test_single_gpu_resumes(tmp_path):
+def test_single_gpu_resumes(tmp_path, capsys):
+    def run_here(steps, *arguments):
+        main = runpy.run_path(str(EXAMPLES / "single_gpu.py"))["main"]
+        main(["--device", "cpu", "--steps", str(steps), *map(str, arguments)])
+        return printed(capsys.readouterr().out, steps)
+
     file = tmp_path / "checkpoint.pt"
-    straight = run("single_gpu", 0, steps=60)
-    assert straight[0] < 0.1 < run("single_gpu", 0, "--checkpoint", file)[0]
-    assert run("single_gpu", 0, "--checkpoint", file, steps=60) == straight
+    straight = run_here(60)
+    assert straight[0] < 0.1 < run_here(5, "--checkpoint", file)[0]
+    assert run_here(60, "--checkpoint", file) == straight
 
 
+@pytest.mark.slow
 @needs_gloo
 @pytest.mark.parametrize("name", ["ddp", "pipeline"])
 def test_several_ranks_learn(name):
@@ -51,6 +67,7 @@ def test_several_ranks_learn(name):
     assert text == "ranks 2"
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_fsdp2_resumes_on_another_number_of_ranks(tmp_path):
     folder = tmp_path / "checkpoint"

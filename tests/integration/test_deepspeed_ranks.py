@@ -7,9 +7,9 @@ import torch
 from fusedamp import optim
 from ranks import rank, spawned
 from torch import nn
-from trainers import LR, STEPS, WHY, as_torchrun, close, equal, net, rows, weights
+from trainers import LR, STEPS, as_torchrun, close, equal, net, rows, weights
 
-pytest.importorskip("deepspeed", reason=WHY)
+pytest.importorskip("deepspeed", reason="pip install deepspeed to run it")
 pytestmark = [pytest.mark.integration, pytest.mark.host, pytest.mark.filterwarnings("ignore")]
 
 

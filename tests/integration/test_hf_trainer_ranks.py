@@ -85,7 +85,7 @@ def resumes(dtype, options, lora):
 
 
 def with_lora(dtype, options):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason=WHY)
     resumes(dtype, options, True)
 
 
