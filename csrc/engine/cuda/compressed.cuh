@@ -151,70 +151,70 @@ __device__ __forceinline__ Numbers weights_of(const StepRow& row, const Words& p
   return split ? joined<DType::f16, true>(params, masters) : joined<DType::f16, false>(params, masters);
 }
 
-// Random numbers of a chunk, in shared memory: each warp has its own copy. A lane's elements are two pairs with a word
-// each, unless the chunk is of a shard that cuts pairs; then every element takes a word of its own.
+// Random numbers of a chunk, in shared memory: each warp has its own copy.
 struct Draws {
   RandomKey keys[kWeightList + 1];  // of each list
+  uint32_t shift;                   // of the elements' pairs in the whole tensor
+};
+// Of a shard of columns, or one that cuts pairs of elements or has several keys: every element takes a word of its own.
+struct CutDraws {
   uint64_t stream;
-  int64_t first;        // element of the chunk
-  int64_t start, rest;  // of the run in which it lies: index in the whole tensor, and elements before `first`
-  int64_t in_pairs;
+  int64_t end, shift;  // elements below `end` are in the chunk's first run: `shift` before their index in the whole
+  int64_t next;        // index in the whole of the run after it
 };
 
-__device__ __forceinline__ bool draws_in_pairs(const StepRow& row) {
+// True if a lane's elements are two pairs of the whole tensor, and the first chunk's keys serve all of them.
+inline bool draws_in_pairs(const StepRow& row) {
   const Placement& place = row.place;
-  return is_whole(place) || ((place.first | place.stride) % 2 == 0 && place.run % kPerLane == 0 && row.numel > 0 &&
-                             whole_index(place, row.numel - 1) < kKeyElements);
+  return is_whole(place) || (place.run == 0 && place.first % 2 == 0 && place.first + row.numel <= kKeyElements);
 }
 
-// Lanes 0 to kWeightList write `draws`; the others see it after the next __syncwarp.
-__device__ __forceinline__ void prepare_draws(const StepRow& row, uint64_t stream, int64_t first, int lane,
-                                              Draws& draws) {
+// The first lanes write `draws`; the others see it after the next __syncwarp.
+__device__ __forceinline__ void prepare(const StepRow& row, uint64_t stream, int64_t first, int lane, Draws& draws) {
   if (lane > kWeightList) return;
-  const Placement& place = row.place;
-  draws.keys[lane] = random_key(stream, lane, is_whole(place) ? first : 0);
+  draws.keys[lane] = random_key(stream, lane, row.place.first + first);
+  if (lane == 0) draws.shift = static_cast<uint32_t>(row.place.first / 2);
+}
+__device__ __forceinline__ void prepare(const StepRow& row, uint64_t stream, int64_t first, int lane, CutDraws& draws) {
   if (lane > 0) return;
+  const Placement& place = row.place;
   draws.stream = stream;
-  draws.first = first;
-  draws.start = place.first + (place.run == 0 ? 0 : first / place.run * place.stride);
-  draws.rest = place.run == 0 ? first : first % place.run;
-  draws.in_pairs = draws_in_pairs(row);
+  draws.end = place.run == 0 ? INT64_MAX : (first / place.run + 1) * place.run;
+  draws.shift = whole_index(place, first) - first;
+  draws.next = place.run == 0 ? 0 : place.first + draws.end / place.run * place.stride;
 }
 
 // whole_index() of an element of the chunk, by a division of 32 bits, which needs fewer registers.
-__device__ __forceinline__ int64_t index_of(const Placement& place, const Draws& draws, int64_t at) {
-  const int64_t in_run = draws.rest + (at - draws.first);
-  if (place.run == 0 || in_run < place.run) return draws.start + in_run;
-  const auto over = static_cast<uint32_t>(in_run - place.run);  // below the size of a chunk
+__device__ __forceinline__ int64_t index_of(const Placement& place, const CutDraws& draws, int64_t at) {
+  if (at < draws.end) return at + draws.shift;
+  const auto over = static_cast<uint32_t>(at - draws.end);  // below the size of a chunk
   const auto run = static_cast<uint32_t>(min(place.run, int64_t{1} << 31));
-  return draws.start + int64_t{1 + over / run} * place.stride + over % run;
+  return draws.next + int64_t{over / run} * place.stride + over % run;
 }
 
 // 16 random bits per element from `at`, a multiple of kPerLane.
-__device__ __forceinline__ Stored draw(const StepRow& row, const Draws& draws, int list, int64_t at) {
-  Stored random;
-  if (!draws.in_pairs) {
-    uint64_t halves = 0;
-#pragma unroll 1  // rare: small code is worth more
-    for (int e = 0; e < kPerLane; ++e) {
-      const int64_t index = index_of(row.place, draws, at + e);
-      const uint32_t bits = random_bits(random_key(draws.stream, list, index), static_cast<uint32_t>(index / 2));
-      halves |= uint64_t{random_half(bits, static_cast<int>(index % 2))} << 16 * e;
-    }
-#pragma unroll
-    for (int e = 0; e < kPerLane; ++e) random.v[e] = static_cast<uint32_t>(halves >> 16 * e) & 0xffffu;
-    return random;
-  }
+__device__ __forceinline__ Stored draw(const StepRow&, const Draws& draws, int list, int64_t at) {
   const RandomKey key = draws.keys[list];
-  const auto pair = static_cast<uint32_t>(index_of(row.place, draws, at) / 2);
+  const uint32_t pair = static_cast<uint32_t>(at / 2) + draws.shift;
+  Stored random;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) random.v[e] = random_half(random_bits(key, pair + e / 2), e);
   return random;
 }
+__device__ __forceinline__ Stored draw(const StepRow& row, const CutDraws& draws, int list, int64_t at) {
+  Stored random;
+#pragma unroll
+  for (int e = 0; e < kPerLane; ++e) {
+    const int64_t index = index_of(row.place, draws, at + e);
+    const uint32_t bits = random_bits(random_key(draws.stream, list, index), static_cast<uint32_t>(index / 2));
+    random.v[e] = random_half(bits, static_cast<int>(index % 2));
+  }
+  return random;
+}
 
-template <bool kWhole, DType kHalf>
+template <bool kWhole, DType kHalf, class D>
 __device__ __forceinline__ void put_halves(const StepRow& row, int64_t at, int count, const Numbers& weight,
-                                           bool stochastic, const Draws& draws) {
+                                           bool stochastic, const D& draws) {
   Stored half;
   if (row.master && row.master_dtype == DType::i16) {
     Stored remainder;
@@ -244,9 +244,9 @@ __device__ __forceinline__ void put_halves(const StepRow& row, int64_t at, int c
   }
   put<kWhole, uint16_t>(row.param, at, count, half);
 }
-template <bool kWhole>
+template <bool kWhole, class D>
 __device__ __forceinline__ void put_weights(const StepRow& row, int64_t at, int count, const Numbers& weight,
-                                            bool stochastic, const Draws& draws) {
+                                            bool stochastic, const D& draws) {
   if (row.param_dtype == DType::f32) return put<kWhole, uint32_t>(row.param, at, count, bits_of(weight));
   if (row.param_dtype == DType::bf16) return put_halves<kWhole, DType::bf16>(row, at, count, weight, stochastic, draws);
   put_halves<kWhole, DType::f16>(row, at, count, weight, stochastic, draws);
@@ -264,9 +264,9 @@ __device__ __forceinline__ Numbers states_of(const Words& words, DType dtype, fl
 }
 
 // All lanes of the warp must call it.
-template <bool kWhole, bool kNonNegative>
+template <bool kWhole, bool kNonNegative, class D>
 __device__ __forceinline__ void put_states(const StepRow& row, int j, int64_t at, int count, const Numbers& state,
-                                           const Draws& draws) {
+                                           const D& draws, float* scale_at) {
   void* const list = row.states[j];
   const DType dtype = row.state_dtype;
   if (dtype == DType::f32) return put<kWhole, uint32_t>(list, at, count, bits_of(state));
@@ -283,7 +283,7 @@ __device__ __forceinline__ void put_states(const StepRow& row, int j, int64_t at
     if (e < count) largest = max(largest, fusedamp::bits_of(state.v[e]) & 0x7fffffffu);
   largest = warp_max(largest);
   const float scale = Codes<kNonNegative>::scale(largest), inverse = Codes<kNonNegative>::inverse(scale);
-  if (threadIdx.x % 32 == 0) row.scales[j][at / kScaleBlock] = scale;
+  if (threadIdx.x % 32 == 0) *scale_at = scale;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e)
     stored.v[e] = static_cast<uint32_t>(Codes<kNonNegative>::code(state.v[e], inverse, random.v[e]));
@@ -303,9 +303,9 @@ __device__ __forceinline__ void for_each_state(Visit visit) {
 
 // act(weight, gradient, states) for a lane's elements of one scale block; the results are stored where Action::kStores.
 // All lanes of the warp must call it.
-template <bool kWhole, class Rule, class Action>
+template <bool kWhole, class Rule, class Action, class D>
 __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grads, int64_t at, int left, Action& act,
-                                           const Draws& draws) {
+                                           const D& draws) {
   constexpr int kStates = kStateRoom<Rule>;
   const int count = kWhole || left > kPerLane ? kPerLane : left < 0 ? 0 : left;
   const int64_t block = at / kScaleBlock;
@@ -337,22 +337,23 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grad
   if constexpr (!Action::kStores) return;
   // Through `row`: addresses are read again instead of occupying registers.
   put_weights<kWhole>(row, at, count, weight, row.stochastic, draws);
-  for_each_state<Rule>(
-      [&](auto j) { put_states<kWhole, kNeverNegative<Rule, j>>(row, j, at, count, state[j], draws); });
+  for_each_state<Rule>([&](auto j) {
+    put_states<kWhole, kNeverNegative<Rule, j>>(row, j, at, count, state[j], draws, row.scales[j] + block);
+  });
 }
 
-// The elements of one chunk.
-template <class Rule, class Action>
+// The elements of one chunk. D: Draws or CutDraws.
+template <class D, class Rule, class Action>
 __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, void* const& grads, Span span, Action& act,
                                                        uint64_t stream) {
   constexpr int kBlockSize = static_cast<int>(kScaleBlock);
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  FUSEDAMP_SHARED(Draws, all_draws, kBlock / 32);
-  Draws& draws = all_draws[warp];
+  FUSEDAMP_SHARED(D, all_draws, kBlock / 32);
+  D& draws = all_draws[warp];
   if constexpr (Action::kStores) {
     __syncwarp();  // the previous chunk's are no longer in use
-    prepare_draws(row, stream, span.first, lane, draws);
+    prepare(row, stream, span.first, lane, draws);
   }
 
   const bool aligned = is_aligned<Rule>(row, grads);

@@ -19,7 +19,14 @@ struct StepAction {
 
 // Minimum blocks per multiprocessor for register allocation: as many as possible without spilling.
 template <class Rule, Kind kKind>
-constexpr int kResidentBlocks = kKind == Kind::kDouble ? 2 : (kKind == Kind::kCompressed ? 4 : 3) - (Rule::kStates > 2);
+constexpr int resident_blocks_of() {
+  if (kKind == Kind::kDouble || kKind == Kind::kCut) return 2;
+  const bool compressed = kKind == Kind::kCompressed;
+  const bool many = Rule::kStates > 2 || (compressed && Rule::kStates > 1 && Rule::kScalars > 0);  // AMSGrad; NAdam
+  return (compressed ? 4 : 3) - many;
+}
+template <class Rule, Kind kKind>
+constexpr int kResidentBlocks = resident_blocks_of<Rule, kKind>();
 
 template <class Rule, Kind kKind, class V = ValueOf<kKind>>
 __global__ void __launch_bounds__(kBlock, kResidentBlocks<Rule, kKind>)
@@ -75,14 +82,16 @@ template <class Rule>
 void step_with(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
                StepLog& log, bool only_measures) {
   if (only_measures && Rule::kNorms == 0) return;
-  StepList singles, compressed, doubles;
+  StepList singles, compressed, doubles, cut;
   for (int64_t i = 0; i < table.count; ++i) {
     const StepRow& row = table.rows[i];
-    (row.param_dtype == DType::f64 ? doubles : is_compressed(row) ? compressed : singles).add(row, table.grads[i]);
+    StepList& narrow = !is_compressed(row) ? singles : draws_in_pairs(row) ? compressed : cut;
+    (row.param_dtype == DType::f64 ? doubles : narrow).add(row, table.grads[i]);
   }
   step_as<Rule, Kind::kSingle>(device, singles, groups, scalars, log, only_measures);
   step_as<Rule, Kind::kCompressed>(device, compressed, groups, scalars, log, only_measures);
   step_as<Rule, Kind::kDouble>(device, doubles, groups, scalars, log, only_measures);
+  step_as<Rule, Kind::kCut>(device, cut, groups, scalars, log, only_measures);
 }
 
 }  // namespace fusedamp::cuda

@@ -81,16 +81,17 @@ __device__ __forceinline__ void visit_any_chunk(const StepRow& row, const void* 
 }
 
 // Which of a call's tensors a launch processes: float arithmetic with uncompressed storage, float arithmetic with
-// compressed storage, or float64.
-enum class Kind { kSingle, kCompressed, kDouble };
+// compressed storage, float64, or compressed shards whose random numbers are not in pairs.
+enum class Kind { kSingle, kCompressed, kDouble, kCut };
 template <Kind kKind>
 using ValueOf = std::conditional_t<kKind == Kind::kDouble, double, float>;
 
 template <class Rule, Kind kKind, class Action>
 __device__ __forceinline__ void visit(const StepRow& row, void* const& grad, Span span, Action& act) {
-  if constexpr (kKind == Kind::kCompressed) {
+  if constexpr (kKind == Kind::kCompressed || kKind == Kind::kCut) {
+    using D = std::conditional_t<kKind == Kind::kCut, CutDraws, Draws>;
     const int64_t t = step_number(*row.step);  // of this step; the count is updated before the step
-    visit_compressed_chunk<Rule>(row, grad, span, act, random_stream(row.seed, t));
+    visit_compressed_chunk<D, Rule>(row, grad, span, act, random_stream(row.seed, t));
   } else {
     visit_any_chunk<Rule, ValueOf<kKind>>(row, grad, span, act);
   }
