@@ -214,6 +214,21 @@ def test_copies(copied):
     assert torch.equal(other.state[others[5]]["master"].bits, offloaded.state[params[5]]["master"].bits)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_keep_the_state_of_parameters_that_left_the_groups(copied):
+    params = make_params(HALF, [(7, 5), (13,)])
+    offloaded = optim.Offloaded(optim.AdamW, params)
+    step(params, offloaded, 0)
+    offloaded.param_groups[0]["params"].pop()
+    others, other = copied((params, offloaded))
+    assert list(other.state) == others
+    other.param_groups[0]["params"].append(others[1])
+    offloaded.param_groups[0]["params"].append(params[1])
+    step(others, other, 1)
+    step(params, offloaded, 1)
+    assert_equal(params, others)
+
+
 def test_closures():
     params, plain, moved, offloaded = pair()
     for some, optimizer in ((params, plain), (moved, offloaded)):
