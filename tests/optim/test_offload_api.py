@@ -102,7 +102,9 @@ def test_groups():
     more = copy.deepcopy(extra)
     for optimizer, some, added in ((plain, params, extra), (offloaded, moved, more)):
         step(some, optimizer, 0)
+        optimizer.param_groups[0].update(lr=0.125, tag="mine")  # must outlive a group that is added at once
         optimizer.add_param_group({"params": added, "lr": 0.5, "name": "new"})
+        assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["tag"]) == (0.125, "mine")
         optimizer.param_groups[0]["betas"] = (0.5, 0.9)
         optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
         step([*some, *added], optimizer, 1)

@@ -297,6 +297,7 @@ class Offloaded(torch.optim.Optimizer):
             check_distinct(where, [p[1] if isinstance(p, tuple) else p for p in params])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._mirror.match(self.param_groups[:-1])  # their options may have changed since the last step
         try:
             homes = self._mirror.homes(group["params"])
             self._mirror.host.add_param_group({**group, "params": homes})
