@@ -102,7 +102,9 @@ def test_groups():
     more = copy.deepcopy(extra)
     for optimizer, some, added in ((plain, params, extra), (offloaded, moved, more)):
         step(some, optimizer, 0)
+        optimizer.param_groups[0].update(lr=0.125, tag="mine")  # must outlive a group that is added at once
         optimizer.add_param_group({"params": added, "lr": 0.5, "name": "new"})
+        assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["tag"]) == (0.125, "mine")
         optimizer.param_groups[0]["betas"] = (0.5, 0.9)
         optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
         step([*some, *added], optimizer, 1)
@@ -212,6 +214,21 @@ def test_copies(copied):
         step(params, offloaded, s)
     assert_equal(params, others)
     assert torch.equal(other.state[others[5]]["master"].bits, offloaded.state[params[5]]["master"].bits)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_keep_the_state_of_parameters_that_left_the_groups(copied):
+    params = make_params(HALF, [(7, 5), (13,)])
+    offloaded = optim.Offloaded(optim.AdamW, params)
+    step(params, offloaded, 0)
+    offloaded.param_groups[0]["params"].pop()
+    others, other = copied((params, offloaded))
+    assert list(other.state) == others
+    other.param_groups[0]["params"].append(others[1])
+    offloaded.param_groups[0]["params"].append(params[1])
+    step(others, other, 1)
+    step(params, offloaded, 1)
+    assert_equal(params, others)
 
 
 def test_closures():

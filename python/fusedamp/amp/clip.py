@@ -104,13 +104,13 @@ def clip_grad_norm_(
     if stepping_in_backward:
         refuse_freed("clip_grad_norm_", parameters)
     gradients = Gradients(parameters)
+    home = next(iter(gradients.by_device), None)
     if process_group is None:
         gradients.need_known_ranks("clip_grad_norm_")
-    elif not gradients.by_device:  # this rank joins the reduction, as the others wait for it
-        where = local(parameters[0]).device if parameters else torch.device("cpu")
-        return gradients.norm({}, norm_type, where, process_group).float()
-    if not gradients.by_device:
-        return torch.tensor(0.0)
+        if home is None:
+            return torch.tensor(0.0)
+    elif home is None:  # this rank joins the reduction, as the others wait for it
+        home = local(parameters[0]).device if parameters else torch.device("cpu")
     if (
         process_group is None
         and not error_if_nonfinite
@@ -118,7 +118,6 @@ def clip_grad_norm_(
     ):
         return norm
     read = Gradients(parameters, magnitudes=True) if norm_type != 2 else gradients
-    home = next(iter(gradients.by_device))
     norm = read.norm(read.stats(None, norm_type), norm_type, home, process_group)
     if error_if_nonfinite and not math.isfinite(norm.item()):
         raise RuntimeError(

@@ -54,10 +54,11 @@ class GradScaler(GradientChecks):
         process_group: ranks that skip and change the scale together, for models whose gradients differ over
             ranks that no DTensor names: pipeline stages, experts, FSDP1 shards, plain shards; or replicas
             that may disagree. Each rank must call :meth:`unscale_` and :meth:`step` equally often, in the
-            same order. Each step, or its :meth:`unscale_`, then reduces one flag of 4 bytes on the device. A
-            rank that scaled no loss has the same scale. ``found_inf`` and ``grad_scale`` are set by hand on
-            all of these ranks or on none. Not part of :meth:`state_dict`; such a scaler cannot
-            be pickled. Before ``init_process_group``, ``torch.distributed.group.WORLD`` is None.
+            same order. Each step, or the :meth:`unscale_` or clipping over ranks before it, then reduces
+            one flag of 4 bytes on the device. A rank that scaled no loss has the same scale. ``found_inf``
+            and ``grad_scale`` are set by hand on all of these ranks or on none. Not part of
+            :meth:`state_dict`; such a scaler cannot be pickled. Before ``init_process_group``,
+            ``torch.distributed.group.WORLD`` is None.
 
     Raises: AssertionError where torch raises it, ValueError or TypeError for other bad arguments,
         RuntimeError for parameters that FSDP1 shards over several ranks, without ``process_group``.
@@ -310,7 +311,7 @@ class GradScaler(GradientChecks):
                 self._check_inf_per_device(optimizer)
                 read = state["read"]
         seen = self._divide(optimizer, state, by_hand[1])
-        if ready or seen is not None:
+        if seen is not None or (ready and not state.get("agreed")):
             self._agree_over_group_(state)
         flag = self._combined_flag(optimizer, state)
         log = self._overflows[optimizer]

@@ -123,13 +123,19 @@ class GradientChecks(LossScale):
     def _clip_later(self, optimizer: Optimizer, state: dict[str, Any], clip: Clip) -> Tensor:
         earlier = read = state.get("read")
         if read is None or read.norm_type != clip.norm_type:
-            state["norm_type"] = clip.norm_type
+            state["norm_type"], flags = clip.norm_type, state["found_inf_per_device"]
             self._check_inf_per_device(optimizer)
             read = state["read"]
+            if state.get("agreed"):
+                state["found_inf_per_device"] = flags
             if earlier is not None:
                 read.clips, read.clip_coef = earlier.clips, earlier.clip_coef
         if clip.process_group is None:
             read.gradients.need_known_ranks("GradScaler.clip_grad_norm_")
+        elif not state.get("agreed"):
+            # Before the norm, as on ranks whose optimizers need unscaled gradients: unscale_ does it there.
+            self._agree_over_group_(state)
+            state["agreed"] = True
         norm: Tensor = read.clip(clip)
         return norm
 

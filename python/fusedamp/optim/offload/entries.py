@@ -29,6 +29,8 @@ class Entries(MutableMapping[Any, Any]):
         return self._entries[self._key(key)]
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, Tensor):  # it may have left the groups, or come before its group
+            self._mirror.homes([key])
         self._entries[self._key(key)] = value
 
     def __delitem__(self, key: Any) -> None:

@@ -26,6 +26,7 @@ from ..core.optimizer import FusedOptimizer
 from ..core.params import check_distinct, check_place
 from ..core.parts import overrides_step
 from ..state import checkpoint
+from ..state.spec import StateSpec
 from .buckets import Bucket, Twin
 from .entries import Entries, place_states, shards_of
 from .link import link_to
@@ -98,6 +99,11 @@ class Offloaded(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         self._mirror.host.state = defaultdict(dict)
         self.state.update(value)
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        """All possible states of a parameter, as ``optimizer_class`` has them."""
+        return self._mirror.host.states
 
     # Gradients ----------------------------------------------------------------------------
 
@@ -292,6 +298,7 @@ class Offloaded(torch.optim.Optimizer):
             check_distinct(where, [p[1] if isinstance(p, tuple) else p for p in params])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._mirror.match(self.param_groups[:-1])  # their options may have changed since the last step
         try:
             homes = self._mirror.homes(group["params"])
             self._mirror.host.add_param_group({**group, "params": homes})
