@@ -120,7 +120,7 @@ def repair(wheel: Path, folder: Path) -> Path:
 
 def contents_of(wheel: Path) -> dict[str, bytes]:
     with ZipFile(wheel) as file:
-        return {name: file.read(name) for name in file.namelist()}
+        return {name: file.read(name) for name in file.namelist() if not name.endswith("/")}
 
 
 def check_contents(wheel: Path, sdist: Path, cuda: bool) -> None:

@@ -186,7 +186,8 @@ def optimizers() -> str:
     import torch
 
     body = []
-    for name in sorted(fusedamp.optim.__all__, key=str.lower):
+    names = [n for n in fusedamp.optim.__all__ if hasattr(getattr(fusedamp.optim, n), "states")]
+    for name in sorted(names, key=str.lower):
         parameters = inspect.signature(getattr(fusedamp.optim, name)).parameters
         shown = [
             f"{p.name}={str(p.default).removeprefix('torch.')}"

@@ -123,6 +123,16 @@ def _training(found: dict[str, Any]) -> str:
     return table(heads, rows) if rows else ""
 
 
+def _offload(found: dict[str, Any]) -> str:
+    if not found.get("steps"):
+        return ""
+    speeds = ", ".join(f"{name} {speed:.3g}" for name, speed in found["bus_gb_s"].items())
+    keys = ("format", "step", "numel", "ms", "ns_per_parameter")
+    heads = ("format", "step", "parameters", "ms", "ns per parameter")
+    steps = table(heads, [[row[key] for key in keys] for row in found["steps"]])
+    return f"The bus, GB/s: {speeds}.\n\n{steps}\n\n{_training(found)}"
+
+
 def _fusions(found: dict[str, Any]) -> str:
     if not found.get("fusions"):
         return ""
@@ -175,6 +185,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "fusions": _fusions,
     "bandwidth": _bandwidth,
     "launches": _launches,
+    "offload": _offload,
     "training": _training,
     "suite": _suite,
     "sanitizer": _plain,

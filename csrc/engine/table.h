@@ -16,7 +16,7 @@ struct StepRow {
   float* step;                // one element: this tensor's step count (math/count.h)
   double* squares;            // of a rule with norms: kMaxNorms sums over all ranks; null: those of this buffer
   int64_t numel, seed;        // seed: of the tensor's random numbers
-  Place place;                // of the buffers in the whole tensor
+  Placement place;            // of the buffers in the whole tensor
   int32_t group;              // index of its StepGroup
   DType grad_dtype, param_dtype;
   DType master_dtype;      // f32, or i16: the remainder of a split master

@@ -37,11 +37,11 @@ FUSEDAMP_FN RandomKey random_key(uint64_t stream, int list, int64_t index) {
 // Where a buffer's elements are in a whole tensor, of which it may be one rank's shard: element i of the buffer is
 // element (i / run) * stride + first + i % run of the whole, or first + i if run is 0. Random numbers belong to the
 // whole tensor, so they do not depend on the number of ranks.
-struct Place {
+struct Placement {
   int64_t first, run, stride;
 };
-FUSEDAMP_FN bool is_whole(const Place& place) { return (place.first | place.run) == 0; }
-FUSEDAMP_FN int64_t whole_index(const Place& place, int64_t i) {
+FUSEDAMP_FN bool is_whole(const Placement& place) { return (place.first | place.run) == 0; }
+FUSEDAMP_FN int64_t whole_index(const Placement& place, int64_t i) {
   return place.first + (place.run == 0 ? i : i / place.run * place.stride + i % place.run);
 }
 

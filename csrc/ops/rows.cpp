@@ -62,8 +62,8 @@ constexpr size_t word_count(const char* text) {
 }
 
 // Where the elements of params[i] are in a whole tensor; throws unless each has a place of its own.
-Place place_at(const std::string& op, const int64_t* place, size_t i, int64_t numel) {
-  const auto [first, run, stride] = Place{place[0], place[1], place[2]};
+Placement place_at(const std::string& op, const int64_t* place, size_t i, int64_t numel) {
+  const auto [first, run, stride] = Placement{place[0], place[1], place[2]};
   constexpr int64_t most = std::numeric_limits<int64_t>::max() / 4;
   const bool fits = first >= 0 && first < most && run >= 0 && stride >= 0 &&
                     (run == 0 ? numel < most : stride >= run && numel / run < most / stride);

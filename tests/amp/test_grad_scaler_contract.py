@@ -12,7 +12,7 @@ import torch
 from fusedamp import GradScaler, optim
 from on_device import DEVICE
 
-LIMITS = {"min_scale", "max_scale", "hysteresis", "hysteresis_refill", "on_floor"}
+LIMITS = {"process_group", "min_scale", "max_scale", "hysteresis", "hysteresis_refill", "on_floor"}
 
 
 def iterate(scaler, optimizer, factor=1.0):

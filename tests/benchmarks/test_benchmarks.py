@@ -24,6 +24,7 @@ from benchmarks import (  # noqa: E402
     duel,
     linear,
     linear_rows,
+    offload,
     report,
     results,
     run,
@@ -257,6 +258,16 @@ def test_cliffs_have_two_sides_that_run():
         assert elements > 0
         tried()
         plain()
+
+
+@pytest.mark.parametrize("way", offload.WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("form", offload.FORMATS)
+def test_offload_has_the_same_weights_on_both_sides(form, way):
+    offload.checked(way.kind, offload.FORMATS[form])
+    ours, _ = offload.sides(way.kind, [(1_000,)] * 3, offload.FORMATS[form])
+    for _ in range(2):
+        offload.before(ours, way)()
+        ours.step()
 
 
 @pytest.mark.parametrize("phase", small.PHASES)

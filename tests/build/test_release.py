@@ -96,6 +96,7 @@ def test_contents_of_the_wheel(name, release, tmp_path, capsys):
         tmp_path / "fusedamp-0.1.0.tar.gz",
     )
     with ZipFile(wheel, "w") as file:
+        file.writestr("fusedamp/", b"")  # auditwheel adds folders
         for path, content in (python | dict.fromkeys(OBJECTS, ORIGIN) | changed).items():
             if content is not None:
                 file.writestr(path, content)

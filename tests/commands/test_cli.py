@@ -109,7 +109,7 @@ def test_no_cuda_is_said(capsys, monkeypatch):
 
 def test_missing_extras_are_named(capsys, monkeypatch):
     """Without matplotlib & co. the demo says which, and how to get them."""
-    monkeypatch.setattr(options, "EXTRAS", ("rich", "no_such_package"))
+    monkeypatch.setattr(options, "EXTRAS", ("json", "no_such_package"))
     assert cli.main(["demo"]) == 2
     error = capsys.readouterr().err
     assert "needs no_such_package" in error

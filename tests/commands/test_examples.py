@@ -29,6 +29,17 @@ def test_micro_batches(dtype, capsys):
     assert int(share) > 90
 
 
+def test_offload(capsys):
+    for steps in (5, 50):
+        main = runpy.run_path(str(EXAMPLES / "offload.py"))["main"]
+        main(["--device", "cpu", "--steps", str(steps)])
+    text = capsys.readouterr().out
+    losses = [float(found) for found in re.findall(r"loss ([\d.]+)", text)]
+    assert losses[0] > 2
+    assert losses[-1] < 0.4
+    assert "4.0 on the device, 10.0 on the host" in text
+
+
 def test_nn_linear_rounds_as_the_example_says(monkeypatch, capsys):
     monkeypatch.setattr(fusedamp.nn, "convert", lambda model: model)
     assert printed(capsys, "bf16")[1] == "0"

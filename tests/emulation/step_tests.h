@@ -53,7 +53,7 @@ struct Step {
   std::vector<Mix> mixes;
 
   // Of a whole tensor or of a shard: rows, columns, with and without whole pairs, across a key's last element.
-  static Place any_place(Random& random) {
+  static Placement any_place(Random& random) {
     const int64_t firsts[] = {0, 4096, 4097, kKeyElements - 200, 5 * kKeyElements + 3},
                   first = firsts[below(random, 5)];
     if (below(random, 3) > 0) return {below(random, 2) ? first : 0, 0, 0};

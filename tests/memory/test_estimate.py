@@ -240,8 +240,36 @@ def test_json(capsys):
     assert cli.main(["estimate", *arguments, "--set", "momentum=0.9"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["optimizer"], found["params"], found["tensors"]) == ("SGD", 28, 2)
-    expected = {"weights": 112, "gradients": 112, "masters": 0, "states": 120, "total": 344}
+    expected = {"weights": 112, "gradients": 112, "masters": 0, "states": 120, "host": 0, "total": 344}
     assert {k: v for k, v in found["rows"][0].items() if k != "name"} == expected
+
+
+@pytest.mark.parametrize("form", [{}, {"master_weights": "split", "state_dtype": "int8"}], ids=str)
+def test_offload(form):
+    """Guards the bytes of Offloaded: the estimate against what a step has made, on device and host."""
+    params = [torch.nn.Parameter(torch.randn(shape, dtype=torch.bfloat16)) for shape in ((64, 32), (128,))]
+    frozen = torch.nn.Parameter(torch.zeros(10, dtype=torch.bfloat16), requires_grad=False)
+    optimizer = optim.Offloaded(optim.AdamW, params, **form)
+    row = estimate([*params, frozen], optimizer).rows[0]
+    assert row == estimate([*params, frozen], optim.AdamW, offload=True, **form).rows[0]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    host = [part for bucket in optimizer._mirror.buckets for part in (bucket._weights, bucket._grads)]
+    states = optimizer.state_dict()["state"].values()
+    host += [value for entry in states for value in entry.values() if isinstance(value, torch.Tensor)]
+    assert row.host == sum(part.nbytes for part in host)
+    assert row.device == sum(p.nbytes for p in params) * 2 + frozen.nbytes
+    assert row.name.startswith("fusedamp offloaded: master_weights=")
+
+
+def test_offload_in_the_table(capsys):
+    command = ["estimate", "--params", "1000", "--set", "master_weights=split", "--offload"]
+    assert cli.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-5:] == ["sum", "device", "host", "in", "all"]
+    assert lines[2].split()[-9:-2] == ["4.00", "4.00", "2.00", "8.00", "18.00", "4.00", "14.00"]
+    assert lines[-1].split()[-4:-2] == ["8.00", "0.00"]
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,15 @@ def test_late_gradients_count_from_their_own_first_step():
     assert (optimizer.state[early]["step"], optimizer.state[late]["step"]) == (5, 1)
 
 
+def test_weights_of_zero_move():
+    """Guards eps[1]: the rate is relative to the weights, and at least to it."""
+    param = torch.nn.Parameter(torch.zeros(3, 4))
+    param.grad = torch.ones_like(param)
+    optim.Adafactor([param], lr=0.5, eps=(None, 2.0**-10)).step()
+    # All means are 1, and so is the quotient; sums of 4 and roots of 12 round.
+    torch.testing.assert_close(param, torch.full_like(param, -(2.0**-11)), rtol=16 * 2.0**-24, atol=0)
+
+
 def test_what_is_no_matrix_is_updated_by_adamw():
     """Guards the second algorithm in the same call: AdamW's bits and state, for matrices too if asked."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -29,6 +29,7 @@ PARTS = {
         Part("linear", "Linear layers: values, sums, same bits", 60, proves=True),
         Part("bandwidth", "Bandwidth and time of optimizer steps", 120),
         Part("launches", "Launches per step, host time per tensor", 45),
+        Part("offload", "Offload: bits, bus, memory, step", 75),
         Part("training", "A GPT-2-size training step", 75),
         Part("fusions", "Linear layers: plans, fusions, a step", 75),
         Part("counters", "Nsight Compute: bytes and throughput of each kernel", 45),

@@ -96,8 +96,8 @@ static __attribute__((noinline)) void draw_run(uint64_t stream, int list, int64_
 }
 
 // The same for elements at .. at + n - 1 of a buffer that is a part of a whole tensor.
-static __attribute__((noinline)) void draw_part(const Place& place, uint64_t stream, int list, int64_t at, int64_t n,
-                                                uint16_t* halves) {
+static __attribute__((noinline)) void draw_part(const Placement& place, uint64_t stream, int list, int64_t at,
+                                                int64_t n, uint16_t* halves) {
   while (n > 0) {
     const int64_t left = place.run == 0 ? n : place.run - at % place.run, count = n < left ? n : left;
     draw_run(stream, list, whole_index(place, at), count, halves);

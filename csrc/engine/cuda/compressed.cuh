@@ -151,23 +151,43 @@ __device__ __forceinline__ Numbers weights_of(const StepRow& row, const Words& p
   return split ? joined<DType::f16, true>(params, masters) : joined<DType::f16, false>(params, masters);
 }
 
-// Random numbers of a chunk. A lane's elements are two pairs with a word each, unless the chunk is of a shard that cuts
-// pairs; then every element takes a word of its own.
+// Random numbers of a chunk, in shared memory: each warp has its own copy. A lane's elements are two pairs with a word
+// each, unless the chunk is of a shard that cuts pairs; then every element takes a word of its own.
 struct Draws {
-  const RandomKey* keys;  // of each list
-  bool in_pairs;
+  RandomKey keys[kWeightList + 1];  // of each list
+  uint64_t stream;
+  int64_t first;        // element of the chunk
+  int64_t start, rest;  // of the run in which it lies: index in the whole tensor, and elements before `first`
+  int64_t in_pairs;
 };
 
 __device__ __forceinline__ bool draws_in_pairs(const StepRow& row) {
-  const Place& place = row.place;
+  const Placement& place = row.place;
   return is_whole(place) || ((place.first | place.stride) % 2 == 0 && place.run % kPerLane == 0 && row.numel > 0 &&
                              whole_index(place, row.numel - 1) < kKeyElements);
 }
 
-__device__ __forceinline__ uint32_t draw_one(const StepRow& row, int list, int64_t i) {
-  const int64_t index = whole_index(row.place, i);
-  const RandomKey key = random_key(random_stream(row.seed, step_number(*row.step)), list, index);
-  return random_half(random_bits(key, static_cast<uint32_t>(index / 2)), static_cast<int>(index % 2));
+// Lanes 0 to kWeightList write `draws`; the others see it after the next __syncwarp.
+__device__ __forceinline__ void prepare_draws(const StepRow& row, uint64_t stream, int64_t first, int lane,
+                                              Draws& draws) {
+  if (lane > kWeightList) return;
+  const Placement& place = row.place;
+  draws.keys[lane] = random_key(stream, lane, is_whole(place) ? first : 0);
+  if (lane > 0) return;
+  draws.stream = stream;
+  draws.first = first;
+  draws.start = place.first + (place.run == 0 ? 0 : first / place.run * place.stride);
+  draws.rest = place.run == 0 ? first : first % place.run;
+  draws.in_pairs = draws_in_pairs(row);
+}
+
+// whole_index() of an element of the chunk, by a division of 32 bits, which needs fewer registers.
+__device__ __forceinline__ int64_t index_of(const Placement& place, const Draws& draws, int64_t at) {
+  const int64_t in_run = draws.rest + (at - draws.first);
+  if (place.run == 0 || in_run < place.run) return draws.start + in_run;
+  const auto over = static_cast<uint32_t>(in_run - place.run);  // below the size of a chunk
+  const auto run = static_cast<uint32_t>(min(place.run, int64_t{1} << 31));
+  return draws.start + int64_t{1 + over / run} * place.stride + over % run;
 }
 
 // 16 random bits per element from `at`, a multiple of kPerLane.
@@ -176,13 +196,17 @@ __device__ __forceinline__ Stored draw(const StepRow& row, const Draws& draws, i
   if (!draws.in_pairs) {
     uint64_t halves = 0;
 #pragma unroll 1  // rare: small code is worth more
-    for (int e = 0; e < kPerLane; ++e) halves |= uint64_t{draw_one(row, list, at + e)} << 16 * e;
+    for (int e = 0; e < kPerLane; ++e) {
+      const int64_t index = index_of(row.place, draws, at + e);
+      const uint32_t bits = random_bits(random_key(draws.stream, list, index), static_cast<uint32_t>(index / 2));
+      halves |= uint64_t{random_half(bits, static_cast<int>(index % 2))} << 16 * e;
+    }
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) random.v[e] = static_cast<uint32_t>(halves >> 16 * e) & 0xffffu;
     return random;
   }
   const RandomKey key = draws.keys[list];
-  const auto pair = static_cast<uint32_t>((is_whole(row.place) ? at : whole_index(row.place, at)) / 2);
+  const auto pair = static_cast<uint32_t>(index_of(row.place, draws, at) / 2);
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) random.v[e] = random_half(random_bits(key, pair + e / 2), e);
   return random;
@@ -324,14 +348,12 @@ __device__ __forceinline__ void visit_compressed_chunk(const StepRow& row, void*
   constexpr int kBlockSize = static_cast<int>(kScaleBlock);
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  // A chunk has one key per list; every warp computes its own copy, without synchronization between warps.
-  FUSEDAMP_SHARED(RandomKey, all_keys, kBlock / 32 * (kWeightList + 1));
-  RandomKey* keys = all_keys + warp * (kWeightList + 1);
+  FUSEDAMP_SHARED(Draws, all_draws, kBlock / 32);
+  Draws& draws = all_draws[warp];
   if constexpr (Action::kStores) {
-    __syncwarp();  // the previous chunk's keys are no longer in use
-    if (lane <= kWeightList) keys[lane] = random_key(stream, lane, is_whole(row.place) ? span.first : 0);
+    __syncwarp();  // the previous chunk's are no longer in use
+    prepare_draws(row, stream, span.first, lane, draws);
   }
-  const Draws draws = {keys, !Action::kStores || draws_in_pairs(row)};
 
   const bool aligned = is_aligned<Rule>(row, grads);
   for (int first = warp * kBlockSize; first < span.count; first += warps * kBlockSize) {

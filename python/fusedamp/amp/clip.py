@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import checks
+from ..ops.inputs import refuse_freed, stepping_in_backward
 from ..tensors.addresses import rows
 from ..tensors.shards import local, need_no_replicas, refuse_flattened
 from .gradients import Gradients, on
@@ -100,6 +101,8 @@ def clip_grad_norm_(
     norm_type = check_norm("clip_grad_norm_", max_norm, norm_type)
     need_group("clip_grad_norm_", process_group)
     check_ranks("clip_grad_norm_", parameters, process_group)
+    if stepping_in_backward:
+        refuse_freed("clip_grad_norm_", parameters)
     gradients = Gradients(parameters)
     if process_group is None:
         gradients.need_known_ranks("clip_grad_norm_")

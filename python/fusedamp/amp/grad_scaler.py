@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from ..ops.inputs import AmpInputs, DeviceInputs, step_with, times
+from ..ops.inputs import AmpInputs, DeviceInputs, refuse_freed, step_with, stepping_in_backward, times
 from ..tensors.layout import gradient_of
 from ..tensors.shards import is_distributed, local, refuse_flattened
 from . import routes
@@ -129,6 +129,7 @@ class GradScaler(GradientChecks):
             state = self._per_optimizer_states[id(optimizer)]
             if state["stage"] is OptState.STEPPED:
                 raise RuntimeError("clip_grad_norm_() is being called after step().")
+            self._refuse_freed("clip_grad_norm_", optimizer)
             check_ranks("GradScaler.clip_grad_norm_", params_of(optimizer), process_group)
             if state["stage"] is OptState.READY:
                 if self._is_fused(optimizer) and not self._overrides("unscale_", "_unscale_grads_"):
@@ -193,7 +194,12 @@ class GradScaler(GradientChecks):
         state["read"] = None
         return result
 
+    def _refuse_freed(self, method: str, optimizer: Optimizer) -> None:
+        if stepping_in_backward:
+            refuse_freed(f"GradScaler.{method}", params_of(optimizer))
+
     def _refuse_flattened(self, method: str, optimizer: Optimizer) -> None:
+        self._refuse_freed(method, optimizer)
         # Methods that override these may know FSDP1's ranks.
         if (
             self._process_group is None

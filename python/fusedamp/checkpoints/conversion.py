@@ -44,7 +44,8 @@ def convert(
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(
             f"[convert] optimizer is {type(optimizer).__name__}; expected an optimizer of fusedamp.optim, "
-            "which loads the result. Construct it first."
+            "which loads the result. Construct it first; for Offloaded, one of its optimizer_class with the "
+            "same groups, which needs no memory for this."
         )
     if source not in LAYOUTS:
         raise ValueError(

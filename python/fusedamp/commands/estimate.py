@@ -16,7 +16,7 @@ from ..memory.estimate import estimate
 from ..memory.model_shapes import MODELS, Shapes
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-OPTIMIZERS = {name.lower(): getattr(optim, name) for name in optim.__all__}
+OPTIMIZERS = {n.lower(): getattr(optim, n) for n in optim.__all__ if hasattr(getattr(optim, n), "states")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="an option of the optimizer, such as momentum=0.9 or master_weights=none",
     )
+    add("--offload", action="store_true", help="with masters, states and update on the host")
     add("--json", action="store_true", help="machine-readable, in bytes")
 
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
             OPTIMIZERS[args.optimizer],
             dtype=DTYPES[args.dtype],
             grad_dtype=DTYPES.get(args.grad_dtype),
+            offload=args.offload,
             **options,
         )
     except (TypeError, ValueError) as error:

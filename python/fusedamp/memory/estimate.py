@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..optim.core.batch import Group
 from ..optim.core.optimizer import FusedOptimizer
 from ..optim.core.options import STORAGE
+from ..optim.offload.offloaded import Offloaded
 from ..optim.state.encoded import plain
 from ..optim.state.formats import has_master, name_dtypes
 from ..tensors.layout import STATE_DTYPES
@@ -25,17 +26,23 @@ _PLAIN = {option: values[0] for option, values in STORAGE.items()}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of each part between two steps, in one training mode."""
+    """Bytes of each part between two steps, in one training mode; ``host`` of them on the host (offload)."""
 
     name: str
     weights: int
     gradients: int
     masters: int
     states: int
+    host: int = 0
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.masters + self.states
+
+    @property
+    def device(self) -> int:
+        """Bytes that are not on the host."""
+        return self.total - self.host
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,15 @@ class Estimate:
 
     def __str__(self) -> str:
         width = max(19, *(len(row.name) for row in self.rows))
-        heads = ("weights", "gradients", "masters", "states", "sum")
+        offloads = any(row.host for row in self.rows)
+        heads = ["weights", "gradients", "masters", "states", "sum", *(("device", "host") * offloads)]
         lines = [
             f"{self.optimizer}: {self.params:,} parameters in {self.tensors:,} tensors",
             f"{'bytes per parameter':{width}}" + "".join(f"{head:>11}" for head in heads) + f"{'in all':>13}",
         ]
         for row in self.rows:
-            parts = (row.weights, row.gradients, row.masters, row.states, row.total)
+            parts = [row.weights, row.gradients, row.masters, row.states, row.total]
+            parts += [row.device, row.host] * offloads
             figures = "".join(f"{part / max(self.params, 1):11.2f}" for part in parts)
             lines.append(f"{row.name:{width}}{figures}{_readable(row.total):>13}")
         return "\n".join(lines)
@@ -71,10 +80,11 @@ class Estimate:
 
 def estimate(
     model_or_params: nn.Module | Tensor | int | Iterable[Any],
-    optimizer: type[FusedOptimizer] | FusedOptimizer,
+    optimizer: type[FusedOptimizer] | FusedOptimizer | Offloaded,
     *,
     dtype: torch.dtype | None = None,
     grad_dtype: torch.dtype | None = None,
+    offload: bool = False,
     **options: Any,
 ) -> Estimate:
     """Estimate the bytes of weights, gradients, masters and states: in the requested mode, in every other
@@ -87,9 +97,12 @@ def estimate(
     Args:
         model_or_params: a module (the meta device is fine), a tensor, a number of elements, or an iterable of
             tensors, named tensors, shapes or param groups. Frozen parameters count as weights only.
-        optimizer: a class of :mod:`fusedamp.optim`, or an existing optimizer of these parameters.
+        optimizer: a class of :mod:`fusedamp.optim`, or an existing optimizer of these parameters. An existing
+            :class:`fusedamp.optim.Offloaded` implies ``offload``.
         dtype: of the weights; default: unchanged, and FP32 for shapes.
         grad_dtype: of the gradients; default: that of each parameter.
+        offload: estimate :class:`fusedamp.optim.Offloaded`: weights and gradients on the device and again on
+            the host, masters and states on the host. The rows for plain torch have all on the device.
         options: for the constructor; for an existing optimizer, they override its groups' options.
     Returns: rows of bytes. The rows for plain torch are the same algorithm with FP32 weights, as under AMP;
         with FP32 masters and their FP32 gradients managed by the user; and with all states in the weights'
@@ -100,10 +113,14 @@ def estimate(
         made, weights = plan(model_or_params, optimizer, options, dtype)
     elif isinstance(optimizer, FusedOptimizer):
         made, weights = optimizer, owned(model_or_params, optimizer, options, dtype)
+    elif isinstance(optimizer, Offloaded):
+        made, offload = optimizer._mirror.host, True
+        weights = owned(model_or_params, optimizer, options, dtype)
     else:
         raise TypeError(
             f"[estimate] optimizer is {optimizer!r}; expected a class of fusedamp.optim, or an optimizer "
-            "made from one. Pass such as fusedamp.optim.AdamW; the table has rows for plain torch."
+            "made from one. Pass such as fusedamp.optim.AdamW (for Offloaded, with offload=True); the table "
+            "has rows for plain torch."
         )
     trained = [weight for weight in weights if weight.group is not None]
     if grad_dtype is not None:
@@ -112,13 +129,13 @@ def estimate(
     chosen = [tuple(_storage(weight.group).items()) for weight in trained if weight.group is not None]
     asked = dict(chosen[0]) if len(set(chosen)) == 1 else {}
     name = _label(asked, has_masters) if asked else "fusedamp: as in the groups"
-    rows = {name: _row(name, made, weights, {})}
+    rows = {name: _row(name, made, weights, {}, offload)}
     for values in itertools.product(*STORAGE.values()):
         storage: dict[str, Any] = dict(zip(STORAGE, values, strict=True))
         name = _label(storage, has_masters)
         if name not in rows:
             try:
-                rows[name] = _row(name, made, weights, storage | _TO_NEAREST)
+                rows[name] = _row(name, made, weights, storage | _TO_NEAREST, offload)
             except (TypeError, ValueError):  # the optimizer does not support this mode for these parameters
                 continue
     count = sum(weight.meta.numel() for weight in weights)
@@ -126,7 +143,9 @@ def estimate(
     return Estimate(type(made).__name__, count, len(weights), all_rows)
 
 
-def _row(name: str, optimizer: FusedOptimizer, weights: list[Weight], storage: dict[str, Any]) -> Memory:
+def _row(
+    name: str, optimizer: FusedOptimizer, weights: list[Weight], storage: dict[str, Any], offload: bool
+) -> Memory:
     masters = states = 0
     known: dict[Any, tuple[int, int]] = {}  # large models repeat a few shapes
     for weight in weights:
@@ -137,7 +156,13 @@ def _row(name: str, optimizer: FusedOptimizer, weights: list[Weight], storage: d
                 known[kind] = _bytes(entry.pop("master", ())), _bytes(entry)
             masters, states = masters + known[kind][0], states + known[kind][1]
     gradients = sum(w.meta.numel() * w.grad_dtype.itemsize for w in weights if w.group is not None)
-    return Memory(name, _bytes([weight.meta for weight in weights]), gradients, masters, states)
+    of_weights = _bytes([weight.meta for weight in weights])
+    if not offload:
+        return Memory(name, of_weights, gradients, masters, states)
+    copies = _bytes([weight.meta for weight in weights if weight.group is not None])
+    host = copies + gradients + masters + states
+    name = name.replace("fusedamp", "fusedamp offloaded", 1)
+    return Memory(name, of_weights + copies, 2 * gradients, masters, states, host)
 
 
 def _plain_rows(optimizer: FusedOptimizer, weights: list[Weight]) -> list[Memory]:

@@ -52,7 +52,7 @@ def plan(
 
 
 def owned(
-    params: Any, optimizer: FusedOptimizer, options: dict[str, Any], dtype: torch.dtype | None
+    params: Any, optimizer: torch.optim.Optimizer, options: dict[str, Any], dtype: torch.dtype | None
 ) -> list[Weight]:
     """Return the parameters of an existing optimizer and the other tensors of ``params``."""
     _need_options(type(optimizer).__name__, options, optimizer.defaults.keys())

@@ -65,6 +65,12 @@ def _is_marked_parameter(t: Any) -> bool:
     )
 
 
+# Asked once: torch.compile of torch 2.11 cannot trace the question.
+_WITH_AUTOCAST = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla"))
+)
+
+
 def product_dtype(op: str, tensors: tuple[Any, ...], names: tuple[str, ...]) -> torch.dtype:
     """Return the dtype of a 16-bit product; FP32 if it is torch's affair altogether."""
     if (
@@ -75,7 +81,7 @@ def product_dtype(op: str, tensors: tuple[Any, ...], names: tuple[str, ...]) -> 
         return torch.float32
     input = tensors[0]
     device, dtype, kind = input.device, input.dtype, input.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind)
     for i in range(1, len(tensors), 2):
         _need_shapes(op, tensors, names, i)
     for t, name in zip(tensors, names, strict=True):

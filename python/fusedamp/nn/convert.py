@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from itertools import pairwise
@@ -45,6 +46,8 @@ def convert(model: Model, *, grad_dtype: torch.dtype | None = None, fuse_gelu: b
         raise TypeError(f"[convert] fuse_gelu is {fuse_gelu!r}; expected True or False")
     layers: list[Any] = [m for m in model.modules() if type(m) in KNOWN]
     _warn_of_others(model, bool(layers))
+    if "torch._dynamo" in sys.modules:  # the compiler of torch 2.11 does not notice another class
+        torch.compiler.reset()
     for layer in layers if grad_dtype is not None else ():
         need_float32_grads("convert", layer, grad_dtype)
     for layer in layers:

@@ -6,7 +6,8 @@ The scaler and the optimizers do not know each other; they meet here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,6 +17,8 @@ from torch import Tensor
 Number = float | Tensor
 _MIN, _MAX = 2.0**-126, torch.finfo(torch.float32).max  # their reciprocals are FP32 numbers
 _handed = threading.local()
+# Optimizers whose gradients are used and freed within the backward pass.
+stepping_in_backward: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +108,18 @@ def step_with(inputs: AmpInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             "which then gets unscaled gradients."
         )
     return result
+
+
+def refuse_freed(op: str, params: Iterable[Any]) -> None:
+    """Raise if the gradients of one of ``params`` are used within the backward pass."""
+    groups = [group for optimizer in list(stepping_in_backward) for group in optimizer.param_groups]
+    freed = {id(param) for group in groups for param in group["params"]}
+    if any(id(param) in freed for param in params):
+        raise RuntimeError(
+            f"[{op}] the optimizer steps in the backward pass (step_in_backward), so its gradients are gone, "
+            "and the weights were updated with them as they were; expected gradients. Load the weights "
+            "again, and remove() step_in_backward's handle to scale a loss or to clip."
+        )
 
 
 def begin_step(optimizer: Any) -> None:

@@ -3,10 +3,12 @@
 from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
+from .in_backward import step_in_backward
 from .layerwise import LAMB, LARS, NovoGrad
 from .lion import Lion
 from .muon import Muon
 from .nadam import NAdam
+from .offload.offloaded import Offloaded
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
@@ -23,6 +25,8 @@ __all__ = [
     "Muon",
     "NAdam",
     "NovoGrad",
+    "Offloaded",
     "RAdam",
     "RMSprop",
+    "step_in_backward",
 ]

@@ -36,6 +36,9 @@ class Layerwise(FusedOptimizer):
         super()._check_param(param, group)
         need_whole(param, type(self).__name__)
 
+    def _is_joint(self, param: Tensor, group: Group) -> bool:
+        return bool(split_over(param))
+
     def _launch(self, batches: list[Batch]) -> None:
         squares = self._squares_over_ranks(batches)
         for batch in batches:

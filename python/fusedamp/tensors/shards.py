@@ -92,20 +92,30 @@ def local(tensor: Tensor) -> Tensor:
     return whole
 
 
+def placed_with(shard: Tensor, param: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Return a DTensor with the mesh and placements of ``param`` and the shard ``shard``, on any device.
+
+    ``shape``: unsharded; by default that of ``param``.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    like = param if shape is None else torch.empty(shape, device="meta")
+    meta = TensorMeta(like.shape, like.stride(), shard.dtype)
+    spec = DTensorSpec(param.device_mesh, param.placements, tensor_meta=meta)  # type: ignore[attr-defined]
+    # from_local would move the shard to the mesh's device, and take a view of it.
+    make: Any = DTensor
+    made: Tensor = make(shard, spec, requires_grad=False)
+    return made
+
+
 def mapped(tensor: Tensor, function: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
     """Apply ``function`` to ``tensor``, or to each shard of a DTensor; ``shape``: the result's, unsharded.
 
     Dimensions keep their positions, so the result is sharded as ``tensor`` is.
     """
-    if not is_dtensor(tensor):
-        return function(tensor)
-    from torch.distributed.tensor import DTensor
-
-    stride = torch.empty(shape, device="meta").stride()
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(
-        function(local(tensor)), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    made = function(local(tensor))
+    return placed_with(made, tensor, shape) if is_dtensor(tensor) else made
 
 
 def layout_of(tensor: Tensor) -> Layout:

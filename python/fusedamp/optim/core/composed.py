@@ -92,7 +92,6 @@ class ComposedOptimizer(FusedOptimizer):
         raise NotImplementedError
 
     def _is_joint(self, param: Tensor, group: Group) -> bool:
-        """True if the update of ``param`` needs other ranks."""
         return bool(split_over(param))
 
     def _takes_part(self, param: Tensor, group: Group) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,14 +20,10 @@ from ..state.formats import Storage, name_dtypes
 from ..state.saved import Entry, taken_from_checkpoint
 from ..state.spec import State, StateSpec, complete, completing, resolved
 from .batch import Batch, Group
-from .options import Bounds, SeenOptions, check_common, draws, is_compressed
+from .options import Bounds, SeenOptions, check_common, draws, is_compressed, seeds
 from .params import check_aliasing, check_distinct, check_dtype, check_place
 from .plan import Plan
 from .slot import Mode, Slot
-
-# Default seeds, one per optimizer with stochastic rounding. torch's generators are not used: all ranks must
-# draw the same numbers, but their generators often have different seeds.
-_seeds = itertools.count()
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -60,6 +54,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _turn: int  # step counter, to detect a parameter that occurs twice
     _accesses: int = 0  # how often ``state`` was accessed
     _own_seed: int | None = None  # of groups without a rounding_seed
+    _in_parts: Callable[[list[Batch]], Iterable[Batch]] | None = None  # splits a step into smaller calls
+    _chosen = staticmethod(lambda g, group: enumerate(group["params"]))  # what a step steps
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -135,6 +131,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         for batch in batches:
             batch.launch()
 
+    def _is_joint(self, param: Tensor, group: Group) -> bool:
+        """True if the update of ``param`` needs other ranks."""
+        return False
+
     def _takes_part(self, param: Tensor, group: Group) -> bool:
         """True if the step updates ``param``; a missing gradient then counts as zeros."""
         return gradient_of(param) is not None
@@ -191,10 +191,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         before, self._plan = self._stepped, None
         batches = self._prepare()  # all checks precede any update
         self._check_calls(batches)
-        self._launch(batches)
+        for some in [batches] if self._in_parts is None else ([part] for part in self._in_parts(batches)):
+            self._launch(some)
         # Building a plan costs more than a step without one, so the second identical step in a row builds it.
         self._stepped = [slot for batch in batches for slot in batch.slots]
-        if before and len(before) == len(self._stepped) and all(map(operator.is_, before, self._stepped)):
+        if before and before == self._stepped and self._in_parts is None:
             self._plan = self._remember(batches)
             if self._plan:  # it replaces them
                 self._slots, self._stepped = {}, []
@@ -248,11 +249,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             mode = self._mode(group)
             seeds, position = ((mode.rounding_seed or 0) << 32) + position, position + len(group["params"])
             batches: dict[tuple[str, bool], Batch] = {}
-            for i, param in enumerate(group["params"]):
+            for i, param in self._chosen(g, group):
                 if not self._takes_part(param, group):
                     continue
-                grad = gradient_of(param)
-                if grad is None:
+                if (grad := gradient_of(param)) is None:
                     grad = torch.zeros_like(param)
                 if grad.shape != param.shape and param.grad is None:
                     raise ValueError(
@@ -291,7 +291,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Yield generators that create the missing states of ``wanted`` parameters, one tensor at a time."""
         state = vars(self)["state"]
         for g, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
+            for i, param in self._chosen(g, group):
                 if not state.get(param) and wanted(param, group):
                     yield self._making_state(f"{self._where(g)} params[{i}]", group, param, state[param])
 
@@ -303,7 +303,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Set the seed of ``group`` to this optimizer's if it has none and needs one."""
         if group["rounding_seed"] is None and draws(group):
             if self._own_seed is None:
-                self._own_seed = next(_seeds) % 2**31
+                self._own_seed = next(seeds) % 2**31
             group["rounding_seed"] = self._own_seed
 
     def _forget(self) -> None:
@@ -315,8 +315,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return f"[{type(self).__name__}] group {index}:"
 
     def _scalars(self, group: Group, params: list[Tensor]) -> dict[str, Any]:
-        amp = inputs_on(self, params[0].device)
-        numbers = self._numbers(group, params[0].device)
+        amp, numbers = inputs_on(self, params[0].device), self._numbers(group, params[0].device)
         return numbers | dict(inv_scale=amp.inv_scale, clip_coef=amp.clip_coef, found_inf=amp.found_inf)
 
     def _numbers(self, group: Group, device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ STORAGE: dict[str, tuple[Any, ...]] = {
 }
 LARGEST = torch.finfo(torch.float32).max  # steps compute with FP32: beyond it, 0 * lr would be NaN
 MASTER_WEIGHTS = ("auto", *STORAGE["master_weights"])
+
+# Default seeds, one per optimizer with stochastic rounding. torch's generators are not used: all ranks must
+# draw the same numbers, but their generators often have different seeds.
+seeds = itertools.count()
 
 
 class SeenOptions:

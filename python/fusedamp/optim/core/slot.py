@@ -66,7 +66,7 @@ class Slot:
         self.key = (str(source.device), self.master is None)  # parameters with equal keys share a call
         self.turn = -1  # the last step that used it
         self.seed = 0  # of its random numbers
-        self.place = place_of(param, self.dense) if mode.is_random() else WHOLE
+        self.place = place_of(getattr(param, "shard_of", param), self.dense) if mode.is_random() else WHOLE
         self._values = tuple(entry.values())
         self._inside = self._inside_of(self._values)
         self._dtype, self._numel, self._stride = source.dtype, source.numel(), source.stride()

@@ -8,7 +8,6 @@ both ranks have a scale for their part, and checkpoints hold FP32 values.
 
 from __future__ import annotations
 
-import dataclasses
 from math import prod
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ...ops.recode import SCALE_BLOCK
 from ...tensors.layout import placed_like
-from ...tensors.shards import is_dtensor, local, mapped
+from ...tensors.shards import is_dtensor, local, mapped, placed_with
 from .encoded import Quantized
 
 
@@ -28,15 +27,7 @@ def is_quantized(value: object) -> bool:
 
 def like(shard: Quantized, param: Tensor) -> Tensor:
     """Return ``shard`` as a state of ``param``: itself, or the DTensor whose local part it is."""
-    if not is_dtensor(param):
-        return shard
-    from torch.distributed.tensor import DTensor
-
-    spec: Any = param._spec  # type: ignore[attr-defined]
-    meta = spec.tensor_meta._replace(dtype=torch.float32)
-    # from_local() takes a view, which encoded tensors refuse.
-    made: Tensor = DTensor(shard, dataclasses.replace(spec, tensor_meta=meta), requires_grad=False)  # type: ignore[no-untyped-call]
-    return made
+    return placed_with(shard, param) if is_dtensor(param) else shard
 
 
 def dequantized(value: Tensor) -> Tensor:
