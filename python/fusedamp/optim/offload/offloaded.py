@@ -84,7 +84,6 @@ class Offloaded(torch.optim.Optimizer):
         super().__init__(params, dict(host.defaults))
 
     def _start(self, host: FusedOptimizer) -> None:
-        self.states = host.states  # for checkpoints
         me = weakref.ref(self)
         self._mirror = Mirror(host, self._new_link, partial(_watch, me))
         self._is_last = True  # whether the gradients of this backward pass are copied as they are finished
