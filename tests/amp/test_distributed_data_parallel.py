@@ -9,18 +9,11 @@ import math
 from functools import partial
 
 import fusedamp
-import pytest
 import torch
-from ranks import agreed, rank, spawned
+from ranks import agreed, needs_gloo, rank, spawned
 from torch import nn
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
-]
+pytestmark = needs_gloo
 WORLD, ROWS, STEPS, BAD = 2, 16, 8, 3
 FORMATS = {
     "FP32 masters": {},

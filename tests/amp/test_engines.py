@@ -6,20 +6,14 @@ import copy
 from functools import partial
 
 import fusedamp
-import pytest
 import torch
 from cases import BY_NAME
 from fusedamp import GradScaler, optim
-from ranks import agreed, rank, spawned
+from ranks import agreed, needs_gloo, rank, spawned
 from torch import nn
 
 dist = torch.distributed
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
-    ),
-]
+pytestmark = needs_gloo
 ROWS, STEPS, BAD = 8, 5, 3
 
 

@@ -9,16 +9,10 @@ import pytest
 import torch
 from cases import BY_NAME, COMPOSED
 from fusedamp import GradScaler, optim
-from ranks import agreed, spawned
+from ranks import agreed, needs_gloo, spawned
 from torch import nn
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
-]
+pytestmark = needs_gloo
 WORLD = 2
 WHOLE = [BY_NAME[name] for name in ("lamb", "lars", "novograd")] + COMPOSED
 

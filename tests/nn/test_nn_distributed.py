@@ -11,16 +11,10 @@ from functools import partial
 import fusedamp
 import pytest
 import torch
-from ranks import rank, spawned
+from ranks import needs_gloo, rank, spawned
 from torch import nn
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
-]
+pytestmark = needs_gloo
 WORLD = 2
 
 

@@ -10,16 +10,10 @@ import torch.multiprocessing as mp
 from fusedamp import GradScaler, optim
 from fusedamp.checkpoints import fp32_state_dict
 from pretend_device import Memory, Pretended, Traffic
-from ranks import run_scenarios
+from ranks import needs_gloo, run_scenarios
 from torch import nn
 
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
-]
+pytestmark = needs_gloo
 WORLD = 2
 SPLIT = {"lr": 1e-2, "master_weights": "split", "state_dtype": torch.bfloat16, "rounding_seed": 3}
 

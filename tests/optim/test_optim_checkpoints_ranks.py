@@ -8,16 +8,11 @@ from functools import partial
 import pytest
 import torch
 from cases import BY_NAME
-from ranks import resized, spawned
+from ranks import needs_gloo, resized, spawned
 from sharded_net import FORMATS, REPLICATED, network, same_states, sharded, train
 
 dist = torch.distributed
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
-    ),
-]
+pytestmark = needs_gloo
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 

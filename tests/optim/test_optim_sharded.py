@@ -5,21 +5,15 @@ process, rules with norms of whole tensors agree to the last bits, and an overfl
 import math
 from functools import partial
 
-import pytest
 import torch
 from cases import BY_NAME, kept
 from fusedamp import GradScaler
 from fusedamp.optim.state.encoded import plain
 from fusedamp.tensors import travel
-from ranks import agreed, rank, spawned
+from ranks import agreed, needs_gloo, rank, spawned
 
 dist = torch.distributed
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
-    ),
-]
+pytestmark = needs_gloo
 SHAPES = [(7, 6), (5,), (1, 9), (6, 4, 3), (8, 12), (13,)]  # one row: some ranks have nothing
 FORMATS = {
     "fp32 weights": (torch.float32, {}),

@@ -10,15 +10,10 @@ import pytest
 import torch
 from cases import BY_NAME, kept
 from fusedamp.optim.state.encoded import Quantized
-from ranks import agreed, rank, spawned
+from ranks import agreed, needs_gloo, rank, spawned
 
 dist = torch.distributed
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
-    ),
-]
+pytestmark = needs_gloo
 OPTIONS = {"master_weights": "split", "state_dtype": "int8", "rounding_seed": 3}
 # Shards of whole blocks on 2 and 4 ranks, with and without an equal number of rows; by rows and by columns.
 ROWS = [(7, 128), (5, 2, 64), (1, 256), (512,), (1024, 1)]

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from cases import bits, kept, set_grads
 from fusedamp import optim
-from ranks import run_scenarios
+from ranks import needs_gloo, run_scenarios
 from sharded_worlds import (
     FORMATS,
     KINDS,
@@ -32,12 +32,7 @@ from sharded_worlds import (
 from torch import nn
 
 dist = torch.distributed
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
-    ),
-]
+pytestmark = needs_gloo
 
 
 def as_whole_tensors(kind, layout):

@@ -12,16 +12,11 @@ import torch
 from cases import BY_NAME, kept
 from fusedamp import optim
 from fusedamp.tensors import travel
-from ranks import agreed, rank, spawned
+from ranks import agreed, needs_gloo, rank, spawned
 from sharded_net import FORMATS, REPLICATED, network, same_states, sharded, train
 
 dist = torch.distributed
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
-    ),
-]
+pytestmark = needs_gloo
 
 
 def gathered(case, dtype, options, offload):

@@ -12,6 +12,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+needs_gloo = [
+    pytest.mark.host,
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+        reason="needs torch.distributed with gloo",
+    ),
+]
 _kept = []
 
 

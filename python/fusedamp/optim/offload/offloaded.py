@@ -26,7 +26,6 @@ from ..core.optimizer import FusedOptimizer
 from ..core.params import check_distinct, check_place
 from ..core.parts import overrides_step
 from ..state import checkpoint
-from ..state.spec import StateSpec
 from .buckets import Bucket, Twin
 from .entries import Entries, place_states, shards_of
 from .link import link_to
@@ -84,6 +83,7 @@ class Offloaded(torch.optim.Optimizer):
         super().__init__(params, dict(host.defaults))
 
     def _start(self, host: FusedOptimizer) -> None:
+        self.states = host.states  # for checkpoints
         me = weakref.ref(self)
         self._mirror = Mirror(host, self._new_link, partial(_watch, me))
         self._is_last = True  # whether the gradients of this backward pass are copied as they are finished
@@ -98,11 +98,6 @@ class Offloaded(torch.optim.Optimizer):
     def state(self, value: Any) -> None:
         self._mirror.host.state = defaultdict(dict)
         self.state.update(value)
-
-    @property
-    def states(self) -> tuple[StateSpec, ...]:
-        """All possible states of a parameter, as ``optimizer_class`` has them."""
-        return self._mirror.host.states
 
     # Gradients ----------------------------------------------------------------------------
 
