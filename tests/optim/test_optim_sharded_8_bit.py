@@ -16,7 +16,8 @@ dist = torch.distributed
 pytestmark = needs_gloo
 OPTIONS = {"master_weights": "split", "state_dtype": "int8", "rounding_seed": 3}
 # Shards of whole blocks on 2 and 4 ranks, with and without an equal number of rows; by rows and by columns.
-ROWS = [(7, 128), (5, 2, 64), (1, 256), (512,), (1024, 1)]
+ON_TWO_AXES = (1024, 2)  # its columns are sharded over a mesh dimension of one rank
+ROWS = [(7, 128), (5, 2, 64), (1, 256), (512,), (1024, 1), ON_TWO_AXES]
 COLUMNS = [(3, 512), (4, 1024)]
 CUT = [(7, 6), (300,), (5, 100)]  # boundaries cut blocks
 
@@ -25,6 +26,8 @@ def layout(shape):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard
 
+    if shape == ON_TWO_AXES:
+        return init_device_mesh("cpu", (1, dist.get_world_size())), [Shard(1), Shard(0)]
     return init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(1 if shape in COLUMNS else 0)]
 
 

@@ -100,8 +100,9 @@ def step_in_backward(optimizer: FusedOptimizer) -> BackwardSteps:
             schedule.step()
 
     ``optimizer.step()`` updates the parameters that still have a gradient (of groups added later, or set by
-    hand), runs its hooks, and lets LR schedulers count. The results are those of the optimizer without this,
-    bit for bit. Activation checkpointing, tied weights, FSDP2, groups and checkpoints work.
+    hand), runs its hooks, and lets LR schedulers count. The results are those of the optimizer without this
+    and ``zero_grad()``, bit for bit (``set_to_none=False`` leaves zeros, which are gradients). Activation
+    checkpointing, tied weights, FSDP2, groups and checkpoints work.
 
     Args:
         optimizer: an optimizer of :mod:`fusedamp.optim`, not Offloaded.

@@ -43,8 +43,9 @@ def apart(value: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     shard = local(value)
     assert isinstance(shard, Quantized)
-    bits, scales = shard.bits, shard.scales.view(_cut(shape, shard.shape))
-    return mapped(value, lambda _: bits, value.shape), mapped(value, lambda _: scales, shape)
+    more = _more_dims(value, shape)
+    bits, scales = shard.bits, shard.scales.view(_cut(shape, shard.shape) + more)
+    return mapped(value, lambda _: bits, value.shape), mapped(value, lambda _: scales, shape + more)
 
 
 def together(codes: Tensor, scales: Tensor, param: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def together(codes: Tensor, scales: Tensor, param: Tensor) -> Tensor:
     DTensors that are placed otherwise than ``param`` are gathered; collective.
     """
     kept = [(t.device_mesh, t.placements) for t in (codes, scales, param) if is_dtensor(t)]  # type: ignore[attr-defined]
-    if len(kept) == 3 and kept[0] == kept[1] == kept[2] and scales.shape == _scales_shape(param):
+    if len(kept) == 3 and kept[0] == kept[1] == kept[2] and scales.shape == _saved_shape(param):
         return like(Quantized(local(codes), local(scales).reshape(-1)), param)
     codes, scales = (t.full_tensor() if is_dtensor(t) else t for t in (codes, scales))  # type: ignore[attr-defined]
     return Quantized(
@@ -64,7 +65,7 @@ def together(codes: Tensor, scales: Tensor, param: Tensor) -> Tensor:
 def cut(whole: Quantized, param: Tensor) -> Tensor | None:
     """Return the part of an unsharded state that belongs to this rank of the DTensor ``param``; None if a
     boundary cuts a block."""
-    shape = _scales_shape(param)
+    shape = _saved_shape(param)
     if shape is None or not whole.bits.is_contiguous():
         return None
     codes, scales = local(placed_like(whole.bits, param)), local(placed_like(whole.scales.view(shape), param))
@@ -90,6 +91,18 @@ def _scales_shape(tensor: Any) -> tuple[int, ...] | None:
     if size % parts[last] == 0 and size // parts[last] * inside % SCALE_BLOCK == 0:
         return (*shape[:last], size * inside // SCALE_BLOCK)
     return None
+
+
+def _more_dims(tensor: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return dimensions of size 1 to append to the ``shape`` of block scales, so that they have each one that
+    ``tensor`` shards: also over a single rank, which cuts no block."""
+    dims = 1 + max((p.dim for p in tensor.placements if hasattr(p, "dim")), default=0)
+    return (1,) * (dims - len(shape))
+
+
+def _saved_shape(tensor: Any) -> tuple[int, ...] | None:
+    shape = _scales_shape(tensor)
+    return None if shape is None else shape + _more_dims(tensor, shape)
 
 
 def _cut(whole: tuple[int, ...], shard: torch.Size) -> tuple[int, ...]:
