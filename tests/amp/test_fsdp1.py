@@ -1,4 +1,5 @@
-"""FSDP1 on 2 gloo ranks: calls after which ranks would diverge raise; torch's ShardedGradScaler works."""
+"""FSDP1 on 2 gloo ranks: with a process group as one process; without, calls after which ranks would diverge
+raise, and torch's ShardedGradScaler works."""
 
 import copy
 import math
@@ -9,7 +10,7 @@ import pytest
 import torch
 from cases import BY_NAME, COMPOSED
 from fusedamp import GradScaler, optim
-from ranks import agreed, needs_gloo, spawned
+from ranks import agreed, needs_gloo, rank, spawned
 from torch import nn
 
 pytestmark = needs_gloo
@@ -101,6 +102,43 @@ def whole_tensors(**options):
         assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
 
 
+def as_one_process(**options):
+    """Equal to one process on the whole model, with clipping by the norm over all shards."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    net = FullyShardedDataParallel(copy.deepcopy(reference), device_id=torch.device("cpu"), **options)
+    scaler = GradScaler("cpu", init_scale=4.0, growth_interval=2, process_group=torch.distributed.group.WORLD)
+    one = GradScaler("cpu", init_scale=4.0, growth_interval=2)
+    ours, theirs = (optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.0) for m in (net, reference))
+    world = torch.distributed.group.WORLD
+    torch.manual_seed(1)
+    for step in range(5):
+        x = torch.randn(8, 4)
+        norms = []
+        for m, s, o, group in (
+            (net, scaler, ours, world),
+            (reference, one, theirs, None),
+        ):
+            o.zero_grad()
+            s.scale(m(x).pow(2).sum()).backward()
+            if step == 3:  # in one rank's shard alone
+                with_grad = [p for p in m.parameters() if p.grad is not None and p.grad.numel()]
+                if m is reference or rank() == 0:
+                    with_grad[0].grad.view(-1)[0] = math.nan
+            norms.append(s.clip_grad_norm_(o, 1.0, process_group=group).item())
+            s.step(o)
+            s.update()
+        assert agreed(scaler.last_step_skipped.item()) == (step == 3)
+        assert agreed(scaler.get_scale()) == one.get_scale()
+        if step != 3:
+            assert agreed(norms[0]) == pytest.approx(norms[1], rel=1e-5)
+    with FullyShardedDataParallel.summon_full_params(net):
+        for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p.flatten()[: q.numel()], q.flatten(), rtol=1e-4, atol=1e-5)
+
+
 def checkpoints(options):
     """FSDP1 joins and cuts states by elements: checkpoints hold FP32 numbers, and training resumes."""
     from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
@@ -148,6 +186,8 @@ SCENARIOS = {
     "torch's scaler": (way_out, {}),
     "whole tensors": (whole_tensors, {}),
     "whole tensors, original parameters": (whole_tensors, {"use_orig_params": True}),
+    "as one process": (as_one_process, {}),
+    "as one process, original parameters": (as_one_process, {"use_orig_params": True}),
     **{f"checkpoints, {name}": (checkpoints, {"options": options}) for name, options in FORMATS.items()},
 }
 

@@ -217,39 +217,6 @@ def pipeline():
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # products of other sizes
 
 
-def fsdp1(**options):
-    """Equal to one process on the whole model, with clipping by the norm over all shards."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    torch.manual_seed(0)
-    reference = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
-    net = FullyShardedDataParallel(copy.deepcopy(reference), device_id=torch.device("cpu"), **options)
-    scaler = GradScaler("cpu", init_scale=4.0, growth_interval=2, process_group=whole())
-    one = GradScaler("cpu", init_scale=4.0, growth_interval=2)
-    ours, theirs = (optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.0) for m in (net, reference))
-    torch.manual_seed(1)
-    for step in range(5):
-        x = torch.randn(8, 4)
-        norms = []
-        for m, s, o, group in ((net, scaler, ours, whole()), (reference, one, theirs, None)):
-            o.zero_grad()
-            s.scale(m(x).pow(2).sum()).backward()
-            if step == 3:  # in one rank's shard alone
-                with_grad = [p for p in m.parameters() if p.grad is not None and p.grad.numel()]
-                if m is reference or rank() == 0:
-                    with_grad[0].grad.view(-1)[0] = math.nan
-            norms.append(s.clip_grad_norm_(o, 1.0, process_group=group).item())
-            s.step(o)
-            s.update()
-        assert agreed(scaler.last_step_skipped.item()) == (step == 3)
-        assert agreed(scaler.get_scale()) == one.get_scale()
-        if step != 3:
-            assert agreed(norms[0]) == pytest.approx(norms[1], rel=1e-5)
-    with FullyShardedDataParallel.summon_full_params(net):
-        for p, q in zip(net.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(p.flatten()[: q.numel()], q.flatten(), rtol=1e-4, atol=1e-5)
-
-
 def experts():
     """4 ranks: a dense weight over all, an expert's weight over each row of the mesh, a copy on all."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -347,6 +314,21 @@ def refused():
             clip(1.0, process_group=whole())
 
 
+def clipped_twice():
+    """By ranks of which one clips in place at once, and one in its step."""
+    param = stage()
+    grads = gradients(0, 1.0)
+    param.grad = grads[rank()].clone()
+    optimizer = (optim.SGD if rank() else torch.optim.SGD)([param], lr=1.0)
+    scaler = GradScaler("cpu", init_scale=1.0, process_group=whole())
+    before, expected = param.detach().clone(), norm_of(grads, 2.0)
+    for max_norm, norm in ((expected / 4, expected), (expected / 8, expected / 4)):
+        found = scaler.clip_grad_norm_(optimizer, max_norm, process_group=whole())
+        assert agreed(found.item()) == pytest.approx(norm, rel=1e-5)
+    scaler.step(optimizer)
+    torch.testing.assert_close(before - param.detach(), grads[rank()] / 8, rtol=1e-5, atol=1e-6)
+
+
 def disabled():
     """BF16 needs no scaler, but clipping."""
     param = stage()
@@ -371,22 +353,18 @@ BOTH = STAGES | {
     "norms of the fused step": partial(norms, True),
     "bad replica": bad_replica,
     "pipeline": pipeline,
-    "FSDP1": fsdp1,
 }
 SCENARIOS = {
     2: BOTH
     | {f"nothing here, {name}": partial(nothing_here, make) for name, make in MAKERS.items()}
     | {
-        "FSDP1, original parameters": partial(fsdp1, use_orig_params=True),
         "no parameters": no_parameters,
         "set by hand": set_by_hand,
         "refused": refused,
         "disabled": disabled,
+        "clipped twice": clipped_twice,
     },
-    4: {
-        name: BOTH[name]
-        for name in ("stages, fused, clipped (0.5,)", "norms of the fused step", "pipeline", "FSDP1")
-    }
+    4: {name: BOTH[name] for name in ("stages, fused, clipped (0.5,)", "norms of the fused step", "pipeline")}
     | {"experts": experts},
 }
 ranks, test_on_ranks = spawned(SCENARIOS)

@@ -13,7 +13,7 @@ from cases import BY_NAME, kept
 from fusedamp import optim
 from fusedamp.tensors import travel
 from ranks import agreed, needs_gloo, rank, spawned
-from sharded_net import FORMATS, REPLICATED, network, same_states, sharded, train
+from sharded_net import FORMATS, REPLICATED, network, same_states, sharded, train, whole
 
 dist = torch.distributed
 pytestmark = needs_gloo
@@ -104,6 +104,29 @@ def redistributed(dtype):
     same_states(net, ours, reference, expected)
 
 
+def on_another_mesh():
+    """A state dict of a mesh of another shape, between which torch redistributes nothing."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, other = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2))
+    value = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    made = []
+    for place in ((mesh, [Shard(0)]), (other, [Replicate(), Shard(0)]), None):
+        p = torch.nn.Parameter(value.clone() if place is None else distribute_tensor(value, *place))
+        made.append((p, optim.AdamW([p], lr=0.1, master_weights="split")))
+    (p, ours), (q, theirs), (single, one) = made
+    for optimizer, param in ((theirs, q), (one, single)):
+        grad = torch.arange(15.0).view(5, 3).bfloat16()
+        param.grad = grad if param is single else distribute_tensor(grad, q.device_mesh, q.placements)
+        optimizer.step()
+    with torch.no_grad():
+        p.copy_(distribute_tensor(single.detach(), mesh, [Shard(0)]))
+    ours.load_state_dict(theirs.state_dict())
+    for name, wanted in kept(one.state[single]).items():
+        assert torch.equal(whole(kept(ours.state[p])[name]), whole(wanted)), name
+
+
 def plain_into_sharded(dtype):
     """One process's checkpoint loads on every rank, and a sharded one into whole parameters."""
     net, reference = sharded(dtype), network(dtype)
@@ -149,6 +172,9 @@ SCENARIOS = {
         if name == "bf16" or form == "split"
     }
     | {f"redistributed, {name}": partial(redistributed, dtype) for name, dtype in HALVES.items()}
+    | {
+        "on another mesh": on_another_mesh,
+    }
     | {f"plain into sharded, {name}": partial(plain_into_sharded, dtype) for name, dtype in HALVES.items()},
     4: {name: TWO[name] for name in TWO if "adamw, bf16, split" in name}
     | {"redistributed": partial(redistributed, torch.bfloat16)},

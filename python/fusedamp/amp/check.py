@@ -99,9 +99,8 @@ class CheckByParts:
 
     def clip(self, clip: Clip) -> Tensor:
         """Add one deferred clipping; returns the norm after the earlier ones."""
-        norm = self.gradients.norm(self.stats, clip.norm_type, self.inv_scale.device, clip.process_group)
-        if self.clip_coef is not None and clip.norm_type != 0:
-            norm = norm * self.clip_coef
+        device = self.inv_scale.device
+        norm = self.gradients.norm(self.stats, clip.norm_type, device, clip.process_group, self.clip_coef)
         clip_coef = clip_coefficient(norm, clip.max_norm)
         self.clip_coef = clip_coef if self.clip_coef is None else self.clip_coef * clip_coef
         self.clips.append(clip)

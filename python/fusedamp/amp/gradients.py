@@ -251,10 +251,12 @@ class Gradients:
         norm_type: float,
         device: torch.device,
         process_group: Any = None,
+        clip_coef: Tensor | None = None,
     ) -> Tensor:
         """Compute the norm over all gradients of all ranks from a gradient check: 0-d, FP64, on ``device``.
 
         ``process_group``: ranks that together hold the model; None: those of the parameters' meshes.
+        ``clip_coef``: of earlier clippings of these gradients; other ranks may have applied theirs already.
         """
         op = "max" if norm_type == math.inf else "sum"
         reduce: Callable[[Tensor], Tensor] = torch.amax if op == "max" else torch.sum
@@ -280,6 +282,8 @@ class Gradients:
                 total = total.nan_to_num(nan=math.inf, posinf=math.inf)
             all_reduce_(total, layout.sharded, op)
             total = on(total, device)
+            if clip_coef is not None and norm_type != 0:
+                total = total * (clip_coef if op == "max" else clip_coef.pow(norm_type))
             if process_group is None:
                 totals.append(total)
             else:  # all ranks of its mesh now have the same total, which counts once

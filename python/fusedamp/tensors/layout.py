@@ -109,6 +109,8 @@ def _placed_like(tensor: Tensor, param: Tensor) -> Tensor:
     mesh, placements = param.device_mesh, param.placements
     if not isinstance(tensor, DTensor):  # every rank has the whole tensor: no communication
         return distribute_tensor(tensor.to(param.device), mesh, placements, src_data_rank=None)
+    if tensor.device_mesh != mesh:  # ranks in another order, or another shape: torch does not redistribute
+        return distribute_tensor(tensor.full_tensor(), mesh, placements, src_data_rank=None)
     return tensor if tensor.placements == placements else tensor.redistribute(mesh, placements)
 
 
