@@ -11,8 +11,9 @@ namespace fusedamp {
 // params, grads, masters (empty, or one per param: float32, or the int16 remainders of split masters), states (all
 // first ones, then all second ones ...: float32, bfloat16, or int8, uint8 where they are never negative), steps, scales
 // (of 8-bit states, in their order). seeds: of each param's random numbers, by default its index. places: where its
-// elements are in a whole tensor of which it is a shard, as Placement has it (math/random.h): three numbers per param, or
-// none. squares: float64 [params, 2], the norms of whole tensors that _measure_ began; by default those of the params.
+// elements are in a whole tensor of which it is a shard, as Placement has it (math/random.h): three numbers per param,
+// or none. squares: float64 [params, 2], the norms of whole tensors that _measure_ began; by default those of the
+// params.
 #define FUSEDAMP_STEP_SCHEMA(op)                                                                               \
   #op "_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, Tensor(d!)[] steps, " \
       "Tensor(e!)[] scales, *, " FUSEDAMP_STEP_SCALARS                                                         \
