@@ -203,6 +203,10 @@ class Build(build_ext):
         self.torch, self.pybind11 = find_torch(), Path(self.build_temp) / "pybind11"
         self.pybind11_version = pybind11.__version__
         self.pybind11.parent.mkdir(parents=True, exist_ok=True)
+        if (
+            self.pybind11.is_dir() and not self.pybind11.is_symlink()
+        ):  # a copy of the folder followed the link
+            shutil.rmtree(self.pybind11)
         self.pybind11.unlink(missing_ok=True)
         self.pybind11.symlink_to(pybind11.get_include())  # in isolated builds another folder each time
         self.torch_version, self.torch_include = torch_headers(self.torch)

@@ -161,6 +161,19 @@ def test_isolated_builds_compile_once(tmp_path):
     assert compiled[1] == []
 
 
+def test_a_copied_folder_builds(tmp_path):
+    """Copies may follow the build folder's links (shutil.copytree, cp -L)."""
+    sandbox = Sandbox(tmp_path)
+    assert sandbox.build()[0] == 0
+    links = [path for path in sandbox.folder.glob("build/*/pybind11") if path.is_symlink()]
+    assert len(links) == 1
+    links[0].unlink()
+    (links[0] / "pybind11").mkdir(parents=True)
+    code, text = sandbox.build()
+    assert code == 0, text
+    assert links[0].is_symlink()
+
+
 def test_changed_sources_change_the_origin_of_all_objects(tmp_path):
     sandbox = Sandbox(tmp_path)
     assert sandbox.build()[0] == 0
