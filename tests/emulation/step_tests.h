@@ -174,7 +174,7 @@ inline void measure_both(Random& random, const Step& step, const StepGroups& gro
     expect(measured || (a == 0.0 && b == 0.0), "squares %zu of rule %d: %g and %g", w, int(rule), a, b);
     expect(!measured || a == b || (a != a && b != b) || std::fabs(a - b) <= 1e-11 * a, "squares %zu: %.17g and %.17g",
            w, a, b);
-    step.cpu_squares[w] = step.cuda_squares[w] = a == a ? 3.0 * a : a;
+    step.cpu_squares[w] = step.cuda_squares[w] = a == a ? (w % kMaxNorms == 0 ? 3.0 : 5.0) * a : a;
   }
 }
 
