@@ -104,6 +104,8 @@ def step_in_backward(optimizer: FusedOptimizer) -> BackwardSteps:
     and ``zero_grad()``, bit for bit (``set_to_none=False`` leaves zeros, which are gradients). Activation
     checkpointing, tied weights, FSDP2, groups and checkpoints work.
 
+    Post-accumulate hooks that you register later find ``param.grad`` None; register them before.
+
     Args:
         optimizer: an optimizer of :mod:`fusedamp.optim`, not Offloaded.
     Returns: a handle with ``remove()``, which need not be kept. It ends with the optimizer. A copy of the
