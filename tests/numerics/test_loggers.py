@@ -59,7 +59,7 @@ def test_histograms_are_unscaled():
 
 
 def test_csv(tmp_path):
-    """The header once, empty cells for what is absent, and numbers that read back exactly."""
+    """The header once, empty cells for absent figures, and numbers that read back exactly."""
     path = tmp_path / "run.csv"
     log = loggers.csv(path)
     assert not path.exists(), "no file before the first record"

@@ -48,42 +48,38 @@ def record(gradients, step=1, scale=1.0, skipped=False, names=None, updates=None
     )
 
 
+DRIFT = {
+    "healthy": lambda progress: -3 - 2 * progress,
+    "overflow": lambda progress: -5 + 12 * progress**2,
+    "underflow": lambda progress: -6 - 8 * progress,
+    "bf16": lambda progress: -14,
+}
+
+
 def run(kind="healthy", records=12, parameters=6, every=50, seed=0):
     """Records and trajectory of a run: "healthy", "overflow" (gradients grow to the ceiling, and every
     fourth record is skipped), "underflow" (they fall, and the scale with them), "bf16" (scale 1)."""
     random = np.random.default_rng(seed)
-    found, rows, scale = [], [], 1.0 if kind == "bf16" else 2.0**14
+    found, rows, scale = [], [], 1.0 if kind == "bf16" else 2.0**10
+    widths = 2.0 ** -np.sqrt(np.arange(parameters)[:, None] % 9)
+    names = [f"blocks.{i // 4}.attention.projection{i % 4}.weight" for i in range(parameters)]
     for step in range(1, records * every + 1):
         progress = step / (records * every)
-        drift = {
-            "healthy": -3 - 2 * progress,
-            "overflow": -3 + 12 * progress**2,
-            "underflow": -6 - 8 * progress,
-        }
-        center = 2.0 ** (drift.get(kind, -14) + 0.4 * random.standard_normal())
+        center = 2.0 ** (DRIFT[kind](progress) + 0.4 * random.standard_normal())
         if kind == "underflow" and step % (records * every // 4) == 0:
             scale /= 16
-        largest = 5 * center * scale
-        spike = kind == "overflow" and step % (4 * every) == 0
-        skipped = spike or (kind != "bf16" and largest >= 65520)
+        values = center * widths * np.exp(1.5 * random.standard_normal((parameters, 400)))
+        values *= random.choice((-1, 0, 1), values.shape, p=(0.49, 0.02, 0.49))
+        if kind == "overflow" and step % (4 * every) == 0:
+            values[0, 0] = np.inf
+        largest = np.abs(values).max() * scale
+        skipped = bool(largest >= 65520 and kind != "bf16")
         rows.append((step, scale, skipped, np.inf if skipped else largest))
         if step % every == 0:
-            widths = 2.0 ** -(np.arange(parameters % 9, parameters % 9 + parameters) ** 0.5)
-            gradients = [
-                center
-                * w
-                * np.exp(1.5 * random.standard_normal(400))
-                * random.choice((-1, 0, 1), 400, p=(0.49, 0.02, 0.49))
-                for w in widths
-            ]
-            if skipped:
-                gradients[0][0] = np.inf
             updates = [(392, round(392 * (0.5 + 0.4 * progress)), 1e-3, 1.0)] * parameters
-            names = [f"blocks.{i // 4}.attention.projection{i % 4}.weight" for i in range(parameters)]
             kept = None if skipped else updates
             dtype = np.float32 if kind == "bf16" else np.float16
-            made = record(gradients, step, scale, skipped, names, kept, dtype)
-            found.append(made)
+            found.append(record(values, step, scale, skipped, names, kept, dtype))
         if skipped:
             scale /= 2
     return found, torch.tensor(rows, dtype=torch.float64)
