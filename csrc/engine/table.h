@@ -107,4 +107,21 @@ struct GradCheck {
   int64_t* counts;  // as StatsOutputs
 };
 
+// What a watch keeps of one step in rings on the device. A ring has `history` slots; step s uses slot s / every.
+struct StepRecord {
+  int64_t* clock;  // [2]: the number of the current step, from 1; 0, or while this runs the blocks that have finished
+  int32_t* due;    // whether that number is a multiple of `every`
+  int64_t every, history, length, count;  // length: rows of `trajectory`; count: tensors
+  bool only_due;                          // whether gradients were read in due steps only
+  bool advance;                           // whether the step ends here
+  const float *scale, *found_inf;         // null: 1; no overflow
+  const double *extremes, *squares;       // [count, 3] and [count], as a gradient check has them
+  const double* updates;                  // [count, 4], as a step has them; null: none
+  const int64_t* histogram;               // [count, 64]
+  double* trajectory;  // [length, 4], of each step: its number, scale, whether it was skipped, the largest |gradient|
+  double* steps;       // [history, 4]: number, scale, whether it was skipped, whether it has updates
+  double* numbers;     // [history, count, 6]: the largest |gradient|, squares, updates
+  int64_t* bins;       // [history, count, 64]
+};
+
 }  // namespace fusedamp

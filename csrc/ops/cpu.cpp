@@ -40,6 +40,7 @@ struct Cpu {
     cpu::check_grads(rows, check, parallel);
   }
   void recode(const Recoding& job) { cpu::recode(job, parallel); }
+  void record(const StepRecord& record) { cpu::record(record); }
   void update_scale(const LossScaleRule& rule, float* scale, int32_t* growth_tracker, int32_t* budget,
                     const float* found_inf) {
     const LossScaleState now = {*scale, *growth_tracker, budget ? *budget : 1};

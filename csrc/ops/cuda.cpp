@@ -35,6 +35,7 @@ class Cuda {
     cuda::check_grads(device_, rows, check);
   }
   void recode(const Recoding& job) { cuda::recode(device_, job); }
+  void record(const StepRecord& record) { cuda::record(device_, record); }
   void update_scale(const LossScaleRule& rule, float* scale, int32_t* growth_tracker, int32_t* budget,
                     const float* found_inf) {
     cuda::update_scale(device_, rule, scale, growth_tracker, budget, found_inf);

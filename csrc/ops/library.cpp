@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kPlannedStepSchema);
   m.def(fusedamp::kCheckGradsSchema);
   m.def(fusedamp::kRecodeSchema);
+  m.def(fusedamp::kRecordSchema);
   m.def(fusedamp::kLinearSchema);
   m.def(fusedamp::kLinearInputGradSchema);
   m.def(fusedamp::kLinearGeluSchema);

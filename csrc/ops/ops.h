@@ -1,6 +1,6 @@
 // Every op once, for every backend: signature, checks, registration. A backend says what runs them:
 //   Backend(like)                      on the device of a tensor `like`; made when nothing can be refused any more
-//   step, unscale, grad_stats, check_grads, update_scale, recode     the passes, on the backend's addresses
+//   step, unscale, grad_stats, check_grads, update_scale, recode, record     the passes, on the backend's addresses
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +11,7 @@
 #include "../math/loss_scale.h"
 #include "packed.h"
 #include "recoding.h"
+#include "recording.h"
 
 namespace fusedamp {
 
@@ -136,6 +137,17 @@ struct Ops {
     Backend(source).recode(job);
   }
 
+  static void record_(Tensor clock, Tensor due, Tensor steps, Tensor numbers, Tensor bins, OptionalTensor trajectory,
+                      Tensor extremes, Tensor histogram, Tensor squares, int64_t every, OptionalTensor updates,
+                      OptionalTensor scale, OptionalTensor found_inf, bool only_due, bool advance) {
+    const Rings rings = {clock, due, steps, numbers, bins, trajectory};
+    const Counted counted = {extremes, histogram, squares, updates, scale, found_inf};
+    StepRecord record = checked_record(rings, counted, every);
+    record.only_due = only_due;
+    record.advance = advance;
+    Backend(clock).record(record);
+  }
+
   static void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("unscale_", TORCH_BOX(&Ops::unscale_));
     m.impl("grad_stats", TORCH_BOX(&Ops::grad_stats));
@@ -148,6 +160,7 @@ struct Ops {
     m.impl("_packed_grad_stats", TORCH_BOX(&Ops::packed_grad_stats));
     m.impl("_planned_step_", TORCH_BOX(&Ops::planned_step_));
     m.impl("_recode_", TORCH_BOX(&Ops::recode_));
+    m.impl("_record_", TORCH_BOX(&Ops::record_));
 #define FUSEDAMP_OP(op, Hyper, names) m.impl(#op "_", TORCH_BOX(&Ops::template step<kName_##op>));
 #include "../math/optimizers.def"
   }

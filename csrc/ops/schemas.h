@@ -72,6 +72,14 @@ constexpr const char* kCheckGradsSchema =
 constexpr const char* kRecodeSchema =
     "_recode_(Tensor source, Tensor(a!) target, Tensor(b!)? weight=None, Tensor(c!)? scales=None) -> ()";
 
+// What a watch keeps of a step (engine/table.h, StepRecord): extremes, histogram and squares of its gradient check,
+// updates of its step. Rows are tensors; n may be 0. With `advance` the step ends, and clock and due become those of
+// the next one. For fusedamp's own Python only.
+constexpr const char* kRecordSchema =
+    "_record_(Tensor(a!) clock, Tensor(b!) due, Tensor(c!) steps, Tensor(d!) numbers, Tensor(e!) bins, "
+    "Tensor(f!)? trajectory, Tensor extremes, Tensor histogram, Tensor squares, *, int every, Tensor? updates=None, "
+    "Tensor? scale=None, Tensor? found_inf=None, bool only_due=False, bool advance=True) -> ()";
+
 constexpr const char* kUpdateScaleSchema =
     "update_scale_(Tensor(a!) scale, Tensor(b!) growth_tracker, Tensor(c!)? hysteresis_tracker, Tensor found_inf, *, "
     "float growth_factor, float backoff_factor, int growth_interval, float min_scale, float max_scale, "

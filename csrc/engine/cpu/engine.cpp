@@ -7,6 +7,7 @@
 #include "../../math/random.h"
 #include "../check.h"
 #include "../passes.h"
+#include "../record.h"
 
 namespace fusedamp::cpu {
 namespace {
@@ -156,6 +157,15 @@ void recode(const Recoding& job, const Parallel& parallel) {
   const auto recode_chunk = kernels().recode;
   parallel((job.numel + kChunk - 1) / kChunk,
            [&](int64_t u) { recode_chunk(job, u * kChunk, std::min(kChunk, job.numel - u * kChunk)); });
+}
+
+void record(const StepRecord& record) {
+  const RecordedStep step = recorded_step(record);
+  record_tensors(record, step, 0, 1);
+  double largest = 0.0;
+  for (int64_t i = 0; i < record.count; ++i) largest = std::max(largest, record.extremes[kExtremes * i]);
+  record_step(record, step, largest);
+  advance(record);
 }
 
 }  // namespace fusedamp::cpu

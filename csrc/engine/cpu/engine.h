@@ -33,4 +33,7 @@ bool unscale(const std::vector<GradRow>& rows, float inv_scale, const Parallel& 
 // A master or state into another format.
 void recode(const Recoding& job, const Parallel& parallel);
 
+// What a watch keeps of a step.
+void record(const StepRecord& record);
+
 }  // namespace fusedamp::cpu

@@ -47,6 +47,9 @@ void recode(const Device& device, const Recoding& job);
 void update_scale(const Device& device, const LossScaleRule& rule, float* scale, int32_t* growth_tracker,
                   int32_t* budget, const float* found_inf);
 
+// What a watch keeps of a step; all addresses are on the device.
+void record(const Device& device, const StepRecord& record);
+
 // Copies `bytes` (a multiple of 8) to the device inside kernel parameters, so the host copy may be freed immediately,
 // also during graph capture.
 void upload(CUstream_st* stream, void* to, const void* from, int64_t bytes);
