@@ -75,7 +75,7 @@ def _register_fake(name: str, function: Callable[..., Any]) -> None:
     torch.library.register_fake(f"fusedamp::{name}", function)
 
 
-for _name in ("unscale_", "update_scale_", "_recode_", "_check_step", *STEP_OPS):
+for _name in ("unscale_", "update_scale_", "update_scale_headroom_", "_recode_", "_check_step", *STEP_OPS):
     _register_fake(_name, _need_one_kind)
 
 
