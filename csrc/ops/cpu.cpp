@@ -49,6 +49,10 @@ struct Cpu {
     *growth_tracker = next.growth_tracker;
     if (budget) *budget = next.budget;
   }
+  void update_scale_headroom(const HeadroomRule& rule, float* scale, HeadroomState* state, const float* found_inf,
+                             const double* largest) {
+    *scale = next_headroom_scale(rule, *scale, *state, !(*found_inf == 0.0f), *largest);
+  }
 };
 
 std::string cpu_origin() { return origin(); }

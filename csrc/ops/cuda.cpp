@@ -40,6 +40,10 @@ class Cuda {
                     const float* found_inf) {
     cuda::update_scale(device_, rule, scale, growth_tracker, budget, found_inf);
   }
+  void update_scale_headroom(const HeadroomRule& rule, float* scale, HeadroomState* state, const float* found_inf,
+                             const double* largest) {
+    cuda::update_scale_headroom(device_, rule, scale, state, found_inf, largest);
+  }
 
  private:
   CudaPlace place_;

@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kUnscaleSchema);
   m.def(fusedamp::kGradStatsSchema);
   m.def(fusedamp::kUpdateScaleSchema);
+  m.def(fusedamp::kUpdateScaleHeadroomSchema);
   m.def(fusedamp::kPackedGradStatsSchema);
   m.def(fusedamp::kCheckPlanSchema);
   m.def(fusedamp::kPlannedStepSchema);

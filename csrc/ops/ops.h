@@ -1,6 +1,7 @@
 // Every op once, for every backend: signature, checks, registration. A backend says what runs them:
 //   Backend(like)                      on the device of a tensor `like`; made when nothing can be refused any more
-//   step, unscale, grad_stats, check_grads, update_scale, recode, record     the passes, on the backend's addresses
+//   step, unscale, grad_stats, check_grads, update_scale, update_scale_headroom, recode, record: the passes, on
+//   addresses
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +9,7 @@
 #include <string>
 #include <tuple>
 
+#include "../math/headroom.h"
 #include "../math/loss_scale.h"
 #include "packed.h"
 #include "recoding.h"
@@ -132,6 +134,26 @@ struct Ops {
     Backend(scale).update_scale(rule, scale_at, tracker_at, budget_at, found);
   }
 
+  static void update_scale_headroom_(Tensor scale, Tensor state, Tensor found_inf, Tensor largest,
+                                     int64_t headroom_bits, int64_t growth_interval, double min_scale,
+                                     double max_scale) {
+    const char* op = "update_scale_headroom_";
+    float* scale_at = scalar_at(op, "scale", scale, scale);
+    need_device(op, {"state"}, state, {"scale"}, scale);
+    constexpr int64_t kLength = sizeof(HeadroomState) / sizeof(int32_t);
+    if (state.scalar_type() != ScalarType::Int || state.dim() != 1 || state.numel() != kLength)
+      fail(op, "state is ", dtype_name(state), " of shape ", list_text(state.sizes()), "; expected int32 of shape [",
+           kLength, "]. Start with zeros");
+    auto* state_at = static_cast<HeadroomState*>(data_of(op, {"state"}, state));
+    const float* found = scalar_at(op, "found_inf", found_inf, scale);
+    const double* largest_at = one_element<double>(op, {"largest"}, largest, scale, ScalarType::Double, "float64");
+    const HeadroomRule rule = headroom_rule(headroom_bits, growth_interval, min_scale, max_scale);
+    if (rule.least > rule.largest)
+      fail(op, "min_scale is ", min_scale, " and max_scale ", max_scale,
+           "; expected a power of two from 2^-126 to 2^127 between them. Use powers of two for both");
+    Backend(scale).update_scale_headroom(rule, scale_at, state_at, found, largest_at);
+  }
+
   static void recode_(Tensor source, Tensor target, OptionalTensor weight, OptionalTensor scales) {
     const Recoding job = checked_recoding(source, target, weight, scales);
     Backend(source).recode(job);
@@ -152,6 +174,7 @@ struct Ops {
     m.impl("unscale_", TORCH_BOX(&Ops::unscale_));
     m.impl("grad_stats", TORCH_BOX(&Ops::grad_stats));
     m.impl("update_scale_", TORCH_BOX(&Ops::update_scale_));
+    m.impl("update_scale_headroom_", TORCH_BOX(&Ops::update_scale_headroom_));
     m.impl("_check_grads", TORCH_BOX(&Ops::check_grads));
     m.impl("_check_plan", TORCH_BOX(&check_plan));
     m.impl("_check_step", TORCH_BOX(&check_step));

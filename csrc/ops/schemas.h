@@ -85,6 +85,12 @@ constexpr const char* kUpdateScaleSchema =
     "float growth_factor, float backoff_factor, int growth_interval, float min_scale, float max_scale, "
     "int hysteresis, bool refill_on_good_step) -> ()";
 
+// The scale by the rule of math/headroom.h. state: int32 [584], a HeadroomState. largest: float64, the largest
+// |gradient|, still times the scale.
+constexpr const char* kUpdateScaleHeadroomSchema =
+    "update_scale_headroom_(Tensor(a!) scale, Tensor(b!) state, Tensor found_inf, Tensor largest, *, "
+    "int headroom_bits, int growth_interval, float min_scale, float max_scale) -> ()";
+
 // Linear layers: x [M, K], weight [N, K], grad [M, N], bias [N], all in one 16-bit dtype. Sums are FP32.
 // _linear, _linear_input_grad: the products alone, where torch's own are slow. For fusedamp's own Python only.
 constexpr const char* kLinearSchema = "_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor";

@@ -40,6 +40,14 @@ SCALE_OPTIONS = dict(
 )
 
 
+def headroom_arguments():
+    state = torch.zeros(ops.HEADROOM_STATE, dtype=torch.int32)
+    return scalar(8.0), state, scalar(0.0), scalar(2.0**20, torch.float64)
+
+
+HEADROOM_OPTIONS = dict(headroom_bits=2, growth_interval=3, min_scale=0.0, max_scale=1e9)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("masters", [False, True])
 def test_opcheck_steps(variant, masters):
@@ -55,6 +63,9 @@ def test_opcheck_the_others():
     torch.library.opcheck(torch.ops.fusedamp.grad_stats.default, (gradients(), scalar(0.5), 2.0))
     torch.library.opcheck(torch.ops.fusedamp.grad_stats.default, (gradients(),))
     torch.library.opcheck(torch.ops.fusedamp.update_scale_.default, scale_arguments(), SCALE_OPTIONS)
+    torch.library.opcheck(
+        torch.ops.fusedamp.update_scale_headroom_.default, headroom_arguments(), HEADROOM_OPTIONS
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -78,22 +89,24 @@ def test_compiled_steps_equal_eager_ones(variant):
         assert same_bits(a, b)
 
 
-def two_passes(grads, inv_scale, found_inf, scale, tracker):
+def two_passes(grads, inv_scale, found_inf, scale, tracker, state):
     stats = ops.grad_stats(grads, inv_scale)
     ops.unscale_(grads, inv_scale, found_inf)
     ops.update_scale_(
         scale, tracker, found_inf, growth_factor=2.0, backoff_factor=0.5, growth_interval=3, max_scale=1e9
     )
+    ops.update_scale_headroom_(scale, state, found_inf, stats.total * 2.0**14, growth_interval=3)
     return stats.total.sqrt() * 2, stats.counts.sum(0)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bad", [0.0, float("nan")])
 def test_compiled_passes_equal_eager_ones(backend, bad):
-    """unscale_, grad_stats and update_scale_ in one graph, with and without an overflow."""
+    """unscale_, grad_stats and both updates of the scale in one graph, with and without an overflow."""
     results = []
     for run in (two_passes, torch.compile(two_passes, fullgraph=True, backend=backend)):
         arguments = [gradients(), scalar(0.5), scalar(0.0), scalar(8.0), torch.zeros((), dtype=torch.int32)]
+        arguments.append(torch.zeros(ops.HEADROOM_STATE, dtype=torch.int32))
         arguments[0][0][3] = bad
         norm, counts = run(*arguments)
         results.append([*arguments[0], *arguments[1:], norm, counts])
@@ -133,6 +146,12 @@ def test_version_counters_of_the_others_move():
     assert tracker._version
     assert budget._version
     assert not found_inf._version
+    scale, state, found_inf, largest = headroom_arguments()
+    ops.update_scale_headroom_(scale, state, found_inf, largest, **HEADROOM_OPTIONS)
+    assert scale._version
+    assert state._version
+    assert not found_inf._version
+    assert not largest._version
 
 
 def test_backward_after_a_step_notices_the_changed_weight():

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from ..amp.gradients import combine
 from ..ops.observers import observer_of
 
-_METHOD = "_unscale_grads_"  # every step of torch's scaler calls it once, or its check of torch's fused optimizers
+# Each step of torch's scaler calls it once: to unscale, or to check the gradients of torch's fused optimizers.
+_METHOD = "_unscale_grads_"
 
 
 class _Listening:

@@ -135,7 +135,9 @@ class Watch(Recorder):
         self.remove()
 
     def __reduce__(self) -> Any:
-        raise TypeError("[Watch] cannot be pickled or copied; expected one watch per process. Make a new one.")
+        raise TypeError(
+            "[Watch] cannot be pickled or copied; expected one watch per process. Make a new one."
+        )
 
     def _attach(
         self, optimizer: Optimizer, scaler: Any, is_ours: bool, activations: nn.Module | None

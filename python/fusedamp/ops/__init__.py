@@ -29,7 +29,8 @@ from .gradients import GradStats, grad_stats, unscale_
 from .gradients import _grad_stats as _grad_stats
 from .gradients import check_grads as check_grads
 from .linear import linear_gelu, linear_gelu_input_grad, linear_weight_grad, linear_weight_grad_
-from .loss_scale import update_scale_
+from .loss_scale import HEADROOM_STATE as HEADROOM_STATE
+from .loss_scale import update_scale_, update_scale_headroom_
 from .step import StepCall as StepCall  # for fusedamp.optim
 from .step import check_memory as check_memory
 from .step import check_steps as check_steps
@@ -59,4 +60,5 @@ __all__ = [
     "sgd_",
     "unscale_",
     "update_scale_",
+    "update_scale_headroom_",
 ]

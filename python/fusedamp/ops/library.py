@@ -75,7 +75,15 @@ def _register_fake(name: str, function: Callable[..., Any]) -> None:
     torch.library.register_fake(f"fusedamp::{name}", function)
 
 
-for _name in ("unscale_", "update_scale_", "_recode_", "_record_", "_check_step", *STEP_OPS):
+_WITHOUT_RESULT = (
+    "unscale_",
+    "update_scale_",
+    "update_scale_headroom_",
+    "_recode_",
+    "_record_",
+    "_check_step",
+)
+for _name in (*_WITHOUT_RESULT, *STEP_OPS):
     _register_fake(_name, _need_one_kind)
 
 
