@@ -1,0 +1,7 @@
+"""What mixed precision does to gradients and updates: counts from the step itself, tables, plots, loggers."""
+
+from . import loggers
+from .bins import bin_edges
+from .record import Record
+
+__all__ = ["Record", "bin_edges", "loggers"]
