@@ -94,6 +94,13 @@ struct StatsOutputs {
   int64_t* counts;     // three per tensor: infs, NaNs, overflows (finite, but not when unscaled)
 };
 
+// What a gradient check may tell beside, about the elements as they are stored, before inv_scale. Null: nothing.
+struct Numerics {
+  double* extremes;    // three per tensor: the largest |s| (infinity if one is not finite), zeros, 0 < |s| < 2^-14
+  int64_t* histogram;  // kBins per tensor (math/bins.h); rewritten where *due is not 0
+  const int32_t* due;
+};
+
 // Additional inputs and outputs of a gradient check that computes the clip coefficient.
 struct GradCheck {
   const float* scale;  // gradients are checked as multiplied by 1 / *scale

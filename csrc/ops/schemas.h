@@ -50,6 +50,17 @@ constexpr const char* kPackedGradStatsSchema =
     "_packed_grad_stats(Tensor rows, Tensor like, Tensor? inv_scale=None, float norm_type=2.0) -> "
     "(Tensor, Tensor, Tensor, Tensor)";
 
+// grad_stats, and what the gradients are like as they are stored, before inv_scale. extremes fp64 [n, 3]: the largest
+// |s| (inf where one is not finite), zeros, elements with 0 < |s| < 2^-14. histogram int64 [n, 64] (math/bins.h):
+// rewritten where due, int32 [] on the device, is not 0
+#define FUSEDAMP_NUMERICS "Tensor(a!) extremes, Tensor(b!) histogram, Tensor due"
+constexpr const char* kGradNumericsSchema =
+    "grad_numerics(Tensor[] grads, " FUSEDAMP_NUMERICS
+    ", *, Tensor? inv_scale=None, float norm_type=2.0) -> (Tensor, Tensor, Tensor, Tensor)";
+constexpr const char* kPackedGradNumericsSchema =
+    "_packed_grad_numerics(Tensor rows, Tensor like, " FUSEDAMP_NUMERICS
+    ", Tensor? inv_scale=None, float norm_type=2.0) -> (Tensor, Tensor, Tensor, Tensor)";
+
 // A step of all groups at once, from tables that the caller keeps: rows, gradients' addresses and groups as the engines
 // have them (engine/table.h, packed.h). _check_plan checks each row, once; _planned_step_ checks what the tables say
 // together, the scalars, and on the CPU the step counts. Given log_steps, a step adds 1 to it, and where it is skipped
@@ -65,6 +76,12 @@ constexpr const char* kPlannedStepSchema =
 constexpr const char* kCheckGradsSchema =
     "_check_grads(Tensor rows, Tensor scale, float norm_type, float max_norm, Tensor? max_norm_tensor=None, "
     "bool wide=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+
+// The same beside grad_numerics -> those, and per_tensor fp64 [n]
+constexpr const char* kCheckNumericsSchema =
+    "_check_numerics(Tensor rows, " FUSEDAMP_NUMERICS
+    ", Tensor scale, float norm_type, float max_norm, Tensor? max_norm_tensor=None, bool wide=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 
 // A master or state into another format (engine/table.h, Recoding), one tensor into another of its shape and order of
 // memory. weight: whose master source is; rewritten where target is int16, and else read only. scales: of source where
