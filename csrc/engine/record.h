@@ -1,12 +1,12 @@
 // Writes a StepRecord, on every device.
 #pragma once
-#include "../math/vocab.h"
+#include "../math/bins.h"
 #include "table.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
-constexpr int64_t kBins = 64, kExtremes = 3, kUpdates = 4, kNumbers = 2 + kUpdates;
+constexpr int64_t kExtremes = 3, kUpdates = 4, kNumbers = 2 + kUpdates;
 
 // The current step.
 struct RecordedStep {

@@ -95,7 +95,7 @@ def _squares(table: GradientTable, found: ops.GradCheck, norm_type: float) -> Te
     if norm_type == 2.0:
         assert found.per_tensor is not None
         return found.per_tensor
-    return ops.packed_grad_stats(table.fields, found.inv_scale).per_tensor
+    return ops.squares(table.fields, found.inv_scale)
 
 
 @dataclass(slots=True)

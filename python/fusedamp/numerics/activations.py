@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..amp.gradients import lasting, on
-from ..ops.numerics import Numerics
+from ..ops import Numerics
 from ..tensors.layout import is_dense
 from ..tensors.shards import local
 from .rings import Clock, Rows

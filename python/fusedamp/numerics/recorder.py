@@ -10,15 +10,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..amp import routes
-from ..amp.gradients import Gradients, combine, has_value
+from ..amp.gradients import Gradients, combine
 from ..amp.overflow import params_of
+from ..ops import Numerics
 from ..ops.inputs import flag_on
-from ..ops.numerics import Numerics
 from ..ops.observers import Tally
 from .activations import Activations
 from .rings import Clock, Rows
 
 _MAX_SETS = 16  # of parameters with gradients; bounds memory if the set changes at every step
+
+
+def is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class Recorder:
@@ -69,11 +73,10 @@ class Recorder:
         if not self._is_open:
             return
         self._record(found_inf, scale, advance=True)
-        is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        self._is_captured |= is_capturing
-        if self._number % self._every == 0 and self._now and not is_capturing:
+        self._is_captured |= (captures := is_capturing())
+        if self._number % self._every == 0 and self._now and not captures:
             self._recorded()
-        self._number += not is_capturing
+        self._number += not captures
         self._now.clear()
         self._is_open = self._ends_with_step = self._only_due = False
 
@@ -102,7 +105,7 @@ class Recorder:
     # What torch's scaler does, as torch_scaler.py hears it ---------------------------------
 
     def read_scaled(self, inv_scale: Tensor, scale: Tensor) -> None:
-        """Read gradients that a scaler will unscale now, and that only the optimizer's step knows of later."""
+        """Read gradients before a scaler unscales them; the optimizer's step, or the next call, ends this."""
         optimizer = self._optimizer()
         if optimizer is None:
             return
@@ -119,16 +122,12 @@ class Recorder:
     def _read_unscaled(self, optimizer: Optimizer) -> None:
         """Read gradients that no scaler has seen: in due steps only, as nothing else needs them."""
         gradients = Gradients(params_of(optimizer))
-        devices = [device for device, bucket in gradients.by_device.items() if bucket.tensors]
-        for device in devices:
-            self._clock_of(device)
-        if any(self._may_be_due(device) for device in devices):
+        for device, bucket in gradients.by_device.items():
+            if bucket.tensors:
+                self._clock_of(device)
+        if self._number % self._every == 0 or self._is_captured or is_capturing():
             gradients.stats(None, observer=self)
             self._only_due = True
-
-    def _may_be_due(self, device: torch.device) -> bool:
-        due = self._clock_of(device).due
-        return device.type != "cpu" or not has_value(due) or bool(due)
 
     def _clock_of(self, device: torch.device) -> Clock:
         if device not in self._clocks:

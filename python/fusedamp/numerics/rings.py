@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..amp.gradients import lasting, on
-from ..ops.numerics import Numerics
+from ..ops import Numerics
 
 TRAJECTORY = 4096  # steps
 _BINS, _EXTREMES, _UPDATES, _NUMBERS = 64, 3, 4, 6  # csrc/engine/record.h
@@ -47,17 +47,17 @@ class Rows:
         self.positions, self.clock = tuple(positions), clock
         self._row_of = {position: row for row, position in enumerate(self.positions)}
         with lasting():
-            wide = dict(dtype=torch.float64, device=device)
-            whole = dict(dtype=torch.int64, device=device)
             self.numerics = Numerics(
-                torch.zeros(n, _EXTREMES, **wide), torch.zeros(n, _BINS, **whole), clock.due
+                torch.zeros(n, _EXTREMES, dtype=torch.float64, device=device),
+                torch.zeros(n, _BINS, dtype=torch.int64, device=device),
+                clock.due,
             )
-            self.squares = torch.zeros(n, **wide)
-            self.updates = torch.zeros(n, _UPDATES, **wide)
+            self.squares = torch.zeros(n, dtype=torch.float64, device=device)
+            self.updates = torch.zeros(n, _UPDATES, dtype=torch.float64, device=device)
             self.rings = (
-                torch.zeros(history, 4, **wide),
-                torch.zeros(history, n, _NUMBERS, **wide),
-                torch.zeros(history, n, _BINS, **whole),
+                torch.zeros(history, 4, dtype=torch.float64, device=device),
+                torch.zeros(history, n, _NUMBERS, dtype=torch.float64, device=device),
+                torch.zeros(history, n, _BINS, dtype=torch.int64, device=device),
             )
         self._parts: list[tuple[list[int], Tensor]] = []
         self._counted = 0  # rows with updates of the current step
@@ -125,14 +125,14 @@ class Fetch:
         slots = slice(None) if slot is None else slice(slot, slot + 1)
         self.rows = tuple(rows)
         self.tensors = [[_to_host(ring[slots]) for ring in part.rings] for part in rows]
-        self._events = []
+        self._events: list[torch.cuda.Event] = []
         for device in {part.updates.device for part in rows if part.updates.is_cuda}:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             self._events.append(event)
 
     def is_done(self) -> bool:
-        return all(event.query() for event in self._events)
+        return all(event.query() for event in self._events)  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         for event in self._events:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..amp.gradients import combine
 from ..ops.observers import observer_of
 
-# Each step of torch's scaler calls it once: to unscale, or to check the gradients of torch's fused optimizers.
+# Each step of torch's scaler calls it once: to unscale, or to check gradients of torch's fused optimizers.
 _METHOD = "_unscale_grads_"
 
 

@@ -87,11 +87,11 @@ class Watch(Recorder):
         kept = [rows[number] for number in sorted(rows) if number > 0]
         return torch.tensor(kept, dtype=torch.float64, device="cpu").reshape(-1, 4)
 
-    def table(self, limit: int | None = 20) -> str:
+    def table(self, limit: int = 20) -> str:
         """Return a table of the latest record, worst parameters first. Waits for the device.
 
         Args:
-            limit: the number of parameters; None for all.
+            limit: the number of parameters.
         """
         from .table import render
 
@@ -111,10 +111,10 @@ class Watch(Recorder):
         """Pass each record to ``logger`` as it arrives, at the end of a step or in :meth:`poll`.
 
         Args:
-            logger: anything with ``log(step, values)``, such as those of :mod:`fusedamp.numerics.loggers`. One
-                that raises is removed, with a warning: training goes on.
+            logger: anything with ``log(step, values)``, such as those of :mod:`fusedamp.numerics.loggers`.
+                One that raises is removed, with a warning: training goes on.
         """
-        self._loggers.append(loggers.checked(logger))
+        self._loggers.append(loggers.need_logger(logger))
         return self
 
     def remove(self) -> None:
@@ -203,7 +203,7 @@ class Watch(Recorder):
     def _log(self, record: Record) -> None:
         for logger in list(self._loggers):
             try:
-                loggers.log(logger, record)
+                loggers.send(logger, record)
             except Exception as error:  # whatever a third-party logger raises
                 self._loggers.remove(logger)
                 warnings.warn(

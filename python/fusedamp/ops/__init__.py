@@ -29,6 +29,7 @@ from .gradients import GradStats, grad_stats, unscale_
 from .gradients import Numerics as Numerics
 from .gradients import _grad_stats as _grad_stats
 from .gradients import check_grads as check_grads
+from .gradients import squares as squares
 from .linear import linear_gelu, linear_gelu_input_grad, linear_weight_grad, linear_weight_grad_
 from .loss_scale import HEADROOM_STATE as HEADROOM_STATE
 from .loss_scale import update_scale_, update_scale_headroom_

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .numerics import Numerics
+from .gradients import Numerics
 
 _NAME = "_fusedamp_observer"
 

@@ -122,7 +122,7 @@ class Plan:
             tally = None if observer is None else observer.tally(table.device, positions)
             ready.append((table, inputs_on(optimizer, table.device), tally))
         for table, inputs, tally in ready:
-            table.step(table.params, inputs, tally)
+            table.step(table.params, inputs, *(tally or ()))
             if inputs.log is not None:
                 optimizer._amp.logged = True
 
