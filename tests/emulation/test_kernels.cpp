@@ -4,6 +4,7 @@
 #include "group_tests.h"
 #include "read_tests.h"
 #include "recode_tests.h"
+#include "record_tests.h"
 #include "step_tests.h"
 
 const fusedamp::cpu::Kernels& fusedamp::cpu::kernels() { return kKernels_baseline; }
@@ -142,6 +143,29 @@ void test_update_scale(Random& random) {
   }
 }
 
+// A whole training, so that the ring wraps. The rule itself is tested by tests/ops/test_ops_headroom.py.
+void test_update_scale_headroom(Random& random) {
+  now_testing = "update_scale_headroom_";
+  const float founds[] = {1.0f, 2.0f, std::numeric_limits<float>::quiet_NaN(), -1e-40f};
+  const double unknown[] = {0.0, kInf, std::numeric_limits<double>::quiet_NaN(), -1.0, 5e-324};
+  for (int run = 0; run < 4; ++run) {
+    const HeadroomRule rule =
+        headroom_rule(below(random, 15), 1 + below(random, 200), run < 2 ? 0.0 : 3.0, run % 2 ? kInf : 5e5);
+    HeadroomState states[2] = {};
+    float scales[2] = {65535.0f, 65535.0f};
+    for (int i = 0; i < 1500; ++i) {
+      const bool overflow = below(random, 40) == 0;
+      const float found_inf = overflow ? founds[below(random, 4)] : 0.0f;
+      const double largest = below(random, 40) == 0 ? unknown[below(random, 5)]
+                                                    : std::ldexp(1.0 + below(random, 4) / 4.0, below(random, 80) - 45);
+      scales[0] = next_headroom_scale(rule, scales[0], states[0], overflow, largest);
+      cuda::update_scale_headroom(*EmulatedDevice(1), rule, &scales[1], &states[1], &found_inf, &largest);
+      expect(scales[0] == scales[1] && std::memcmp(&states[0], &states[1], sizeof states[0]) == 0,
+             "step %d: scale %g, wanted %g", i, double(scales[1]), double(scales[0]));
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -159,6 +183,7 @@ int main(int argc, char** argv) {
     for (int repeat = 0; repeat < 4; ++repeat) test_step(random, kAdamW, {0, 0, 0}, Alignment::kAll, repeat == 3);
     test_reads(random, largest);
     test_recodings(random, largest);
+    for (const int64_t tensors : {0, 1, 5, 70}) test_record(random, tensors);
   }
   Random random(1);
   test_beyond_32_bits(random);
@@ -169,6 +194,7 @@ int main(int argc, char** argv) {
   test_more_chunks_than_threads();
   test_every_position(random);
   test_update_scale(random);
+  test_update_scale_headroom(random);
   emulation::print_launched(reinterpret_cast<const void*>(&main));  // a symbol table makes names of it
   printf("%ld checks, %ld failures, blocks of %d, chunks of %d\n", checks, failures, cuda::kBlock, int(cuda::kChunk));
   return failures != 0;

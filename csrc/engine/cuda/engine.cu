@@ -58,6 +58,12 @@ __global__ void __launch_bounds__(1)
   if (budget) *budget = next.budget;
 }
 
+__global__ void __launch_bounds__(1)
+    update_scale_headroom_kernel(const HeadroomRule rule, float* scale, HeadroomState* state, const float* found_inf,
+                                 const double* largest) {
+  *scale = next_headroom_scale(rule, *scale, *state, overflowed(found_inf), *largest);
+}
+
 template <int kWords>
 struct Packet {
   uint64_t words[kWords];
@@ -85,6 +91,12 @@ void upload_in_packets(CUstream_st* stream, uint64_t* to, const uint64_t* from, 
 void update_scale(const Device& device, const LossScaleRule& rule, float* scale, int32_t* growth_tracker,
                   int32_t* budget, const float* found_inf) {
   launch("update_scale", &update_scale_kernel, 1, 1, device.stream, rule, scale, growth_tracker, budget, found_inf);
+}
+
+void update_scale_headroom(const Device& device, const HeadroomRule& rule, float* scale, HeadroomState* state,
+                           const float* found_inf, const double* largest) {
+  launch("update_scale_headroom", &update_scale_headroom_kernel, 1, 1, device.stream, rule, scale, state, found_inf,
+         largest);
 }
 
 void upload(CUstream_st* stream, void* to, const void* from, int64_t bytes) {

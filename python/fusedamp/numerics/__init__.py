@@ -3,5 +3,6 @@
 from . import loggers
 from .bins import bin_edges
 from .record import Record
+from .watch import Watch, watch
 
-__all__ = ["Record", "bin_edges", "loggers"]
+__all__ = ["Record", "Watch", "bin_edges", "loggers", "watch"]
