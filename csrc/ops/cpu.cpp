@@ -33,13 +33,16 @@ struct Cpu {
   void unscale(const std::vector<GradRow>& rows, const float* inv_scale, float* found_inf) {
     if (cpu::unscale(rows, *inv_scale, parallel)) *found_inf = 1.0f;
   }
-  void grad_stats(const std::vector<GradRow>& rows, const float* inv_scale, double norm_type, const StatsOutputs& out) {
-    cpu::grad_stats(rows, inv_scale ? *inv_scale : 1.0f, norm_type, out, parallel);
+  void grad_stats(const std::vector<GradRow>& rows, const float* inv_scale, double norm_type, const StatsOutputs& out,
+                  const Numerics& numerics) {
+    cpu::grad_stats(rows, inv_scale ? *inv_scale : 1.0f, norm_type, out, numerics, parallel);
   }
-  void check_grads(const std::vector<GradRow>& rows, const GradCheck& check) {
-    cpu::check_grads(rows, check, parallel);
+  void check_grads(const std::vector<GradRow>& rows, const GradCheck& check, double* per_tensor,
+                   const Numerics& numerics) {
+    cpu::check_grads(rows, check, per_tensor, numerics, parallel);
   }
   void recode(const Recoding& job) { cpu::recode(job, parallel); }
+  void record(const StepRecord& record) { cpu::record(record); }
   void update_scale(const LossScaleRule& rule, float* scale, int32_t* growth_tracker, int32_t* budget,
                     const float* found_inf) {
     const LossScaleState now = {*scale, *growth_tracker, budget ? *budget : 1};

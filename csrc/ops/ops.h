@@ -1,6 +1,7 @@
 // Every op once, for every backend: signature, checks, registration. A backend says what runs them:
 //   Backend(like)                      on the device of a tensor `like`; made when nothing can be refused any more
-//   step, unscale, grad_stats, check_grads, update_scale, update_scale_headroom, recode: the passes, on addresses
+//   step, unscale, grad_stats, check_grads, update_scale, update_scale_headroom, recode, record: the passes, on
+//   addresses
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +13,7 @@
 #include "../math/loss_scale.h"
 #include "packed.h"
 #include "recoding.h"
+#include "recording.h"
 
 namespace fusedamp {
 
@@ -81,42 +83,49 @@ struct Ops {
 
   static Stats grad_stats(Tensors grads, OptionalTensor inv_scale, double norm_type) {
     STD_TORCH_CHECK(!grads.empty(), "[grad_stats] grads is empty; expected at least one tensor");
-    return stats_of(grad_rows("grad_stats", grads), grads[0], inv_scale, norm_type);
+    return stats_of("grad_stats", grad_rows("grad_stats", grads), grads[0], inv_scale, norm_type);
   }
 
   static Stats packed_grad_stats(Tensor rows, Tensor like, OptionalTensor inv_scale, double norm_type) {
-    return stats_of(packed_grad_rows("grad_stats", rows), like, inv_scale, norm_type);
+    return stats_of("grad_stats", packed_grad_rows("grad_stats", rows), like, inv_scale, norm_type);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> check_grads(Tensor rows, Tensor scale, double norm_type,
-                                                                        double max_norm, OptionalTensor max_norm_tensor,
-                                                                        bool wide) {
+  static Stats grad_numerics(Tensors grads, Tensor extremes, Tensor histogram, Tensor due, OptionalTensor inv_scale,
+                             double norm_type) {
+    const char* op = "grad_numerics";
+    STD_TORCH_CHECK(!grads.empty(), "[grad_numerics] grads is empty; expected at least one tensor");
+    const std::vector<GradRow> rows = grad_rows(op, grads);
+    return stats_of(op, rows, grads[0], inv_scale, norm_type,
+                    numerics_of(op, rows, grads[0], extremes, histogram, due, {{"inv_scale", inv_scale}}));
+  }
+
+  static Stats packed_grad_numerics(Tensor packed, Tensor like, Tensor extremes, Tensor histogram, Tensor due,
+                                    OptionalTensor inv_scale, double norm_type) {
+    const char* op = "grad_numerics";
+    const std::vector<GradRow> rows = packed_grad_rows(op, packed);
+    return stats_of(op, rows, like, inv_scale, norm_type,
+                    numerics_of(op, rows, like, extremes, histogram, due, {{"inv_scale", inv_scale}}));
+  }
+
+  using Check = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  static Check check_grads(Tensor rows, Tensor scale, double norm_type, double max_norm, OptionalTensor max_norm_tensor,
+                           bool wide) {
     const char* op = "_check_grads";
-    const std::vector<GradRow> grads = packed_grad_rows(op, rows);
-    GradCheck check = {};
-    check.scale = scalar_at(op, "scale", scale, scale);
-    check.norm_type = norm_type;
-    check.max_norm = max_norm;
-    check.wide = wide;
-    if (max_norm_tensor) {
-      const Name name = {"max_norm"};
-      need_device(op, name, *max_norm_tensor, {"scale"}, scale);
-      check.max_norm_dtype = dtype_of(op, name, *max_norm_tensor);
-      if (max_norm_tensor->numel() != 1)
-        fail(op, name, " has shape ", list_text(max_norm_tensor->sizes()), "; expected one element");
-      check.max_norm_tensor = data_of(op, name, *max_norm_tensor);
-    }
-    const auto fresh = [&](ScalarType dtype) { return torch::stable::new_empty(scale, {}, dtype); };
-    const Tensor inv_scale = fresh(ScalarType::Float), clip_coef = fresh(ScalarType::Float),
-                 found_inf = fresh(ScalarType::Float), norm = fresh(wide ? ScalarType::Double : ScalarType::Float),
-                 counts = torch::stable::new_empty(scale, {static_cast<int64_t>(grads.size()), 3}, ScalarType::Long);
-    check.inv_scale = data<float>(inv_scale);
-    check.clip_coef = data<float>(clip_coef);
-    check.found_inf = data<float>(found_inf);
-    check.norm = norm.data_ptr();
-    check.counts = data<int64_t>(counts);
-    Backend(scale).check_grads(grads, check);
-    return {inv_scale, clip_coef, found_inf, norm, counts};
+    return check_of(op, packed_grad_rows(op, rows), scale, norm_type, max_norm, max_norm_tensor, wide);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> check_numerics(
+      Tensor packed, Tensor extremes, Tensor histogram, Tensor due, Tensor scale, double norm_type, double max_norm,
+      OptionalTensor max_norm_tensor, bool wide) {
+    const char* op = "_check_numerics";
+    const std::vector<GradRow> rows = packed_grad_rows(op, packed);
+    const Reads reads = {{"scale", scale}, {"max_norm", max_norm_tensor}};
+    const Numerics numerics = numerics_of(op, rows, scale, extremes, histogram, due, reads);
+    const Tensor per_tensor = torch::stable::new_empty(scale, {static_cast<int64_t>(rows.size())}, ScalarType::Double);
+    return std::tuple_cat(
+        check_of(op, rows, scale, norm_type, max_norm, max_norm_tensor, wide, data<double>(per_tensor), numerics),
+        std::tuple(per_tensor));
   }
 
   static void update_scale_(Tensor scale, Tensor growth_tracker, OptionalTensor hysteresis_tracker, Tensor found_inf,
@@ -157,36 +166,80 @@ struct Ops {
     Backend(source).recode(job);
   }
 
+  static void record_(Tensor clock, Tensor due, Tensor steps, Tensor numbers, Tensor bins, OptionalTensor trajectory,
+                      Tensor extremes, Tensor histogram, Tensor squares, int64_t every, OptionalTensor updates,
+                      OptionalTensor scale, OptionalTensor found_inf, bool only_due, bool advance) {
+    const Rings rings = {clock, due, steps, numbers, bins, trajectory};
+    const Counted counted = {extremes, histogram, squares, updates, scale, found_inf};
+    StepRecord record = checked_record(rings, counted, every);
+    record.only_due = only_due;
+    record.advance = advance;
+    Backend(clock).record(record);
+  }
+
   static void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("unscale_", TORCH_BOX(&Ops::unscale_));
+    m.impl("grad_numerics", TORCH_BOX(&Ops::grad_numerics));
     m.impl("grad_stats", TORCH_BOX(&Ops::grad_stats));
     m.impl("update_scale_", TORCH_BOX(&Ops::update_scale_));
     m.impl("update_scale_headroom_", TORCH_BOX(&Ops::update_scale_headroom_));
     m.impl("_check_grads", TORCH_BOX(&Ops::check_grads));
+    m.impl("_check_numerics", TORCH_BOX(&Ops::check_numerics));
     m.impl("_check_plan", TORCH_BOX(&check_plan));
     m.impl("_check_step", TORCH_BOX(&check_step));
     m.impl("_find_shared_memory", TORCH_BOX(&find_shared_memory));
     m.impl("_measure_", TORCH_BOX(&Ops::measure_));
+    m.impl("_packed_grad_numerics", TORCH_BOX(&Ops::packed_grad_numerics));
     m.impl("_packed_grad_stats", TORCH_BOX(&Ops::packed_grad_stats));
     m.impl("_planned_step_", TORCH_BOX(&Ops::planned_step_));
     m.impl("_recode_", TORCH_BOX(&Ops::recode_));
+    m.impl("_record_", TORCH_BOX(&Ops::record_));
 #define FUSEDAMP_OP(op, Hyper, names) m.impl(#op "_", TORCH_BOX(&Ops::template step<kName_##op>));
 #include "../math/optimizers.def"
   }
 
  private:
-  static Stats stats_of(const std::vector<GradRow>& rows, const Tensor& like, const OptionalTensor& inv_scale,
-                        double norm_type) {
+  static Stats stats_of(const char* op, const std::vector<GradRow>& rows, const Tensor& like,
+                        const OptionalTensor& inv_scale, double norm_type, const Numerics& numerics = {}) {
     const auto n = static_cast<int64_t>(rows.size());
-    const float* inv = scalar_at("grad_stats", "inv_scale", inv_scale, like);
+    const float* inv = scalar_at(op, "inv_scale", inv_scale, like);
     const Tensor found_inf = torch::stable::new_empty(like, {}, ScalarType::Float);
     const Tensor total = torch::stable::new_empty(like, {}, ScalarType::Double);
     const Tensor per_tensor = torch::stable::new_empty(like, {n}, ScalarType::Double);
     const Tensor counts = torch::stable::new_empty(like, {n, 3}, ScalarType::Long);
     Backend(like).grad_stats(
         rows, inv, norm_type,
-        {data<float>(found_inf), data<double>(total), data<double>(per_tensor), data<int64_t>(counts)});
+        {data<float>(found_inf), data<double>(total), data<double>(per_tensor), data<int64_t>(counts)}, numerics);
     return {found_inf, total, per_tensor, counts};
+  }
+
+  static Check check_of(const char* op, const std::vector<GradRow>& grads, const Tensor& scale, double norm_type,
+                        double max_norm, const OptionalTensor& max_norm_tensor, bool wide, double* per_tensor = nullptr,
+                        const Numerics& numerics = {}) {
+    GradCheck check = {};
+    check.scale = scalar_at(op, "scale", scale, scale);
+    check.norm_type = norm_type;
+    check.max_norm = max_norm;
+    check.wide = wide;
+    if (max_norm_tensor) {
+      const Name name = {"max_norm"};
+      need_device(op, name, *max_norm_tensor, {"scale"}, scale);
+      check.max_norm_dtype = dtype_of(op, name, *max_norm_tensor);
+      if (max_norm_tensor->numel() != 1)
+        fail(op, name, " has shape ", list_text(max_norm_tensor->sizes()), "; expected one element");
+      check.max_norm_tensor = data_of(op, name, *max_norm_tensor);
+    }
+    const auto fresh = [&](ScalarType dtype) { return torch::stable::new_empty(scale, {}, dtype); };
+    const Tensor inv_scale = fresh(ScalarType::Float), clip_coef = fresh(ScalarType::Float),
+                 found_inf = fresh(ScalarType::Float), norm = fresh(wide ? ScalarType::Double : ScalarType::Float),
+                 counts = torch::stable::new_empty(scale, {static_cast<int64_t>(grads.size()), 3}, ScalarType::Long);
+    check.inv_scale = data<float>(inv_scale);
+    check.clip_coef = data<float>(clip_coef);
+    check.found_inf = data<float>(found_inf);
+    check.norm = norm.data_ptr();
+    check.counts = data<int64_t>(counts);
+    Backend(scale).check_grads(grads, check, per_tensor, numerics);
+    return {inv_scale, clip_coef, found_inf, norm, counts};
   }
 };
 

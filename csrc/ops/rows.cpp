@@ -1,5 +1,6 @@
 #include "rows.h"
 
+#include "../math/bins.h"
 #include "../math/count.h"
 #include "../math/quantize.h"
 
@@ -184,6 +185,37 @@ std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool
   }
   need_own_memory(op, spans);
   return rows;
+}
+
+Numerics numerics_of(const std::string& op, const std::vector<GradRow>& rows, const Tensor& like,
+                     const Tensor& extremes, const Tensor& histogram, const Tensor& due, const Reads& reads) {
+  const auto n = static_cast<int64_t>(rows.size());
+  const auto table = [&](const char* name, const Tensor& t, ScalarType dtype, int64_t columns) {
+    need_device(op, {name}, t, {"the tensors of the call"}, like);
+    const auto shape = t.sizes();
+    if (t.scalar_type() != dtype || shape.size() != 2 || shape[0] != n || shape[1] != columns || !t.is_contiguous())
+      fail(op, name, " is ", dtype_name(t), " of shape ", list_text(shape), ", strides ", list_text(t.strides()),
+           "; expected contiguous ", dtype_name(dtype), " [", n, ", ", columns, "], a row per gradient");
+    return data_of(op, {name}, t);
+  };
+  const Numerics numerics = {static_cast<double*>(table("extremes", extremes, ScalarType::Double, 3)),
+                             static_cast<int64_t*>(table("histogram", histogram, ScalarType::Long, kBins)),
+                             int_scalar_at(op, "due", due, like)};
+  std::vector<Span> spans;
+  add_span(spans, true, {"extremes"}, extremes, numerics.extremes, sizeof(double));
+  add_span(spans, true, {"histogram"}, histogram, numerics.histogram, sizeof(int64_t));
+  add_span(spans, false, {"due"}, due, numerics.due, sizeof(int32_t));
+  for (const auto& [name, t] : reads)
+    if (t) add_span(spans, false, {name}, *t, t->data_ptr(), t->element_size());
+  const std::vector<Span> written(spans.begin(), spans.begin() + (n > 0 ? 2 : 0));
+  for (int64_t i = 0; i < n; ++i) {  // only those in question are sorted
+    const auto* begin = static_cast<const char*>(rows[i].grad);
+    const auto* end = begin + rows[i].numel * size_of(rows[i].dtype);
+    for (const Span& span : written)
+      if (begin < span.end && span.begin < end) spans.push_back({begin, end, false, {"grads", i}, nullptr});
+  }
+  need_own_memory(op, spans);
+  return numerics;
 }
 
 void need_counts(const std::string& op, const StepRow* rows, int64_t n) {

@@ -29,6 +29,12 @@ struct StepRows {
 StepRows step_rows(const std::string& op, RuleId rule, const StepLists& lists, GroupFlags flags);
 std::vector<GradRow> grad_rows(const std::string& op, const Tensors& grads, bool written = false);
 
+// What a gradient check writes beside its results: of `rows`, on the device of `like`. Throws if that shares memory
+// with the gradients, or with `reads` (name and tensor, which may be missing).
+using Reads = std::vector<std::pair<const char*, OptionalTensor>>;
+Numerics numerics_of(const std::string& op, const std::vector<GradRow>& rows, const Tensor& like,
+                     const Tensor& extremes, const Tensor& histogram, const Tensor& due, const Reads& reads);
+
 // Throws unless every step count is a whole number from 0 to 2^62. For counts that the host can read.
 void need_counts(const std::string& op, const StepRow* rows, int64_t count);
 

@@ -50,6 +50,17 @@ constexpr const char* kPackedGradStatsSchema =
     "_packed_grad_stats(Tensor rows, Tensor like, Tensor? inv_scale=None, float norm_type=2.0) -> "
     "(Tensor, Tensor, Tensor, Tensor)";
 
+// grad_stats, and what the gradients are like as they are stored, before inv_scale. extremes fp64 [n, 3]: the largest
+// |s| (inf where one is not finite), zeros, elements with 0 < |s| < 2^-14. histogram int64 [n, 64] (math/bins.h):
+// rewritten where due, int32 [] on the device, is not 0
+#define FUSEDAMP_NUMERICS "Tensor(a!) extremes, Tensor(b!) histogram, Tensor due"
+constexpr const char* kGradNumericsSchema =
+    "grad_numerics(Tensor[] grads, " FUSEDAMP_NUMERICS
+    ", *, Tensor? inv_scale=None, float norm_type=2.0) -> (Tensor, Tensor, Tensor, Tensor)";
+constexpr const char* kPackedGradNumericsSchema =
+    "_packed_grad_numerics(Tensor rows, Tensor like, " FUSEDAMP_NUMERICS
+    ", Tensor? inv_scale=None, float norm_type=2.0) -> (Tensor, Tensor, Tensor, Tensor)";
+
 // A step of all groups at once, from tables that the caller keeps: rows, gradients' addresses and groups as the engines
 // have them (engine/table.h, packed.h). _check_plan checks each row, once; _planned_step_ checks what the tables say
 // together, the scalars, and on the CPU the step counts. Given log_steps, a step adds 1 to it, and where it is skipped
@@ -66,11 +77,25 @@ constexpr const char* kCheckGradsSchema =
     "_check_grads(Tensor rows, Tensor scale, float norm_type, float max_norm, Tensor? max_norm_tensor=None, "
     "bool wide=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 
+// The same beside grad_numerics -> those, and per_tensor fp64 [n]
+constexpr const char* kCheckNumericsSchema =
+    "_check_numerics(Tensor rows, " FUSEDAMP_NUMERICS
+    ", Tensor scale, float norm_type, float max_norm, Tensor? max_norm_tensor=None, bool wide=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+
 // A master or state into another format (engine/table.h, Recoding), one tensor into another of its shape and order of
 // memory. weight: whose master source is; rewritten where target is int16, and else read only. scales: of source where
 // it is in 8 bits, and then read only, else of target. For fusedamp's own Python only.
 constexpr const char* kRecodeSchema =
     "_recode_(Tensor source, Tensor(a!) target, Tensor(b!)? weight=None, Tensor(c!)? scales=None) -> ()";
+
+// What a watch keeps of a step (engine/table.h, StepRecord): extremes, histogram and squares of its gradient check,
+// updates of its step. Rows are tensors; n may be 0. With `advance` the step ends, and clock and due become those of
+// the next one. For fusedamp's own Python only.
+constexpr const char* kRecordSchema =
+    "_record_(Tensor(a!) clock, Tensor(b!) due, Tensor(c!) steps, Tensor(d!) numbers, Tensor(e!) bins, "
+    "Tensor(f!)? trajectory, Tensor extremes, Tensor histogram, Tensor squares, *, int every, Tensor? updates=None, "
+    "Tensor? scale=None, Tensor? found_inf=None, bool only_due=False, bool advance=True) -> ()";
 
 constexpr const char* kUpdateScaleSchema =
     "update_scale_(Tensor(a!) scale, Tensor(b!) growth_tracker, Tensor(c!)? hysteresis_tracker, Tensor found_inf, *, "

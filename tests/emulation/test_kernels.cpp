@@ -4,6 +4,7 @@
 #include "group_tests.h"
 #include "read_tests.h"
 #include "recode_tests.h"
+#include "record_tests.h"
 #include "step_tests.h"
 
 const fusedamp::cpu::Kernels& fusedamp::cpu::kernels() { return kKernels_baseline; }
@@ -182,6 +183,7 @@ int main(int argc, char** argv) {
     for (int repeat = 0; repeat < 4; ++repeat) test_step(random, kAdamW, {0, 0, 0}, Alignment::kAll, repeat == 3);
     test_reads(random, largest);
     test_recodings(random, largest);
+    for (const int64_t tensors : {0, 1, 5, 70}) test_record(random, tensors);
   }
   Random random(1);
   test_beyond_32_bits(random);

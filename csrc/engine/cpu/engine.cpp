@@ -4,9 +4,11 @@
 #include <atomic>
 #include <limits>
 
+#include "../../math/bins.h"
 #include "../../math/random.h"
 #include "../check.h"
 #include "../passes.h"
+#include "../record.h"
 
 namespace fusedamp::cpu {
 namespace {
@@ -52,6 +54,14 @@ Norm norm_of(double norm_type) {
 double combine(Norm norm, double a, double b) {
   if (norm != Norm::kMax) return a + b;
   return a >= b || a != a ? a : b;
+}
+
+// Adds a chunk's histogram to its row's. Several threads may have chunks of one row.
+void add_histogram(const GradRow* rows, const Chunk& chunk, int64_t* histogram) {
+  int64_t bins[kBins] = {};
+  kernels().histogram(rows, chunk, bins);
+  for (int b = 0; b < kBins; ++b)
+    if (bins[b]) __atomic_fetch_add(histogram + b, bins[b], __ATOMIC_RELAXED);
 }
 
 // kMaxNorms sums of squares per row.
@@ -107,13 +117,24 @@ void measure(const StepTable& table, const StepGroups& groups, const StepScalars
 }
 
 void grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_type, const StatsOutputs& out,
-                const Parallel& parallel) {
+                const Numerics& numerics, const Parallel& parallel) {
   const StatsJob job = {inv_scale, norm_of(norm_type), norm_type};
-  const auto stats = kernels().stats;
+  const Kernels& run = kernels();
   const Plan p = plan(rows.data(), rows.size());
   std::vector<ChunkStats> found(p.chunks.size());
+  std::vector<ChunkExtremes> extremes(numerics.extremes ? p.chunks.size() : 0);
+  const bool due = numerics.extremes && *numerics.due != 0;
+  if (due) std::fill_n(numerics.histogram, kBins * rows.size(), int64_t{0});
   parallel(p.unit_count(), [&](int64_t u) {
-    for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c) stats(rows.data(), p.chunks[c], job, &found[c]);
+    for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c) {
+      const Chunk& chunk = p.chunks[c];
+      if (numerics.extremes) {
+        run.stats_with_extremes(rows.data(), chunk, job, &found[c], &extremes[c]);
+      } else {
+        run.stats(rows.data(), chunk, job, &found[c]);
+      }
+      if (due) add_histogram(rows.data(), chunk, numerics.histogram + kBins * chunk.row);
+    }
   });
 
   std::fill_n(out.per_tensor, rows.size(), 0.0);
@@ -131,13 +152,22 @@ void grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_t
   for (size_t r = 0; r < rows.size(); ++r) total = combine(job.norm, total, out.per_tensor[r]);
   *out.total = total;
   *out.found_inf = found_inf ? 1.0f : 0.0f;
+
+  if (numerics.extremes) std::fill_n(numerics.extremes, 3 * rows.size(), 0.0);
+  for (size_t c = 0; c < extremes.size(); ++c) {
+    double* of_row = numerics.extremes + 3 * p.chunks[c].row;
+    of_row[0] = std::max(of_row[0], extremes[c].largest);
+    of_row[1] += static_cast<double>(extremes[c].zeros);
+    of_row[2] += static_cast<double>(extremes[c].small);
+  }
 }
 
-void check_grads(const std::vector<GradRow>& rows, const GradCheck& check, const Parallel& parallel) {
-  std::vector<double> per_tensor(rows.size());
+void check_grads(const std::vector<GradRow>& rows, const GradCheck& check, double* per_tensor, const Numerics& numerics,
+                 const Parallel& parallel) {
+  std::vector<double> unwanted(per_tensor ? 0 : rows.size());
   double total = 0.0;
   grad_stats(rows, reciprocal(*check.scale), check.norm_type,
-             {check.found_inf, &total, per_tensor.data(), check.counts}, parallel);
+             {check.found_inf, &total, per_tensor ? per_tensor : unwanted.data(), check.counts}, numerics, parallel);
   conclude(check, total);
 }
 
@@ -156,6 +186,15 @@ void recode(const Recoding& job, const Parallel& parallel) {
   const auto recode_chunk = kernels().recode;
   parallel((job.numel + kChunk - 1) / kChunk,
            [&](int64_t u) { recode_chunk(job, u * kChunk, std::min(kChunk, job.numel - u * kChunk)); });
+}
+
+void record(const StepRecord& record) {
+  const RecordedStep step = recorded_step(record);
+  record_tensors(record, step, 0, 1);
+  double largest = 0.0;
+  for (int64_t i = 0; i < record.count; ++i) largest = std::max(largest, record.extremes[kExtremes * i]);
+  record_step(record, step, largest);
+  advance(record);
 }
 
 }  // namespace fusedamp::cpu

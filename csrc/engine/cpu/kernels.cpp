@@ -2,6 +2,7 @@
 // Includes nothing that could emit a shared inline function for it (no standard library).
 #include "kernels.h"
 
+#include "../../math/bins.h"
 #include "../lane.h"
 #include "storage.h"
 
@@ -9,13 +10,15 @@ namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
 using cpu::Chunk;
+using cpu::ChunkExtremes;
 using cpu::ChunkStats;
 using cpu::Norm;
 using cpu::StatsJob;
 using cpu::StepPass;
 
+#include "numerics.inc"
 #include "recode.inc"
-#include "stats.inc"
+#include "stats.inc"  // uses numerics
 #include "step.inc"
 
 #include "measure.inc"  // uses both
@@ -42,6 +45,8 @@ const cpu::Kernels cpu::FUSEDAMP_JOIN(kKernels_, FUSEDAMP_TARGET) = {
 #include "../../math/optimizers.def"
     },
     FUSEDAMP_TARGET::stats,
+    FUSEDAMP_TARGET::stats_with_extremes,
+    FUSEDAMP_TARGET::histogram,
     FUSEDAMP_TARGET::unscale,
     FUSEDAMP_TARGET::recode,
 };

@@ -18,6 +18,12 @@ struct ChunkStats {
   int64_t infs, nans, overflows;  // overflows: finite, but infinite after the multiplication
 };
 
+// Of the elements of a chunk as they are stored.
+struct ChunkExtremes {
+  double largest;        // |s|; infinity if an element is not finite
+  int64_t zeros, small;  // small: 0 < |s| < 2^-14
+};
+
 struct StatsJob {
   float inv_scale;
   Norm norm;
@@ -40,6 +46,9 @@ struct Kernels {
   // Updates step counts and scalars of rows after their step.
   void (*advance[kRuleCount])(const StepPass& pass, const double* squares);
   void (*stats)(const GradRow* rows, const Chunk& chunk, const StatsJob& job, ChunkStats* out);
+  void (*stats_with_extremes)(const GradRow* rows, const Chunk& chunk, const StatsJob& job, ChunkStats* out,
+                              ChunkExtremes* extremes);
+  void (*histogram)(const GradRow* rows, const Chunk& chunk, int64_t* bins);  // adds to kBins numbers
   bool (*unscale)(const GradRow* rows, const Chunk& chunk, float inv_scale);  // true: an element is not finite
   void (*recode)(const Recoding& job, int64_t first, int64_t count);          // `first`: a multiple of a scale block
 };

@@ -50,6 +50,9 @@ void update_scale(const Device& device, const LossScaleRule& rule, float* scale,
 void update_scale_headroom(const Device& device, const HeadroomRule& rule, float* scale, HeadroomState* state,
                            const float* found_inf, const double* largest);
 
+// What a watch keeps of a step; all addresses are on the device.
+void record(const Device& device, const StepRecord& record);
+
 // Copies `bytes` (a multiple of 8) to the device inside kernel parameters, so the host copy may be freed immediately,
 // also during graph capture.
 void upload(CUstream_st* stream, void* to, const void* from, int64_t bytes);

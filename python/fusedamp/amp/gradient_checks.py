@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..ops.inputs import Number, divided, flag_on
+from ..ops.observers import observer_of
 from ..tensors.shards import reduce_
 from .check import Check, CheckByParts, Clip, check
 from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, lasting, on
@@ -48,7 +49,7 @@ class GradientChecks(LossScale):
         gradients = Gradients(params_of(optimizer), magnitudes=norm_type != 2)
         inv_scale = self._inverse()
         with lasting():
-            stats = gradients.stats(inv_scale, norm_type)
+            stats = gradients.stats(inv_scale, norm_type, observer_of(optimizer))
         stamp = Stamp([scale, *gradients.originals])
         state["read"] = CheckByParts(gradients, stats, inv_scale, norm_type, stamp)
         state["sharded_over"] = gradients.sharded_over
@@ -60,6 +61,9 @@ class GradientChecks(LossScale):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> PerDevice:
         gradients = Gradients(params_of(optimizer))
+        if (observer := observer_of(optimizer)) is not None:
+            with lasting():
+                gradients.stats(inv_scale, observer=observer)
         with lasting():
             flags = {device: on(found_inf, device).clone() for device in gradients.by_device}
         for device, bucket in gradients.by_device.items():
@@ -94,7 +98,7 @@ class GradientChecks(LossScale):
         assert self._scale is not None
         if self._overrides("_check_inf_per_device"):
             return None
-        found = check(optimizer, self._scale, clip, keep)
+        found = check(optimizer, self._scale, clip, keep, observer_of(optimizer))
         if found is not None:
             state["read"], state["sharded_over"] = found, ()
             state["found_inf_per_device"] = {self._scale.device: found.found.found_inf}
@@ -183,6 +187,11 @@ class GradientChecks(LossScale):
         if (log := self._overflows.get(optimizer)) is None:
             log = self._overflows[optimizer] = OverflowLog(optimizer, device)
         return log
+
+    def _steps_of(self, optimizer: Optimizer) -> int:
+        """Return how often ``optimizer`` was stepped; syncs the host."""
+        log = self._overflows.get(optimizer)
+        return 0 if log is None else log.count()
 
     def _record_now(self, optimizer: Optimizer, flag: Tensor) -> None:
         gradients = Gradients(params_of(optimizer))

@@ -15,6 +15,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import ops
 from .._C import same_items
+from ..ops.observers import Observer
 from ..tensors.addresses import Fields, grads_of, holds_float64, read, versions
 from ..tensors.layout import gradient_of, is_dense, overlaps_itself
 from ..tensors.shards import (
@@ -217,15 +218,23 @@ class Gradients:
         """Return all mesh dimensions that shard a parameter, in parameter order."""
         return tuple(dict.fromkeys(dim for layout in self._all_layouts for dim in layout.sharded))
 
-    def stats(self, inv_scale: Tensor | None, norm_type: float = 2.0) -> dict[torch.device, ops.GradStats]:
+    def stats(
+        self, inv_scale: Tensor | None, norm_type: float = 2.0, observer: Observer | None = None
+    ) -> dict[torch.device, ops.GradStats]:
         """Check the gradients with one op per device; devices without gradients on this rank are omitted."""
-        return {
-            device: ops._grad_stats(
-                bucket.tensors, None if inv_scale is None else on(inv_scale, device), norm_type, bucket.fields
-            )
-            for device, bucket in self.by_device.items()
-            if bucket.tensors
-        }
+        found = {}
+        for device, bucket in self.by_device.items():
+            if not bucket.tensors:
+                continue
+            inverse = None if inv_scale is None else on(inv_scale, device)
+            numerics = None if observer is None else observer.numerics(device, bucket.positions)
+            stat = ops._grad_stats(bucket.tensors, inverse, norm_type, bucket.fields, numerics)
+            found[device] = stat
+            if observer is not None:
+                if norm_type != 2.0:
+                    stat = ops._grad_stats(bucket.tensors, inverse, 2.0, bucket.fields)
+                observer.checked(device, stat.per_tensor)
+        return found
 
     def agree_(self, found_inf: PerDevice) -> PerDevice:
         """Combine the flags in place over all devices, and over all ranks that share a sharded tensor with
