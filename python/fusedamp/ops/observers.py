@@ -49,7 +49,7 @@ class Observer(Protocol):
         """The step is over, skipped if ``found_inf`` is not 0."""
 
     def before_step(self) -> None:
-        """The optimizer begins its step, whoever called it."""
+        """The optimizer begins its step, called by a scaler or not."""
 
     def after_step(self) -> None:
         """The optimizer's step is over."""
