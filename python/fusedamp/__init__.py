@@ -9,7 +9,7 @@ except ModuleNotFoundError as error:
         "`pip install -e .`) in its source folder; in a checkout, don't import it from python/ before that."
     ) from error
 
-from . import checkpoints, cpu, cuda, nn, ops, optim
+from . import checkpoints, cpu, cuda, energy, nn, ops, optim
 from .amp.clip import clip_grad_norm_
 from .amp.grad_scaler import GradScaler
 from .amp.overflow import Overflow, OverflowReport
@@ -33,6 +33,7 @@ __all__ = [
     "clip_grad_norm_",
     "cpu",
     "cuda",
+    "energy",
     "estimate",
     "nn",
     "ops",

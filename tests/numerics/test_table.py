@@ -74,7 +74,7 @@ def test_parameters_with_one_name_share_a_line():
 
 
 def test_without_updates(terminal):
-    """No columns for what is not known; a parameter without updates among others has empty cells."""
+    """No columns for unknown figures; a parameter without updates among others has empty cells."""
     terminal(200)
     text = table.render([record([[1.0]])])
     assert "weight" not in text.splitlines()[3]

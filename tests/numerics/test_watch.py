@@ -379,7 +379,7 @@ def test_optimizers_that_a_watch_cannot_follow_are_refused_or_warned_of():
 
 
 def test_scalers_of_all_kinds_may_come_later():
-    """A watch without a scaler follows whoever steps its optimizer."""
+    """A watch without a scaler follows the one that steps its optimizer."""
     loop = Loop("fused", FUSED["AdamW"], MIXED, bad=(2,))
     watch = numerics.watch(loop.optimizer, every=1, model=loop.model)
     for _ in range(3):

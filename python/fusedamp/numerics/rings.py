@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..amp.gradients import lasting, on
 from ..ops import Numerics
+from ..ops.numerics import record
 
 TRAJECTORY = 4096  # steps
 _BINS, _EXTREMES, _UPDATES, _NUMBERS = 64, 3, 4, 6  # csrc/engine/record.h
@@ -94,13 +95,11 @@ class Rows:
                 torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
         has_updates = self._counted == len(self.positions) > 0
         device, clock = self.updates.device, self.clock
-        torch.ops.fusedamp._record_.default(
-            clock.now,
-            clock.due,
-            *self.rings,
+        record(
+            (clock.now, clock.due),
+            self.rings,
             clock.trajectory if is_main else None,
-            self.numerics.extremes,
-            self.numerics.histogram,
+            self.numerics,
             self.squares,
             every=every,
             updates=self.updates if has_updates else None,

@@ -1,7 +1,9 @@
-"""The op that tells what gradients are like, in the pass that checks them."""
+"""Ops that count gradients by magnitude, and keep the counts of a step."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .gradients import GradStats, Numerics, _grad_stats
@@ -38,3 +40,25 @@ def grad_numerics(
     Source: the 2^-14 below which FP16 loses bits: arXiv:1710.03740, section 3.2.
     """
     return _grad_stats(grads, inv_scale, norm_type, numerics=Numerics(extremes, histogram, due))
+
+
+def record(
+    clock: tuple[Tensor, Tensor],
+    rings: tuple[Tensor, Tensor, Tensor],
+    trajectory: Tensor | None,
+    numerics: Numerics,
+    squares: Tensor,
+    **more: Any,
+) -> None:
+    """Write the counts of a step into rings on the device (csrc/engine/table.h, StepRecord).
+
+    Args:
+        clock: int64 [2] and int32 []: the number of the step, and whether it is due.
+        rings: fp64 [history, 4] and [history, n, 6], int64 [history, n, 64].
+        trajectory (fp64 [steps, 4]): of all steps.
+        numerics, squares: of the gradient check.
+        more: ``every``, ``updates`` of the step, ``scale``, ``found_inf``, ``only_due``, ``advance``.
+    Cost: of a due step, 568 bytes per tensor; no host sync.
+    """
+    run = torch.ops.fusedamp._record_.default
+    run(*clock, *rings, trajectory, numerics.extremes, numerics.histogram, squares, **more)

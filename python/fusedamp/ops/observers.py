@@ -47,11 +47,15 @@ class Observer(Reader, Protocol):
     def tally(self, device: torch.device, positions: Sequence[int]) -> Tally | None:
         """Return where a step op on one device counts; None if it need not."""
 
+    def largest_activation(self, device: torch.device) -> Tensor | None:
+        """Return the largest |scaled gradient| of activations in the current step, float64, 0-dim, on
+        ``device``; None if none was observed."""
+
     def end(self, found_inf: Tensor | None, scale: Tensor | None) -> None:
         """The step is over, skipped if ``found_inf`` is not 0."""
 
     def before_step(self) -> None:
-        """The optimizer begins its step, whoever called it."""
+        """The optimizer begins its step, called by a scaler or not."""
 
     def after_step(self) -> None:
         """The optimizer's step is over."""
