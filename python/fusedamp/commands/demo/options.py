@@ -36,6 +36,7 @@ class Options:
     picture: Path = Path("demo.png")
     threads: int | None = None
     quick: bool = False
+    energy: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="FILE", help="text to fine-tune the GPT on (default: Python's language reference)")
     add("--steps", type=int, metavar="N", help="fine-tuning steps (default: gpt 120, digits 480)")
     add("--quick", action="store_true", help="a third of the steps")
+    add("--energy", action="store_true", help="then measure joules per sample of each format, a minute")
     add(
         "--lr",
         type=float,
@@ -89,6 +91,7 @@ def options_from(args: argparse.Namespace) -> Options:
         picture=picture_path(Path(args.out), "demo.png"),
         threads=args.threads,
         quick=args.quick,
+        energy=args.energy,
     )
 
 
