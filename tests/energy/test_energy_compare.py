@@ -155,9 +155,10 @@ def test_the_table(steps):
     lines = str(c).splitlines()
     assert lines[0] == "Energy of GPU-aa: medians of 5 rounds; J and ms are per sample"
     assert lines[1].split() == ["arm", "J", "quartiles", "ms", "W", "°C"]
-    assert lines[2].split() == ["a", "0.2", "0.2", "to", "0.2", "400", "0.5", "60"] or lines[2].startswith(
-        "a "
-    )
+    name, joules, low, to, high, milliseconds, watts, celsius = lines[2].split()
+    assert (name, to, watts, celsius) == ("a", "to", "400", "60")
+    assert 2.0 <= float(low) <= float(joules) <= float(high) <= 2.0 * LATE
+    assert 5.0 <= float(milliseconds) <= 5.0 * LATE
     assert lines[-1] == "Other processes on a device: 0 at most"
     assert all(len(line) <= 80 for line in lines)
 
