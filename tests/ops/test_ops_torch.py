@@ -191,7 +191,7 @@ def test_schemas_say_what_is_written():
     for op in STATE_NAMES:
         arguments = getattr(torch.ops.fusedamp, op).default._schema.arguments
         written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-        assert written == {"params", "masters", "states", "steps", "scales"}
+        assert written == {"params", "masters", "states", "steps", "scales", "updates"}
 
 
 def test_a_build_that_is_older_than_the_python_files_is_named():

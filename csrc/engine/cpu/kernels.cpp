@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "../lane.h"
+#include "../tally.h"
 #include "storage.h"
 
 namespace fusedamp {
@@ -10,13 +11,16 @@ inline namespace FUSEDAMP_TARGET {
 
 using cpu::Chunk;
 using cpu::ChunkStats;
+using cpu::ChunkTally;
 using cpu::Norm;
 using cpu::StatsJob;
 using cpu::StepPass;
 
 #include "recode.inc"
 #include "stats.inc"
-#include "step.inc"
+#include "tally.inc"
+
+#include "step.inc"  // uses the tally
 
 #include "measure.inc"  // uses both
 
@@ -31,6 +35,10 @@ const cpu::Kernels cpu::FUSEDAMP_JOIN(kKernels_, FUSEDAMP_TARGET) = {
     FUSEDAMP_TEXT(FUSEDAMP_TARGET),
     {
 #define FUSEDAMP_RULE(op, Rule) FUSEDAMP_TARGET::step<FUSEDAMP_TARGET::Rule>,
+#include "../../math/optimizers.def"
+    },
+    {
+#define FUSEDAMP_RULE(op, Rule) FUSEDAMP_TARGET::tallied_step<FUSEDAMP_TARGET::Rule>,
 #include "../../math/optimizers.def"
     },
     {
