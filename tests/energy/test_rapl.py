@@ -154,7 +154,7 @@ def test_no_folder(tmp_path, monkeypatch):
 
 def test_the_kernels_folder_is_the_default(monkeypatch):
     asked = []
-    monkeypatch.delenv("FUSEDAMP_POWERCAP", raising=False)
+    monkeypatch.setenv("FUSEDAMP_POWERCAP", "")
     monkeypatch.setattr(Path, "glob", lambda path, _: asked.append(str(path)) or [])
     refused("/sys/class/powercap has no CPU package")
     assert asked == ["/sys/class/powercap"]
