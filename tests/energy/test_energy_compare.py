@@ -7,6 +7,8 @@ import torch
 from fusedamp import energy
 from fusedamp.energy import comparison
 
+pytestmark = pytest.mark.host
+
 LATE = 1.055  # a window of 2 s ends up to a tick of 0.1 s later, and reads take 1 ms
 
 

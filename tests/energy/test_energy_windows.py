@@ -10,6 +10,8 @@ import pytest
 from fusedamp import energy
 from fusedamp.energy import counter, devices, windows
 
+pytestmark = pytest.mark.host
+
 
 class Scripted(counter.Counter):
     """Shows what a list says, then its last value."""

@@ -10,6 +10,8 @@ import torch
 from fusedamp import energy
 from fusedamp.energy import nvml
 
+pytestmark = pytest.mark.host
+
 ME = os.getpid()
 
 

@@ -9,6 +9,8 @@ import pytest
 from fusedamp import energy
 from fusedamp.energy import rapl, windows
 
+pytestmark = pytest.mark.host
+
 
 def refused(message):
     with pytest.raises(energy.EnergyError, match=re.escape(message)):
