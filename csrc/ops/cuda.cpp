@@ -19,8 +19,9 @@ class Cuda {
   }
   Cuda(const Cuda&) = delete;
 
-  void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log) {
-    cuda::step(device_, table, groups, scalars, log);
+  void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log,
+            const Tally& tally) {
+    cuda::step(device_, table, groups, scalars, log, tally);
   }
   void measure(const StepTable& table, const StepGroups& groups, const StepScalars& scalars) {
     cuda::measure(device_, table, groups, scalars);
@@ -28,16 +29,23 @@ class Cuda {
   void unscale(const std::vector<GradRow>& rows, const float* inv_scale, float* found_inf) {
     cuda::unscale(device_, rows, inv_scale, found_inf);
   }
-  void grad_stats(const std::vector<GradRow>& rows, const float* inv_scale, double norm_type, const StatsOutputs& out) {
-    cuda::grad_stats(device_, rows, inv_scale, norm_type, out);
+  void grad_stats(const std::vector<GradRow>& rows, const float* inv_scale, double norm_type, const StatsOutputs& out,
+                  const Numerics& numerics) {
+    cuda::grad_stats(device_, rows, inv_scale, norm_type, out, numerics);
   }
-  void check_grads(const std::vector<GradRow>& rows, const GradCheck& check) {
-    cuda::check_grads(device_, rows, check);
+  void check_grads(const std::vector<GradRow>& rows, const GradCheck& check, double* per_tensor,
+                   const Numerics& numerics) {
+    cuda::check_grads(device_, rows, check, per_tensor, numerics);
   }
   void recode(const Recoding& job) { cuda::recode(device_, job); }
+  void record(const StepRecord& record) { cuda::record(device_, record); }
   void update_scale(const LossScaleRule& rule, float* scale, int32_t* growth_tracker, int32_t* budget,
                     const float* found_inf) {
     cuda::update_scale(device_, rule, scale, growth_tracker, budget, found_inf);
+  }
+  void update_scale_headroom(const HeadroomRule& rule, float* scale, HeadroomState* state, const float* found_inf,
+                             const double* largest) {
+    cuda::update_scale_headroom(device_, rule, scale, state, found_inf, largest);
   }
 
  private:

@@ -9,12 +9,17 @@ STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kFindSharedSchema);
   m.def(fusedamp::kUnscaleSchema);
   m.def(fusedamp::kGradStatsSchema);
+  m.def(fusedamp::kGradNumericsSchema);
   m.def(fusedamp::kUpdateScaleSchema);
+  m.def(fusedamp::kUpdateScaleHeadroomSchema);
   m.def(fusedamp::kPackedGradStatsSchema);
+  m.def(fusedamp::kPackedGradNumericsSchema);
   m.def(fusedamp::kCheckPlanSchema);
   m.def(fusedamp::kPlannedStepSchema);
   m.def(fusedamp::kCheckGradsSchema);
+  m.def(fusedamp::kCheckNumericsSchema);
   m.def(fusedamp::kRecodeSchema);
+  m.def(fusedamp::kRecordSchema);
   m.def(fusedamp::kLinearSchema);
   m.def(fusedamp::kLinearInputGradSchema);
   m.def(fusedamp::kLinearGeluSchema);

@@ -13,19 +13,20 @@ namespace fusedamp {
 // (of 8-bit states, in their order). seeds: of each param's random numbers, by default its index. places: where its
 // elements are in a whole tensor of which it is a shard, as Placement has it (math/random.h): three numbers per param,
 // or none. squares: float64 [params, 2], the norms of whole tensors that _measure_ began; by default those of the
-// params.
+// params. updates: float64 [params, 4], what the step changed (Tally, engine/table.h); rewritten if due, int32 [], is
+// not 0 (no due: always) and the step is taken.
 #define FUSEDAMP_STEP_SCHEMA(op)                                                                               \
   #op "_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, Tensor(d!)[] steps, " \
       "Tensor(e!)[] scales, *, " FUSEDAMP_STEP_SCALARS                                                         \
       "int[] seeds=[], bool stochastic_rounding=False, "                                                       \
-      "int[] places=[], Tensor? squares=None) -> ()"
+      "int[] places=[], Tensor? squares=None, Tensor(f!)? updates=None, Tensor? due=None) -> ()"
 
 // All checks of a step op, which `op` names, and nothing else.
 constexpr const char* kCheckStepSchema =
     "_check_step(Tensor[] params, Tensor[] grads, Tensor[] masters, Tensor[] states, Tensor[] steps, Tensor[] scales, "
     "*, str op, " FUSEDAMP_STEP_SCALARS
     "int[] seeds=[], bool stochastic_rounding=False, int[] places=[], "
-    "Tensor? squares=None) -> ()";
+    "Tensor? squares=None, Tensor? updates=None, Tensor? due=None) -> ()";
 
 // The first pass of a step op with norms, on the shards of one rank -> its sums of squares, float64 [params, 2], which
 // added up over ranks are the step's `squares`. Masters may follow modified weights already here. 0 where found_inf is
@@ -50,15 +51,27 @@ constexpr const char* kPackedGradStatsSchema =
     "_packed_grad_stats(Tensor rows, Tensor like, Tensor? inv_scale=None, float norm_type=2.0) -> "
     "(Tensor, Tensor, Tensor, Tensor)";
 
+// grad_stats, and what the gradients are like as they are stored, before inv_scale. extremes fp64 [n, 3]: the largest
+// |s| (inf where one is not finite), zeros, elements with 0 < |s| < 2^-14. histogram int64 [n, 64] (math/bins.h):
+// rewritten where due, int32 [] on the device, is not 0
+#define FUSEDAMP_NUMERICS "Tensor(a!) extremes, Tensor(b!) histogram, Tensor due"
+constexpr const char* kGradNumericsSchema =
+    "grad_numerics(Tensor[] grads, " FUSEDAMP_NUMERICS
+    ", *, Tensor? inv_scale=None, float norm_type=2.0) -> (Tensor, Tensor, Tensor, Tensor)";
+constexpr const char* kPackedGradNumericsSchema =
+    "_packed_grad_numerics(Tensor rows, Tensor like, " FUSEDAMP_NUMERICS
+    ", Tensor? inv_scale=None, float norm_type=2.0) -> (Tensor, Tensor, Tensor, Tensor)";
+
 // A step of all groups at once, from tables that the caller keeps: rows, gradients' addresses and groups as the engines
 // have them (engine/table.h, packed.h). _check_plan checks each row, once; _planned_step_ checks what the tables say
 // together, the scalars, and on the CPU the step counts. Given log_steps, a step adds 1 to it, and where it is skipped
-// it copies counts to log_counts and log_steps to log_step: int64, as all tables. For fusedamp's own Python only.
+// it copies counts to log_counts and log_steps to log_step: int64, as all tables. updates and due: as of a step op, for
+// all rows. For fusedamp's own Python only.
 constexpr const char* kCheckPlanSchema = "_check_plan(Tensor rows, Tensor groups, Tensor like) -> ()";
 constexpr const char* kPlannedStepSchema =
     "_planned_step_(Tensor rows, Tensor grads, Tensor groups, Tensor like, *, Tensor? inv_scale=None, "
     "Tensor? clip_coef=None, Tensor? found_inf=None, Tensor? counts=None, Tensor(a!)? log_counts=None, "
-    "Tensor(b!)? log_step=None, Tensor(c!)? log_steps=None) -> ()";
+    "Tensor(b!)? log_step=None, Tensor(c!)? log_steps=None, Tensor(d!)? updates=None, Tensor? due=None) -> ()";
 
 // grad_stats of gradients times 1 / scale, and what follows from it. rows as _packed_grad_stats takes them
 // -> inv_scale fp32 [], clip_coef fp32 [], found_inf fp32 [], norm fp32 [] (fp64 if wide), counts int64 [n, 3]
@@ -66,16 +79,36 @@ constexpr const char* kCheckGradsSchema =
     "_check_grads(Tensor rows, Tensor scale, float norm_type, float max_norm, Tensor? max_norm_tensor=None, "
     "bool wide=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 
+// The same beside grad_numerics -> those, and per_tensor fp64 [n]
+constexpr const char* kCheckNumericsSchema =
+    "_check_numerics(Tensor rows, " FUSEDAMP_NUMERICS
+    ", Tensor scale, float norm_type, float max_norm, Tensor? max_norm_tensor=None, bool wide=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
+
 // A master or state into another format (engine/table.h, Recoding), one tensor into another of its shape and order of
 // memory. weight: whose master source is; rewritten where target is int16, and else read only. scales: of source where
 // it is in 8 bits, and then read only, else of target. For fusedamp's own Python only.
 constexpr const char* kRecodeSchema =
     "_recode_(Tensor source, Tensor(a!) target, Tensor(b!)? weight=None, Tensor(c!)? scales=None) -> ()";
 
+// What a watch keeps of a step (engine/table.h, StepRecord): extremes, histogram and squares of its gradient check,
+// updates of its step. Rows are tensors; n may be 0. With `advance` the step ends, and clock and due become those of
+// the next one. For fusedamp's own Python only.
+constexpr const char* kRecordSchema =
+    "_record_(Tensor(a!) clock, Tensor(b!) due, Tensor(c!) steps, Tensor(d!) numbers, Tensor(e!) bins, "
+    "Tensor(f!)? trajectory, Tensor extremes, Tensor histogram, Tensor squares, *, int every, Tensor? updates=None, "
+    "Tensor? scale=None, Tensor? found_inf=None, bool only_due=False, bool advance=True) -> ()";
+
 constexpr const char* kUpdateScaleSchema =
     "update_scale_(Tensor(a!) scale, Tensor(b!) growth_tracker, Tensor(c!)? hysteresis_tracker, Tensor found_inf, *, "
     "float growth_factor, float backoff_factor, int growth_interval, float min_scale, float max_scale, "
     "int hysteresis, bool refill_on_good_step) -> ()";
+
+// The scale by the rule of math/headroom.h. state: int32 [584], a HeadroomState. largest: float64, the largest
+// |gradient|, still times the scale.
+constexpr const char* kUpdateScaleHeadroomSchema =
+    "update_scale_headroom_(Tensor(a!) scale, Tensor(b!) state, Tensor found_inf, Tensor largest, *, "
+    "int headroom_bits, int growth_interval, float min_scale, float max_scale) -> ()";
 
 // Linear layers: x [M, K], weight [N, K], grad [M, N], bias [N], all in one 16-bit dtype. Sums are FP32.
 // _linear, _linear_input_grad: the products alone, where torch's own are slow. For fusedamp's own Python only.

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from fusedamp import GradScaler, optim
+from fusedamp import GradScaler, numerics, optim
 from fusedamp.amp.floor import FloorWatch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -230,3 +230,47 @@ def test_repeated_steps_read_nothing(make, storage):
     assert [skipped.item() for skipped in outcomes] == [False] * 3 + [True, False, True, False, False]
     assert optimizer._plan is not None, "the short road was never taken"
     assert {int(optimizer.state[p]["step"]) for p in params} == {6}
+
+
+WATCHED = {name: OPTIMIZERS[name] for name in ("AdamW", "SGD momentum", "LAMB")}
+
+
+@pytest.mark.parametrize(("make", "storage"), combinations(WATCHED))
+def test_a_watch_reads_nothing_on_fake_cuda(make, storage, fake_cuda, monkeypatch):
+    """Rings, clock and counts stay on the device, in due steps and others, and while a graph is captured."""
+    monkeypatch.setattr(numerics.Watch, "_recorded", lambda watch: None)  # copies to pinned memory
+    dtypes = DTYPES if "state_dtype" not in storage else DTYPES[:3]
+    params = [torch.nn.Parameter(torch.ones(4, 3, device="cuda", dtype=dtype)) for dtype in dtypes]
+    optimizer = make(params, **storage)
+    scaler = GradScaler("cuda")
+    scaler.scale(torch.ones((), device="cuda"))
+    recorder = numerics.watch(optimizer, scaler, every=2)
+    with Watch() as watch:
+        for tail in tails(scaler, optimizer, params):
+            for watch.strict, fake_cuda.capturing in ((False, False), (True, False), (True, True)):
+                give_gradients(params)
+                tail()
+                scaler.update()
+        for _ in range(2):
+            give_gradients(params)
+            optimizer.step()  # without the scaler
+    assert {clock.now.device.type for clock in recorder._clocks.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize(("make", "storage"), combinations(WATCHED))
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_watch_reads_nothing_in_repeated_steps(make, storage, every):
+    params = [torch.nn.Parameter(torch.ones(4, 3, dtype=dtype)) for dtype in DTYPES[:3]]
+    optimizer = make(params, **storage)
+    scaler = GradScaler("cpu", init_scale=64.0)
+    recorder = numerics.watch(optimizer, scaler, every=every)
+    for i in range(8):
+        give_gradients(params, math.nan if i == 5 else 64.0)
+        scaler.scale(torch.ones(()))
+        with Watch() if i > 1 else contextlib.nullcontext():
+            scaler.step(optimizer)
+            scaler.update()
+    assert optimizer._plan is not None, "the short road was never taken"
+    records = recorder.poll()
+    assert [record.step for record in records] == list(range(every, 9, every))
+    assert [record.skipped for record in records] == [record.step == 6 for record in records]

@@ -20,7 +20,10 @@ def test_module_entry_point():
     assert done.stdout.split() == ["fusedamp", fusedamp.__version__ + ",", "torch", torch.__version__]
 
 
-@pytest.mark.parametrize("command", [["--help"], ["info", "--help"], ["demo", "--help"], ["repro", "--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["info", "--help"], ["demo", "--help"], ["repro", "--help"], ["numerics", "--help"]],
+)
 def test_help(command, capsys):
     """Every command explains itself."""
     with pytest.raises(SystemExit) as stop:
@@ -33,7 +36,7 @@ def test_no_command_shows_all(capsys):
     """What one can do next; the exit code still says that nothing ran."""
     assert cli.main([]) == 2
     out = capsys.readouterr().out
-    assert all(command in out for command in ("info", "demo", "repro", "estimate", "Start with"))
+    assert all(command in out for command in ("info", "demo", "repro", "estimate", "numerics", "Start with"))
 
 
 def test_info_json(capsys):

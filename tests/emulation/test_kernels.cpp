@@ -4,6 +4,7 @@
 #include "group_tests.h"
 #include "read_tests.h"
 #include "recode_tests.h"
+#include "record_tests.h"
 #include "step_tests.h"
 
 const fusedamp::cpu::Kernels& fusedamp::cpu::kernels() { return kKernels_baseline; }
@@ -35,7 +36,7 @@ void test_beyond_32_bits(Random& random) {
   group.count = 1;
   group.rule = kSgdMomentum;
   void* grads = grad.cpu();
-  cpu::step({&row, &grads, 1}, {&group, 1}, {}, {}, one_thread);
+  cpu::step({&row, &grads, 1}, {&group, 1}, {}, {}, {}, one_thread);
 
   auto long_before = [&](const Twins& t) {
     return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.cuda()) -
@@ -50,7 +51,7 @@ void test_beyond_32_bits(Random& random) {
   const SgdCoeffs<double> exact = SgdMomentum::coeffs({0.9, 0.0, 0.01, 0.0}, 0.1, 6);
   const SgdCoeffs<float> coeffs = round_coeffs<SgdCoeffs, float>(exact);
   cuda::launch("step", &cuda::step_kernel<SgdMomentum, cuda::Kind::kSingle>, 1, cuda::kBlock, nullptr,
-               cuda::StepRows{{&placed, 1, 1}, &grads}, StepScalars{}, &coeffs);
+               cuda::StepRows{{&placed, 1, 1}, &grads}, StepScalars{}, &coeffs, nullptr);
   for (const Twins* t : {&grad, &param, &buffer}) t->expect_equal("tensor", 0);
 }
 
@@ -109,7 +110,7 @@ void test_compressed_beyond_32_bits(Random& random, bool emulated) {
     steps = 6.0f;  // counted by another launch
     const cuda::Placed<StepRow> placed = {row, -chunk};
     cuda::launch("step", &cuda::step_kernel<Lion, cuda::Kind::kCompressed>, 1, cuda::kBlock, nullptr,
-                 cuda::StepRows{{&placed, 1, 1}, &grads}, StepScalars{}, &coeffs);
+                 cuda::StepRows{{&placed, 1, 1}, &grads}, StepScalars{}, &coeffs, nullptr);
   } else {
     const cpu::Chunk last = {0, first, count};
     cpu::kernels().step[kLion]({{&row, &grads, 1}, &group, {}}, &last, 1, nullptr);
@@ -142,6 +143,29 @@ void test_update_scale(Random& random) {
   }
 }
 
+// A whole training, so that the ring wraps. The rule itself is tested by tests/ops/test_ops_headroom.py.
+void test_update_scale_headroom(Random& random) {
+  now_testing = "update_scale_headroom_";
+  const float founds[] = {1.0f, 2.0f, std::numeric_limits<float>::quiet_NaN(), -1e-40f};
+  const double unknown[] = {0.0, kInf, std::numeric_limits<double>::quiet_NaN(), -1.0, 5e-324};
+  for (int run = 0; run < 4; ++run) {
+    const HeadroomRule rule =
+        headroom_rule(below(random, 15), 1 + below(random, 200), run < 2 ? 0.0 : 3.0, run % 2 ? kInf : 5e5);
+    HeadroomState states[2] = {};
+    float scales[2] = {65535.0f, 65535.0f};
+    for (int i = 0; i < 1500; ++i) {
+      const bool overflow = below(random, 40) == 0;
+      const float found_inf = overflow ? founds[below(random, 4)] : 0.0f;
+      const double largest = below(random, 40) == 0 ? unknown[below(random, 5)]
+                                                    : std::ldexp(1.0 + below(random, 4) / 4.0, below(random, 80) - 45);
+      scales[0] = next_headroom_scale(rule, scales[0], states[0], overflow, largest);
+      cuda::update_scale_headroom(*EmulatedDevice(1), rule, &scales[1], &states[1], &found_inf, &largest);
+      expect(scales[0] == scales[1] && std::memcmp(&states[0], &states[1], sizeof states[0]) == 0,
+             "step %d: scale %g, wanted %g", i, double(scales[1]), double(scales[0]));
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -154,11 +178,16 @@ int main(int argc, char** argv) {
       const auto rule = static_cast<RuleId>(r);
       const auto alignment = static_cast<Alignment>((round + r) % 3);
       test_step(random, rule, random_sizes(random, largest), alignment, false);
-      test_step(random, rule, {0, 1, 7, 300, cuda::kChunk + 1, 65}, alignment, true);
+      const auto telling = static_cast<Telling>(1 + (round + r) % 3);  // as often as not: in every format
+      test_step(random, rule, random_sizes(random, largest / 8), alignment, false, Telling::kDue);
+      test_step(random, rule, {0, 1, 7, 300, cuda::kChunk + 1, 65}, alignment, false, telling);
+      test_step(random, rule, {0, 1, 7, 300, cuda::kChunk + 1, 65}, alignment, true, static_cast<Telling>(round % 4));
     }
-    for (int repeat = 0; repeat < 4; ++repeat) test_step(random, kAdamW, {0, 0, 0}, Alignment::kAll, repeat == 3);
+    for (int repeat = 0; repeat < 4; ++repeat)
+      test_step(random, kAdamW, {0, 0, 0}, Alignment::kAll, repeat == 3, static_cast<Telling>(repeat));
     test_reads(random, largest);
     test_recodings(random, largest);
+    for (const int64_t tensors : {0, 1, 5, 70}) test_record(random, tensors);
   }
   Random random(1);
   test_beyond_32_bits(random);
@@ -169,6 +198,7 @@ int main(int argc, char** argv) {
   test_more_chunks_than_threads();
   test_every_position(random);
   test_update_scale(random);
+  test_update_scale_headroom(random);
   emulation::print_launched(reinterpret_cast<const void*>(&main));  // a symbol table makes names of it
   printf("%ld checks, %ld failures, blocks of %d, chunks of %d\n", checks, failures, cuda::kBlock, int(cuda::kChunk));
   return failures != 0;

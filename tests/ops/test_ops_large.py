@@ -28,6 +28,11 @@ def test_two_billion_gradients():
     for start in range(0, COUNT, GIB):
         assert bool((g[start : start + GIB] == 0.5).all())
     assert ops.grad_stats([g], None, 1.0).total.item() == COUNT / 2
+    counted = torch.zeros(1, 3, dtype=torch.float64), torch.zeros(1, 64, dtype=torch.int64)
+    g[-1] = 0.0
+    ops.grad_numerics([g], *counted, torch.ones((), dtype=torch.int32))
+    assert counted[0].tolist() == [[0.5, 1, 0]]
+    assert counted[1][0, [0, 41]].tolist() == [1, COUNT - 1]
     g[-1] = float("nan")
     assert ops.grad_stats([g]).counts.tolist() == [[0, 1, 0]]
     ops.unscale_([g], scalar(0.5), found_inf)

@@ -170,6 +170,18 @@ def test_update_scale(data):
     )
 
 
+@quick
+@given(st.data())
+def test_update_scale_headroom(data):
+    state = torch.zeros(ops.HEADROOM_STATE, dtype=torch.int32)
+    tensors = dict(scale=scalar(8.0), state=state, found_inf=scalar(1.0), largest=scalar(1.0, torch.float64))
+    arguments = tensors | dict(headroom_bits=2, growth_interval=3, min_scale=0.0, max_scale=1e9)
+    name = data.draw(st.sampled_from(list(arguments)))
+    run_unchanged_on_error(
+        lambda: ops.update_scale_headroom_(**(arguments | {name: data.draw(junk)})), tensors.values()
+    )
+
+
 @pytest.mark.parametrize("op", STATE_NAMES)
 def test_missing_arguments_are_python_errors(op):
     with pytest.raises(TypeError, match=op):

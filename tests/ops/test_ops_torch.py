@@ -29,6 +29,14 @@ def scale_arguments():
     return scalar(8.0), torch.zeros((), dtype=torch.int32), torch.ones((), dtype=torch.int32), scalar(1.0)
 
 
+def numerics(due=1):
+    return (
+        torch.zeros(9, 3, dtype=torch.float64),
+        torch.zeros(9, 64, dtype=torch.int64),
+        scalar(due, torch.int32),
+    )
+
+
 SCALE_OPTIONS = dict(
     growth_factor=2.0,
     backoff_factor=0.5,
@@ -38,6 +46,14 @@ SCALE_OPTIONS = dict(
     hysteresis=1,
     refill_on_good_step=False,
 )
+
+
+def headroom_arguments():
+    state = torch.zeros(ops.HEADROOM_STATE, dtype=torch.int32)
+    return scalar(8.0), state, scalar(0.0), scalar(2.0**20, torch.float64)
+
+
+HEADROOM_OPTIONS = dict(headroom_bits=2, growth_interval=3, min_scale=0.0, max_scale=1e9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -54,7 +70,15 @@ def test_opcheck_the_others():
     torch.library.opcheck(torch.ops.fusedamp.unscale_.default, (gradients(), scalar(0.5), scalar(0.0)))
     torch.library.opcheck(torch.ops.fusedamp.grad_stats.default, (gradients(), scalar(0.5), 2.0))
     torch.library.opcheck(torch.ops.fusedamp.grad_stats.default, (gradients(),))
+    options = dict(inv_scale=scalar(0.5), norm_type=1.0)
+    for due in (0, 1):
+        torch.library.opcheck(
+            torch.ops.fusedamp.grad_numerics.default, (gradients(), *numerics(due)), options
+        )
     torch.library.opcheck(torch.ops.fusedamp.update_scale_.default, scale_arguments(), SCALE_OPTIONS)
+    torch.library.opcheck(
+        torch.ops.fusedamp.update_scale_headroom_.default, headroom_arguments(), HEADROOM_OPTIONS
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -78,22 +102,26 @@ def test_compiled_steps_equal_eager_ones(variant):
         assert same_bits(a, b)
 
 
-def two_passes(grads, inv_scale, found_inf, scale, tracker):
+def two_passes(grads, inv_scale, found_inf, scale, tracker, state, *counted):
     stats = ops.grad_stats(grads, inv_scale)
+    counts = ops.grad_numerics(grads, *counted, inv_scale=inv_scale).counts
     ops.unscale_(grads, inv_scale, found_inf)
     ops.update_scale_(
         scale, tracker, found_inf, growth_factor=2.0, backoff_factor=0.5, growth_interval=3, max_scale=1e9
     )
-    return stats.total.sqrt() * 2, stats.counts.sum(0)
+    ops.update_scale_headroom_(scale, state, found_inf, stats.total * 2.0**14, growth_interval=3)
+    return stats.total.sqrt() * 2, counts.sum(0)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bad", [0.0, float("nan")])
 def test_compiled_passes_equal_eager_ones(backend, bad):
-    """unscale_, grad_stats and update_scale_ in one graph, with and without an overflow."""
+    """Checks, unscale_ and both updates of the scale in one graph, with and without an overflow."""
     results = []
     for run in (two_passes, torch.compile(two_passes, fullgraph=True, backend=backend)):
         arguments = [gradients(), scalar(0.5), scalar(0.0), scalar(8.0), torch.zeros((), dtype=torch.int32)]
+        arguments.append(torch.zeros(ops.HEADROOM_STATE, dtype=torch.int32))
+        arguments += numerics(due=int(bad == 0.0))
         arguments[0][0][3] = bad
         norm, counts = run(*arguments)
         results.append([*arguments[0], *arguments[1:], norm, counts])
@@ -133,6 +161,12 @@ def test_version_counters_of_the_others_move():
     assert tracker._version
     assert budget._version
     assert not found_inf._version
+    scale, state, found_inf, largest = headroom_arguments()
+    ops.update_scale_headroom_(scale, state, found_inf, largest, **HEADROOM_OPTIONS)
+    assert scale._version
+    assert state._version
+    assert not found_inf._version
+    assert not largest._version
 
 
 def test_backward_after_a_step_notices_the_changed_weight():
@@ -180,10 +214,11 @@ def test_fake_tensors_have_the_shapes_of_real_ones():
     with FakeTensorMode() as mode:
         grads = [mode.from_tensor(g) for g in gradients()]
         fake = ops.grad_stats(grads, mode.from_tensor(scalar(0.5)))
+        counting = ops.grad_numerics(grads, *map(mode.from_tensor, numerics()))
         ops.unscale_(grads, mode.from_tensor(scalar(0.5)), mode.from_tensor(scalar(0.0)))
         call = step_call("adamw", [(5,), (2, 3)], torch.float32)
         call.map(mode.from_tensor).run()
-    for a, b in zip(real, fake, strict=True):
+    for a, b in zip(real * 2, fake + counting, strict=True):
         assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
 
 
@@ -191,7 +226,10 @@ def test_schemas_say_what_is_written():
     for op in STATE_NAMES:
         arguments = getattr(torch.ops.fusedamp, op).default._schema.arguments
         written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-        assert written == {"params", "masters", "states", "steps", "scales"}
+        assert written == {"params", "masters", "states", "steps", "scales", "updates"}
+    for op in ("grad_numerics", "_packed_grad_numerics", "_check_numerics"):
+        arguments = getattr(torch.ops.fusedamp, op).default._schema.arguments
+        assert {a.name for a in arguments if a.alias_info is not None} == {"extremes", "histogram"}
 
 
 def test_a_build_that_is_older_than_the_python_files_is_named():

@@ -92,6 +92,10 @@ def digest() -> dict[str, str]:
         note(f"finite norm {norm_type}", list(ops.grad_stats(call.params, scalar(0.3), norm_type)))
         tiny = [p.detach() * 1e-30 for p in call.params]  # squares underflow
         note(f"tiny norm {norm_type}", list(ops.grad_stats(tiny, scalar(0.3), norm_type)))
+        counted = [torch.zeros(len(shapes), n).to(t) for n, t in ((3, torch.double), (64, torch.long))]
+        for grads in (call.grads, tiny):
+            stats = ops.grad_numerics(grads, *counted, torch.ones((), dtype=torch.int32), norm_type=norm_type)
+            note(f"numerics {norm_type}, {len(found)}", [*stats, *counted])
     ops.unscale_(call.params, scalar(0.3), scalar(0.0))
     note("unscale_", call.params)
     for name, tensors in stored(shapes):

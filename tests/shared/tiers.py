@@ -10,6 +10,7 @@ ONCE = (
     "benchmarks/test_benchmarks.py",
     "benchmarks/test_evidence.py",
     "benchmarks/test_pages.py",
+    "benchmarks/test_scale_policies.py",
     "build/test_build.py",
     "build/test_content_cache.py",
     "build/test_machine_code.py",

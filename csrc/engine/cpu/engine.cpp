@@ -4,9 +4,11 @@
 #include <atomic>
 #include <limits>
 
+#include "../../math/bins.h"
 #include "../../math/random.h"
 #include "../check.h"
 #include "../passes.h"
+#include "../record.h"
 
 namespace fusedamp::cpu {
 namespace {
@@ -54,6 +56,14 @@ double combine(Norm norm, double a, double b) {
   return a >= b || a != a ? a : b;
 }
 
+// Adds a chunk's histogram to its row's. Several threads may have chunks of one row.
+void add_histogram(const GradRow* rows, const Chunk& chunk, int64_t* histogram) {
+  int64_t bins[kBins] = {};
+  kernels().histogram(rows, chunk, bins);
+  for (int b = 0; b < kBins; ++b)
+    if (bins[b]) __atomic_fetch_add(histogram + b, bins[b], __ATOMIC_RELAXED);
+}
+
 // kMaxNorms sums of squares per row.
 std::vector<double> squares_of(int32_t rule, const StepPass& pass, const Plan& p, const Parallel& parallel) {
   const auto measure_chunk = kernels().measure[rule];
@@ -66,8 +76,20 @@ std::vector<double> squares_of(int32_t rule, const StepPass& pass, const Plan& p
   return squares;
 }
 
-void step_pass(int32_t rule, const StepPass& pass, const Parallel& parallel) {
-  const auto step_chunks = kernels().step[rule];
+// Writes the tallies of a pass: kTallies numbers per row.
+void sum_up(const std::vector<ChunkTally>& found, const Plan& p, int64_t rows, double* updates) {
+  std::fill_n(updates, kTallies * rows, 0.0);
+  for (size_t c = 0; c < found.size(); ++c) {  // in chunk order, for any assignment of chunks to threads
+    double* of_row = updates + kTallies * p.chunks[c].row;
+    of_row[0] += static_cast<double>(found[c].moved);
+    of_row[1] += static_cast<double>(found[c].lost);
+    of_row[2] += found[c].update;
+    of_row[3] += found[c].weight;
+  }
+}
+
+// `updates`: of the pass's rows; null where there is no tally.
+void step_pass(int32_t rule, const StepPass& pass, double* updates, const Parallel& parallel) {
   const Plan p = plan(pass.table.rows, pass.table.count);
   std::vector<double> measured;
   if (kernels().measure[rule] && !are_given(pass.table)) {
@@ -77,8 +99,17 @@ void step_pass(int32_t rule, const StepPass& pass, const Parallel& parallel) {
       measured.insert(measured.end(), pass.table.rows[r].squares, pass.table.rows[r].squares + kMaxNorms);
   }
   const double* squares = measured.empty() ? nullptr : measured.data();
-  parallel(p.unit_count(),
-           [&](int64_t u) { step_chunks(pass, p.chunks.data() + p.units[u], p.units[u + 1] - p.units[u], squares); });
+  std::vector<ChunkTally> found(updates ? p.chunks.size() : 0);
+  parallel(p.unit_count(), [&](int64_t u) {
+    const int64_t first = p.units[u], count = p.units[u + 1] - first;
+    const Chunk* chunks = p.chunks.data() + first;
+    if (updates) {
+      kernels().tallied_step[rule](pass, chunks, count, squares, found.data() + first);
+    } else {
+      kernels().step[rule](pass, chunks, count, squares);
+    }
+  });
+  if (updates) sum_up(found, p, pass.table.count, updates);
   kernels().advance[rule](pass, squares);
 }
 
@@ -87,12 +118,14 @@ bool overflowed(const StepScalars& scalars) { return scalars.found_inf && !(*sca
 }  // namespace
 
 void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log,
-          const Parallel& parallel) {
+          const Tally& tally, const Parallel& parallel) {
   const bool skipped = overflowed(scalars);
   keep_log(log, skipped, 0, 1);
   if (skipped) return;
+  double* const updates = tally.due && *tally.due == 0 ? nullptr : tally.updates;
   for_each_pass(table, groups, [&](int32_t rule, const StepTable& rows) {
-    step_pass(rule, {rows, groups.groups, scalars}, parallel);
+    double* const of_pass = updates ? updates + kTallies * (rows.rows - table.rows) : nullptr;
+    step_pass(rule, {rows, groups.groups, scalars}, of_pass, parallel);
   });
 }
 
@@ -107,13 +140,24 @@ void measure(const StepTable& table, const StepGroups& groups, const StepScalars
 }
 
 void grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_type, const StatsOutputs& out,
-                const Parallel& parallel) {
+                const Numerics& numerics, const Parallel& parallel) {
   const StatsJob job = {inv_scale, norm_of(norm_type), norm_type};
-  const auto stats = kernels().stats;
+  const Kernels& run = kernels();
   const Plan p = plan(rows.data(), rows.size());
   std::vector<ChunkStats> found(p.chunks.size());
+  std::vector<ChunkExtremes> extremes(numerics.extremes ? p.chunks.size() : 0);
+  const bool due = numerics.extremes && *numerics.due != 0;
+  if (due) std::fill_n(numerics.histogram, kBins * rows.size(), int64_t{0});
   parallel(p.unit_count(), [&](int64_t u) {
-    for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c) stats(rows.data(), p.chunks[c], job, &found[c]);
+    for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c) {
+      const Chunk& chunk = p.chunks[c];
+      if (numerics.extremes) {
+        run.stats_with_extremes(rows.data(), chunk, job, &found[c], &extremes[c]);
+      } else {
+        run.stats(rows.data(), chunk, job, &found[c]);
+      }
+      if (due) add_histogram(rows.data(), chunk, numerics.histogram + kBins * chunk.row);
+    }
   });
 
   std::fill_n(out.per_tensor, rows.size(), 0.0);
@@ -131,13 +175,22 @@ void grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_t
   for (size_t r = 0; r < rows.size(); ++r) total = combine(job.norm, total, out.per_tensor[r]);
   *out.total = total;
   *out.found_inf = found_inf ? 1.0f : 0.0f;
+
+  if (numerics.extremes) std::fill_n(numerics.extremes, 3 * rows.size(), 0.0);
+  for (size_t c = 0; c < extremes.size(); ++c) {
+    double* of_row = numerics.extremes + 3 * p.chunks[c].row;
+    of_row[0] = std::max(of_row[0], extremes[c].largest);
+    of_row[1] += static_cast<double>(extremes[c].zeros);
+    of_row[2] += static_cast<double>(extremes[c].small);
+  }
 }
 
-void check_grads(const std::vector<GradRow>& rows, const GradCheck& check, const Parallel& parallel) {
-  std::vector<double> per_tensor(rows.size());
+void check_grads(const std::vector<GradRow>& rows, const GradCheck& check, double* per_tensor, const Numerics& numerics,
+                 const Parallel& parallel) {
+  std::vector<double> unwanted(per_tensor ? 0 : rows.size());
   double total = 0.0;
   grad_stats(rows, reciprocal(*check.scale), check.norm_type,
-             {check.found_inf, &total, per_tensor.data(), check.counts}, parallel);
+             {check.found_inf, &total, per_tensor ? per_tensor : unwanted.data(), check.counts}, numerics, parallel);
   conclude(check, total);
 }
 
@@ -156,6 +209,15 @@ void recode(const Recoding& job, const Parallel& parallel) {
   const auto recode_chunk = kernels().recode;
   parallel((job.numel + kChunk - 1) / kChunk,
            [&](int64_t u) { recode_chunk(job, u * kChunk, std::min(kChunk, job.numel - u * kChunk)); });
+}
+
+void record(const StepRecord& record) {
+  const RecordedStep step = recorded_step(record);
+  record_tensors(record, step, 0, 1);
+  double largest = 0.0;
+  for (int64_t i = 0; i < record.count; ++i) largest = std::max(largest, record.extremes[kExtremes * i]);
+  record_step(record, step, largest);
+  advance(record);
 }
 
 }  // namespace fusedamp::cpu

@@ -2,21 +2,28 @@
 // Includes nothing that could emit a shared inline function for it (no standard library).
 #include "kernels.h"
 
+#include "../../math/bins.h"
 #include "../lane.h"
+#include "../tally.h"
 #include "storage.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
 using cpu::Chunk;
+using cpu::ChunkExtremes;
 using cpu::ChunkStats;
+using cpu::ChunkTally;
 using cpu::Norm;
 using cpu::StatsJob;
 using cpu::StepPass;
 
+#include "numerics.inc"
 #include "recode.inc"
-#include "stats.inc"
-#include "step.inc"
+#include "stats.inc"  // uses numerics
+#include "tally.inc"
+
+#include "step.inc"  // uses the tally
 
 #include "measure.inc"  // uses both
 
@@ -34,6 +41,10 @@ const cpu::Kernels cpu::FUSEDAMP_JOIN(kKernels_, FUSEDAMP_TARGET) = {
 #include "../../math/optimizers.def"
     },
     {
+#define FUSEDAMP_RULE(op, Rule) FUSEDAMP_TARGET::tallied_step<FUSEDAMP_TARGET::Rule>,
+#include "../../math/optimizers.def"
+    },
+    {
 #define FUSEDAMP_RULE(op, Rule) FUSEDAMP_TARGET::measure_of<FUSEDAMP_TARGET::Rule>(),
 #include "../../math/optimizers.def"
     },
@@ -42,6 +53,8 @@ const cpu::Kernels cpu::FUSEDAMP_JOIN(kKernels_, FUSEDAMP_TARGET) = {
 #include "../../math/optimizers.def"
     },
     FUSEDAMP_TARGET::stats,
+    FUSEDAMP_TARGET::stats_with_extremes,
+    FUSEDAMP_TARGET::histogram,
     FUSEDAMP_TARGET::unscale,
     FUSEDAMP_TARGET::recode,
 };

@@ -18,6 +18,18 @@ struct ChunkStats {
   int64_t infs, nans, overflows;  // overflows: finite, but infinite after the multiplication
 };
 
+// Of the elements of a chunk as they are stored.
+struct ChunkExtremes {
+  double largest;        // |s|; infinity if an element is not finite
+  int64_t zeros, small;  // small: 0 < |s| < 2^-14
+};
+
+// The tally of one chunk (table.h).
+struct ChunkTally {
+  int64_t moved, lost;
+  double update, weight;  // sums of squares
+};
+
 struct StatsJob {
   float inv_scale;
   Norm norm;
@@ -35,11 +47,17 @@ struct Kernels {
   const char* name;
   // squares: kMaxNorms sums of squares per row; null for rules without norms.
   void (*step[kRuleCount])(const StepPass& pass, const Chunk* chunks, int64_t chunk_count, const double* squares);
+  // The same step, and a tally of each chunk.
+  void (*tallied_step[kRuleCount])(const StepPass& pass, const Chunk* chunks, int64_t chunk_count,
+                                   const double* squares, ChunkTally* found);
   // Those sums over one chunk. Null for rules without norms.
   void (*measure[kRuleCount])(const StepPass& pass, const Chunk& chunk, double* squares);
   // Updates step counts and scalars of rows after their step.
   void (*advance[kRuleCount])(const StepPass& pass, const double* squares);
   void (*stats)(const GradRow* rows, const Chunk& chunk, const StatsJob& job, ChunkStats* out);
+  void (*stats_with_extremes)(const GradRow* rows, const Chunk& chunk, const StatsJob& job, ChunkStats* out,
+                              ChunkExtremes* extremes);
+  void (*histogram)(const GradRow* rows, const Chunk& chunk, int64_t* bins);  // adds to kBins numbers
   bool (*unscale)(const GradRow* rows, const Chunk& chunk, float inv_scale);  // true: an element is not finite
   void (*recode)(const Recoding& job, int64_t first, int64_t count);          // `first`: a multiple of a scale block
 };

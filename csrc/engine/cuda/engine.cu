@@ -8,10 +8,10 @@ namespace fusedamp::cuda {
 // Instantiated once per rule: adamw.cu, adam.cu, sgd.cu ...
 template <class Rule>
 void step_with(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-               StepLog& log, bool only_measures);
+               StepLog& log, const Tally& tally, bool only_measures);
 #define FUSEDAMP_RULE(op, Rule)                                                                                \
   extern template void step_with<Rule>(const Device&, const StepTable&, const StepGroups&, const StepScalars&, \
-                                       StepLog&, bool);
+                                       StepLog&, const Tally&, bool);
 #include "../../math/optimizers.def"
 
 namespace {
@@ -24,25 +24,28 @@ __global__ void __launch_bounds__(kBlock) log_kernel(const StepLog log, const fl
 }  // namespace
 
 static void run(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-                StepLog& log, bool only_measures) {
-  using Step = void (*)(const Device&, const StepTable&, const StepGroups&, const StepScalars&, StepLog&, bool);
+                StepLog& log, const Tally& tally, bool only_measures) {
+  using Step =
+      void (*)(const Device&, const StepTable&, const StepGroups&, const StepScalars&, StepLog&, const Tally&, bool);
   static constexpr Step kSteps[] = {
 #define FUSEDAMP_RULE(op, Rule) &step_with<Rule>,
 #include "../../math/optimizers.def"
   };
   for_each_pass(table, groups, [&](int32_t rule, const StepTable& rows) {
-    kSteps[rule](device, rows, groups, scalars, log, only_measures);
+    Tally of_pass = tally;
+    if (tally.updates) of_pass.updates += kTallies * (rows.rows - table.rows);
+    kSteps[rule](device, rows, groups, scalars, log, of_pass, only_measures);
   });
 }
 
 void measure(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars) {
   StepLog none = {};
-  run(device, table, groups, scalars, none, true);
+  run(device, table, groups, scalars, none, {}, true);
 }
 
 void step(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-          StepLog log) {
-  run(device, table, groups, scalars, log, false);
+          StepLog log, const Tally& tally) {
+  run(device, table, groups, scalars, log, tally, false);
   if (log.steps) launch("log", &log_kernel, 1, kBlock, device.stream, log, scalars.found_inf);
 }
 
@@ -56,6 +59,12 @@ __global__ void __launch_bounds__(1)
   *scale = next.scale;
   *growth_tracker = next.growth_tracker;
   if (budget) *budget = next.budget;
+}
+
+__global__ void __launch_bounds__(1)
+    update_scale_headroom_kernel(const HeadroomRule rule, float* scale, HeadroomState* state, const float* found_inf,
+                                 const double* largest) {
+  *scale = next_headroom_scale(rule, *scale, *state, overflowed(found_inf), *largest);
 }
 
 template <int kWords>
@@ -85,6 +94,12 @@ void upload_in_packets(CUstream_st* stream, uint64_t* to, const uint64_t* from, 
 void update_scale(const Device& device, const LossScaleRule& rule, float* scale, int32_t* growth_tracker,
                   int32_t* budget, const float* found_inf) {
   launch("update_scale", &update_scale_kernel, 1, 1, device.stream, rule, scale, growth_tracker, budget, found_inf);
+}
+
+void update_scale_headroom(const Device& device, const HeadroomRule& rule, float* scale, HeadroomState* state,
+                           const float* found_inf, const double* largest) {
+  launch("update_scale_headroom", &update_scale_headroom_kernel, 1, 1, device.stream, rule, scale, state, found_inf,
+         largest);
 }
 
 void upload(CUstream_st* stream, void* to, const void* from, int64_t bytes) {

@@ -4,6 +4,7 @@
 #include <functional>
 #include <vector>
 
+#include "../../math/headroom.h"
 #include "../../math/loss_scale.h"
 #include "../../math/rules.h"
 #include "../table.h"
@@ -25,7 +26,7 @@ struct Device {
 // One step of all groups; consecutive groups of one rule share launches. All addresses in the tables and scalars are on
 // the device; the tables are on the host and may be freed after the call.
 void step(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-          StepLog log);
+          StepLog log, const Tally& tally);
 
 // Writes each row's `squares`: the sums over its buffers, which the caller adds up over ranks. Writes nothing if
 // *scalars.found_inf is not 0, and for rules without norms.
@@ -46,6 +47,11 @@ void recode(const Device& device, const Recoding& job);
 // budget may be null, for 1.
 void update_scale(const Device& device, const LossScaleRule& rule, float* scale, int32_t* growth_tracker,
                   int32_t* budget, const float* found_inf);
+void update_scale_headroom(const Device& device, const HeadroomRule& rule, float* scale, HeadroomState* state,
+                           const float* found_inf, const double* largest);
+
+// What a watch keeps of a step; all addresses are on the device.
+void record(const Device& device, const StepRecord& record);
 
 // Copies `bytes` (a multiple of 8) to the device inside kernel parameters, so the host copy may be freed immediately,
 // also during graph capture.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.inputs import GradientTable
+from ..ops.observers import Reader
 from ..tensors.addresses import grads_of
 from .clip import clip_coefficient
 from .gradients import Gradients, Stamp, lasting
@@ -55,7 +56,9 @@ class Check:
         )
 
 
-def check(optimizer: Any, scale: Tensor, clip: Clip | None, keep: bool) -> Check | None:
+def check(
+    optimizer: Any, scale: Tensor, clip: Clip | None, keep: bool, reader: Reader | None
+) -> Check | None:
     """Check the gradients of ``optimizer`` and compute the coefficient of one clipping. Returns None if a
     gradient is not plain, if the optimizer has not made the same step twice in a row, or if no kernel
     supports ``clip``.
@@ -78,10 +81,21 @@ def check(optimizer: Any, scale: Tensor, clip: Clip | None, keep: bool) -> Check
         if found is None:
             return None
         grads = found[0]
+    numerics = None if reader is None else reader.numerics(table.device, table.positions)
     with lasting():
-        result = ops.check_grads(table.fields, table.has_float64, scale, norm_type, max_norm)
+        result = ops.check_grads(table.fields, table.has_float64, scale, norm_type, max_norm, numerics)
+        if reader is not None:
+            reader.checked(table.device, lambda: _squares(table, result, norm_type))
     mark = table.mark() if keep else 0
     return Check(table, result, scale, scale._version, clip, mark, grads)
+
+
+def _squares(table: GradientTable, found: ops.GradCheck, norm_type: float) -> Tensor:
+    """Return the sums of squares of each gradient; another norm has not computed them."""
+    if norm_type == 2.0:
+        assert found.per_tensor is not None
+        return found.per_tensor
+    return ops.squares(table.fields, found.inv_scale)
 
 
 @dataclass(slots=True)

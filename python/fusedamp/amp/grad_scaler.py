@@ -9,6 +9,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from ..ops.inputs import AmpInputs, DeviceInputs, refuse_freed, step_with, stepping_in_backward, times
+from ..ops.observers import observer_of
 from ..tensors.layout import gradient_of
 from ..tensors.shards import is_distributed, local, refuse_flattened
 from . import routes
@@ -176,6 +177,8 @@ class GradScaler(GradientChecks):
                     "one may skip without asking other ranks. Remove the argument."
                 )
             return super().step(optimizer, *args, **kwargs)
+        if (observer := observer_of(optimizer)) is not None:
+            observer.begin()
         by_hand = routes.by_hand(optimizer)
         if self._is_fused(optimizer):
             result = self._step_fused(optimizer, state, by_hand, args, kwargs)
@@ -193,6 +196,8 @@ class GradScaler(GradientChecks):
             result = self._maybe_opt_step(optimizer, state, *args, **kwargs)
         state["stage"] = OptState.STEPPED
         state["read"] = None
+        if observer is not None:
+            observer.end(self._last_found_inf, self._scale)
         return result
 
     def _refuse_freed(self, method: str, optimizer: Optimizer) -> None:

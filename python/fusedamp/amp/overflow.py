@@ -79,6 +79,10 @@ class OverflowLog:
     def next_step(self) -> None:
         self._steps.add_(1)
 
+    def count(self) -> int:
+        """Return the number of steps; syncs the host."""
+        return int(self._steps)
+
     def record(self, gradients: Gradients, stats: dict[torch.device, GradStats], found_inf: Tensor) -> None:
         """Store the counts of a gradient check if this step is an overflow (decided on the device)."""
         for device, stat in stats.items():
@@ -130,7 +134,7 @@ class OverflowLog:
             if stamp.matches(gradients.originals):
                 for device, stat in gradients.stats(None).items():
                     self._record(gradients.by_device[device].positions, stat.counts, found_inf, step)
-        params = [] if optimizer is None else list(_named(optimizer))
+        params = [] if optimizer is None else list(named(optimizer))
         steps = {key: int(record.step) for key, record in self._records.items()}
         latest = max(steps.values(), default=0)
         overflows = [
@@ -147,7 +151,7 @@ def params_of(optimizer: Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def _named(optimizer: Optimizer) -> Iterator[tuple[str, tuple[int, ...]]]:
+def named(optimizer: Optimizer) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and shape of each parameter; unnamed ones are named by their position in
     ``param_groups``."""
     for g, group in enumerate(optimizer.param_groups):

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fusedamp info``, ``demo``, ``repro``, ``estimate``."""
+"""The command line: ``python -m fusedamp info``, ``demo``, ``repro``, ``estimate``, ``numerics``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fusedamp._C import build_info
-from fusedamp.commands import estimate
+from fusedamp.commands import estimate, numerics
 from fusedamp.commands.demo import options as demo_options
 from fusedamp.commands.demo.options import DemoError
 from fusedamp.commands.info import describe, system_info
@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.command == "estimate":
         return estimate.run(args)
+    if args.command == "numerics":
+        return numerics.run(args)
     return _run(args)
 
 
@@ -68,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         "and with plain torch.",
     )
     estimate.add_arguments(memory)
+    log = commands.add_parser(
+        "numerics",
+        help="scale, headroom, zeros and lost updates of a run, from its CSV log",
+        description="Print what a run has logged with fusedamp.numerics.loggers.csv, and draw it.",
+    )
+    numerics.add_arguments(log)
     return parser
 
 

@@ -26,10 +26,14 @@ from .families import (
 )
 from .gradients import GradCheck as GradCheck  # for fusedamp.amp
 from .gradients import GradStats, grad_stats, unscale_
+from .gradients import Numerics as Numerics
 from .gradients import _grad_stats as _grad_stats
 from .gradients import check_grads as check_grads
+from .gradients import squares as squares
 from .linear import linear_gelu, linear_gelu_input_grad, linear_weight_grad, linear_weight_grad_
-from .loss_scale import update_scale_
+from .loss_scale import HEADROOM_STATE as HEADROOM_STATE
+from .loss_scale import update_scale_, update_scale_headroom_
+from .numerics import grad_numerics
 from .step import StepCall as StepCall  # for fusedamp.optim
 from .step import check_memory as check_memory
 from .step import check_steps as check_steps
@@ -43,6 +47,7 @@ __all__ = [
     "adagrad_",
     "adam_",
     "adamw_",
+    "grad_numerics",
     "grad_stats",
     "lamb_",
     "lars_",
@@ -59,4 +64,5 @@ __all__ = [
     "sgd_",
     "unscale_",
     "update_scale_",
+    "update_scale_headroom_",
 ]

@@ -26,6 +26,17 @@ class GradStats(NamedTuple):
     unscaled."""
 
 
+class Numerics(NamedTuple):
+    """What :func:`grad_numerics` writes, and the flag that it reads. All are on the gradients' device."""
+
+    extremes: Tensor
+    """float64, [n, 3]: the largest ``|s|``, zeros, elements with 0 < ``|s|`` < 2^-14."""
+    histogram: Tensor
+    """int64, [n, 64]: elements in each bin."""
+    due: Tensor
+    """int32, one element: 0 leaves the histogram untouched."""
+
+
 class GradCheck(NamedTuple):
     """What the check of n gradients on one device concludes. 0-d tensors on that device, but for counts."""
 
@@ -39,10 +50,17 @@ class GradCheck(NamedTuple):
     """float32, or float64 if a gradient is: of the unscaled gradients."""
     counts: Tensor
     """int64, [n, 3]: as in :class:`GradStats`."""
+    per_tensor: Tensor | None = None
+    """float64, [n]: as in :class:`GradStats`; only of a check with numerics."""
 
 
 def check_grads(
-    fields: Tensor, has_float64: bool, scale: Tensor, norm_type: float, max_norm: float | Tensor
+    fields: Tensor,
+    has_float64: bool,
+    scale: Tensor,
+    norm_type: float,
+    max_norm: float | Tensor,
+    numerics: Numerics | None = None,
 ) -> GradCheck:
     """Check gradients whose addresses were just read: :func:`grad_stats`, norm and clip coefficient.
 
@@ -51,12 +69,24 @@ def check_grads(
         scale (1 element, fp32): the loss scale, on the gradients' device.
         norm_type: the p of the norm, 0 to inf.
         max_norm: a number, or 1 element (fp32|fp64) on the same device.
+        numerics: rewritten as by :func:`grad_numerics`, of the gradients before unscaling.
     Cost: reads each gradient once; one op, no host sync.
     """
     tensor = max_norm if isinstance(max_norm, Tensor) else None
     number = 0.0 if tensor is not None else checks.number("[check_grads]", "max_norm", max_norm)
-    run = torch.ops.fusedamp._check_grads.default
-    return GradCheck(*run(fields, scale, norm_type, number, tensor, has_float64))
+    if numerics is None:
+        run = torch.ops.fusedamp._check_grads.default
+        return GradCheck(*run(fields, scale, norm_type, number, tensor, has_float64))
+    found = call("_check_numerics", fields, *numerics, scale, norm_type, number, tensor, has_float64)
+    bump(numerics[:2])
+    return GradCheck(*found)
+
+
+def squares(fields: Tensor, inv_scale: Tensor) -> Tensor:
+    """Return the sum of squares of each gradient times ``inv_scale``: float64, [n]. ``fields``: as in
+    :func:`check_grads`. Cost: reads each gradient once; no host sync."""
+    per_tensor: Tensor = torch.ops.fusedamp._packed_grad_stats.default(fields, inv_scale, inv_scale, 2.0)[2]
+    return per_tensor
 
 
 def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
@@ -106,17 +136,27 @@ def _grad_stats(
     inv_scale: Tensor | None,
     norm_type: float,
     fields: addresses.Fields | None = None,
+    numerics: Numerics | None = None,
 ) -> GradStats:
-    """:func:`grad_stats`. ``fields``: what ``addresses.read(grads)`` returned just now, to spare reading them
-    again; addresses, which can not be checked."""
-    checks.need_lists("grad_stats", grads=grads)
+    """:func:`grad_stats`, or with ``numerics`` :func:`grad_numerics`. ``fields``: what
+    ``addresses.read(grads)`` returned just now, to spare reading them again; addresses, which can not be
+    checked."""
+    op = "grad_stats" if numerics is None else "grad_numerics"
+    checks.need_lists(op, grads=grads)
     if not grads:
-        raise ValueError("[grad_stats] grads is empty; expected at least one tensor")
-    norm_type = checks.number("[grad_stats]", "norm_type", norm_type)
+        raise ValueError(f"[{op}] grads is empty; expected at least one tensor")
+    norm_type = checks.number(f"[{op}]", "norm_type", norm_type)
     if not norm_type >= 0.0:
-        checks.refuse("[grad_stats]", "norm_type", norm_type, "a number from 0 to inf")
+        checks.refuse(f"[{op}]", "norm_type", norm_type, "a number from 0 to inf")
     if fields is None:
         fields = addresses.read(grads)
+    if numerics is None:
+        if fields is not None:
+            return GradStats(*call(f"_packed_{op}", addresses.rows(fields), grads[0], inv_scale, norm_type))
+        return GradStats(*call(op, grads, inv_scale, norm_type))
     if fields is not None:
-        return GradStats(*call("_packed_grad_stats", addresses.rows(fields), grads[0], inv_scale, norm_type))
-    return GradStats(*call("grad_stats", grads, inv_scale, norm_type))
+        found = call(f"_packed_{op}", addresses.rows(fields), grads[0], *numerics, inv_scale, norm_type)
+    else:
+        found = call(op, grads, *numerics, inv_scale=inv_scale, norm_type=norm_type)
+    bump(numerics[:2])
+    return GradStats(*found)

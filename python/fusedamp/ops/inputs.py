@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from .observers import observer_of
+
 Number = float | Tensor
 _MIN, _MAX = 2.0**-126, torch.finfo(torch.float32).max  # their reciprocals are FP32 numbers
 _handed = threading.local()
@@ -128,6 +130,8 @@ def begin_step(optimizer: Any) -> None:
     Raises: RuntimeError if inputs wait for another optimizer with one of its parameters, whose gradients are
         therefore still scaled.
     """
+    if (observer := observer_of(optimizer)) is not None:
+        observer.before_step()
     inputs = getattr(_handed, "inputs", None)
     if inputs is None or inputs.consumed:
         return
@@ -142,6 +146,13 @@ def begin_step(optimizer: Any) -> None:
             "scaled; expected the optimizer that steps them. Give scaler.step this optimizer, or call "
             "scaler.unscale_ and step it yourself."
         )
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def end_step(optimizer: Any) -> None:
+    """Take note that the step of ``optimizer`` is over."""
+    if (observer := observer_of(optimizer)) is not None:
+        observer.after_step()
 
 
 def by_hand(optimizer: Any) -> tuple[Number | None, Number | None]:

@@ -75,7 +75,15 @@ def _register_fake(name: str, function: Callable[..., Any]) -> None:
     torch.library.register_fake(f"fusedamp::{name}", function)
 
 
-for _name in ("unscale_", "update_scale_", "_recode_", "_check_step", *STEP_OPS):
+_WITHOUT_RESULT = (
+    "unscale_",
+    "update_scale_",
+    "update_scale_headroom_",
+    "_recode_",
+    "_record_",
+    "_check_step",
+)
+for _name in (*_WITHOUT_RESULT, *STEP_OPS):
     _register_fake(_name, _need_one_kind)
 
 
@@ -97,6 +105,13 @@ def _grad_stats_shapes(
     )
 
 
+def _grad_numerics_shapes(
+    grads: list[torch.Tensor], *numerics: torch.Tensor, inv_scale: torch.Tensor | None = None, **norm: float
+) -> tuple[torch.Tensor, ...]:
+    _need_one_kind(grads, numerics)
+    return _grad_stats_shapes(grads, inv_scale)
+
+
 def _measured_shape(params: list[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     _need_one_kind(params, args, kwargs)
     return params[0].new_empty((len(params), 2), dtype=torch.float64)
@@ -105,6 +120,7 @@ def _measured_shape(params: list[torch.Tensor], *args: Any, **kwargs: Any) -> to
 _register_fake("_find_shared_memory", _nothing_shared)
 _register_fake("_measure_", _measured_shape)
 _register_fake("grad_stats", _grad_stats_shapes)
+_register_fake("grad_numerics", _grad_numerics_shapes)
 
 
 def cpu_target() -> str:

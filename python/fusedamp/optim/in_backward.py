@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.inputs import stepping_in_backward
+from ..ops.observers import observer_of
 from ..tensors.shards import is_distributed, is_dtensor, local
 from .core.optimizer import FusedOptimizer
 from .core.params import check_aliasing
@@ -132,6 +133,11 @@ def step_in_backward(optimizer: FusedOptimizer) -> BackwardSteps:
     if optimizer in stepping_in_backward:
         raise ValueError(
             f"{_WHERE} optimizer steps in the backward pass already; expected one handle. Call its remove()."
+        )
+    if observer_of(optimizer) is not None:
+        raise ValueError(
+            f"{_WHERE} optimizer is watched (numerics.watch); expected a step in which all gradients are "
+            "still there. Call the watch's remove()."
         )
     params = [param for group in optimizer.param_groups for param in group["params"]]
     check_aliasing(_WHERE, list(map(local, params)))

@@ -43,9 +43,9 @@ class Layerwise(FusedOptimizer):
         squares = self._squares_over_ranks(batches)
         for batch in batches:
             if any(id(slot.param) in squares for slot in batch.slots):
-                batch.launch(torch.stack([squares[id(slot.param)] for slot in batch.slots]))
+                batch.launch(self, torch.stack([squares[id(slot.param)] for slot in batch.slots]))
             else:
-                batch.launch()
+                batch.launch(self)
 
     def _squares_over_ranks(self, batches: list[Batch]) -> dict[int, Tensor]:
         """Return the sums of squares of whole tensors by ``id(param)``, in batches with shards; collective.

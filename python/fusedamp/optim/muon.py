@@ -170,7 +170,7 @@ class Muon(ComposedOptimizer):
         parts = [part for batch in batches for part in _parts(batch)]
         for part, is_matrix in parts:
             if not is_matrix:
-                part.launch()
+                part.launch(self)
         super()._launch([part for part, is_matrix in parts if is_matrix])
 
     def _run(self, updates: list[Update]) -> None:

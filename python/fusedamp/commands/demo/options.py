@@ -36,6 +36,7 @@ class Options:
     picture: Path = Path("demo.png")
     threads: int | None = None
     quick: bool = False
+    numerics: bool = False
     energy: bool = False
 
 
@@ -46,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=(*DTYPES, "all"), default="all", help="format compared with FP32 (default: all)")
     add("--data", metavar="FILE", help="text to fine-tune the GPT on (default: Python's language reference)")
     add("--steps", type=int, metavar="N", help="fine-tuning steps (default: gpt 120, digits 480)")
+    add(
+        "--numerics",
+        action="store_true",
+        help="watch the gradients of fusedamp's FP16 runs: tables and plots",
+    )
     add("--quick", action="store_true", help="a third of the steps")
     add("--energy", action="store_true", help="then measure joules per sample of each format, a minute")
     add(
@@ -74,6 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options_from(args: argparse.Namespace) -> Options:
     """Check parsed arguments and turn them into `Options`; raises `DemoError` with one line."""
     need_extras(EXTRAS, "the demo needs")
+    need(
+        not args.numerics or args.dtype in ("fp16", "all"),
+        f"--numerics watches FP16; --dtype is {args.dtype}",
+    )
     need(args.steps is None or args.steps > 0, f"--steps is {args.steps}; it must be at least 1")
     need(args.threads is None or args.threads > 0, f"--threads is {args.threads}; it must be at least 1")
     need(0 <= args.seed < 2**31, f"--seed is {args.seed}; it must be between 0 and 2**31 - 1")
@@ -91,6 +101,7 @@ def options_from(args: argparse.Namespace) -> Options:
         picture=picture_path(Path(args.out), "demo.png"),
         threads=args.threads,
         quick=args.quick,
+        numerics=args.numerics,
         energy=args.energy,
     )
 

@@ -38,6 +38,8 @@ def run_tasks(tasks: list[Task], options: Options) -> int:
     for outcome in outcomes:
         lines = outcome.lost_line(), gradients_line(outcome.runs, outcome.task.finetune(options.seed, 0))
         console.print(table(outcome), *filter(None, lines), sep="\n", end="\n\n")
+    for outcome in outcomes:
+        _show_numerics(outcome, options)
     console.print(
         "Do 16-bit weights match FP32? A gap counts if it is larger than between batch orders of FP32.",
         *(outcome.spread_line() for outcome in outcomes),
@@ -71,6 +73,16 @@ def _train(task: Task, options: Options, console: Console) -> Outcome:
         for runs in finetune(task, base, options):
             bars.finetuned(runs)
     return Outcome(task, runs)
+
+
+def _show_numerics(outcome: Outcome, options: Options) -> None:
+    """Print the table of each watched run, and draw its plot."""
+    for run in outcome.runs:
+        if run.watch is not None:
+            path = options.picture.with_name(f"numerics-{outcome.task.name}.png")
+            run.watch.plot(path)
+            heading = f"{outcome.task.name}: numerics of {run.variant.name}"
+            print(heading, run.watch.table(limit=8), f"Plot: {path}", sep="\n\n", end="\n\n")
 
 
 def _machine(options: Options) -> str:

@@ -15,6 +15,7 @@ from fusedamp import optim
 from fusedamp.amp.grad_scaler import GradScaler
 from fusedamp.commands.demo.options import DTYPES, DemoError, Options
 from fusedamp.commands.demo.tasks import Batch, Task
+from fusedamp.numerics import Watch, watch
 from fusedamp.optim.state.encoded import plain
 from fusedamp.optim.state.formats import Storage
 
@@ -23,6 +24,7 @@ MAX_NORM = 1.0
 MAX_ATTEMPTS = 100
 EVALUATIONS = 12
 EXTRA_ORDERS = 3
+RECORDED = 10  # every so many steps a watched run has a record
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Run:
     skipped: list[int] = field(default_factory=list)  # which attempts overflowed
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)  # steps done, loss, accuracy
     lost: dict[str, float] = field(default_factory=dict)  # format -> `lost_updates` halfway
+    watch: Watch | None = None
 
     @classmethod
     def start(cls, variant: Variant, base: nn.Module, options: Options) -> Run:
@@ -109,7 +112,10 @@ class Run:
         else:
             model.to(DTYPES[variant.dtype])
             optimizer = optim.AdamW(model.parameters(), lr=lr, **variant.storage)
-        return cls(variant, model, optimizer, scaler, options.device)
+        run = cls(variant, model, optimizer, scaler, options.device)
+        if options.numerics and isinstance(scaler, GradScaler) and scaler.is_enabled() and variant.masters:
+            run.watch = watch(optimizer, scaler, every=RECORDED, history=1000, model=model)
+        return run
 
     def step(self, batch: Batch) -> None:
         """Train on ``batch``; if gradients overflow, the scaler backs off and the batch is repeated."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ... import ops
+from ...ops.observers import observer_of
 from ...tensors.places import WHOLE
 from .slot import Slot
 
@@ -50,8 +51,20 @@ class Batch:
             )
         )
 
-    def launch(self, squares: Tensor | None = None) -> None:
-        ops.step_lists(*self.call(squares))
+    def launch(self, optimizer: Any, squares: Tensor | None = None) -> None:
+        call = self.call(squares)
+        if (observer := observer_of(optimizer)) is not None:
+            positions = _positions_of([slot.param for slot in self.slots], optimizer.param_groups)
+            if (tally := observer.tally(call.params[0].device, positions)) is not None:
+                call = call._replace(updates=tally.updates, due=tally.due)
+        ops.step_lists(*call)
         for slot in self.slots:
             if slot.target is not slot.param:
                 slot.finish()
+
+
+def _positions_of(params: list[Tensor], groups: list[Group]) -> list[int]:
+    """Return the positions of ``params`` among the parameters of all ``groups``."""
+    everything = [param for group in groups for param in group["params"]]
+    positions = {id(param): position for position, param in enumerate(everything)}
+    return [positions[id(param)] for param in params]

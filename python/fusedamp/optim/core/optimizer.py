@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from ... import ops
 from ...ops.checks import at
-from ...ops.inputs import AmpInputs, GradientTable, begin_step, inputs_on
+from ...ops.inputs import AmpInputs, GradientTable, begin_step, end_step, inputs_on
 from ...tensors.layout import gradient_of, round_robin
 from ...tensors.shards import local
 from ..state import checkpoint, formats
@@ -129,7 +129,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _launch(self, batches: list[Batch]) -> None:
         """Update the parameters of ``batches``; all errors were raised before."""
         for batch in batches:
-            batch.launch()
+            batch.launch(self)
 
     def _is_joint(self, param: Tensor, group: Group) -> bool:
         """True if the update of ``param`` needs other ranks."""
@@ -161,6 +161,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             # States must also be usable outside of inference mode.
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 self._step()
+        end_step(self)
         return loss
 
     _fusedamp_step = step  # the scaler compares it with ``step`` to detect overrides

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import _C
 from ...ops.inputs import GradientTable, inputs_on
+from ...ops.observers import observer_of
 from ...ops.table import StepTable, rule_of
 from ...tensors.addresses import can_read, holds_float64
 from ..state.formats import name_dtypes
@@ -113,14 +114,15 @@ class Plan:
 
     def step(self, optimizer: Any) -> None:
         """Make the op calls, after all checks."""
-        ready = []
+        ready, observer = [], observer_of(optimizer)
         for table, positions in self._tables:
             if not table.params:
                 params = [param for group in optimizer.param_groups for param in group["params"]]
                 table.params = [params[i] for i in positions]
-            ready.append((table, inputs_on(optimizer, table.device)))
-        for table, inputs in ready:
-            table.step(table.params, inputs)
+            tally = None if observer is None else observer.tally(table.device, positions)
+            ready.append((table, inputs_on(optimizer, table.device), tally))
+        for table, inputs, tally in ready:
+            table.step(table.params, inputs, *(tally or ()))
             if inputs.log is not None:
                 optimizer._amp.logged = True
 

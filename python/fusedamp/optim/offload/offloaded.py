@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
 from ...ops.checks import at, flag
-from ...ops.inputs import AmpInputs, DeviceInputs, begin_step, inputs_on
+from ...ops.inputs import AmpInputs, DeviceInputs, begin_step, end_step, inputs_on
 from ...tensors.blocks import split_over
 from ...tensors.layout import gradient_of, placed_like
 from ...tensors.shards import is_distributed, is_dtensor, is_flattened, local
@@ -159,6 +159,7 @@ class Offloaded(torch.optim.Optimizer):
                 loss = closure()
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self._step()
+        end_step(self)
         return loss
 
     _fusedamp_step = step  # the scaler compares it with ``step`` to detect overrides
