@@ -1,4 +1,4 @@
-"""What a watch costs in instructions per element (AVX2). No time is measured: a busy machine does not matter."""
+"""What a watch costs in instructions per element (AVX2). No time is measured, so other load does not matter."""
 
 import os
 import re
