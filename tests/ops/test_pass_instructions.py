@@ -1,4 +1,4 @@
-"""What a watch costs in instructions per element (AVX2). No time is measured, so other load does not matter."""
+"""What a watch costs in instructions per element (AVX2), whatever else the machine does."""
 
 import os
 import re
