@@ -96,11 +96,11 @@ def test_the_largest_of_all_is_known_on_the_device():
     model = Net()
     optimizer = optim.AdamW(model.parameters())
     watch = numerics.watch(optimizer, every=10**6, activations=model)
-    assert watch.largest_activation(torch.device("cpu")) is None
+    assert watch.activations(torch.device("cpu")) is None
     seen = oracle(model)
     (model(torch.randn(2, 4)).sum() * 1000).backward()
     grads = torch.cat([grad.flatten() for some in seen.values() for grad in some])
-    assert watch.largest_activation(torch.device("cpu")).item() == counted.largest(grads)
+    assert watch.activations(torch.device("cpu")).item() == counted.largest(grads)
 
 
 def test_outputs_may_be_changed_in_place_and_be_of_any_structure():

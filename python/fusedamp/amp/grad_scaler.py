@@ -62,8 +62,8 @@ class GradScaler(GradientChecks):
             ``torch.distributed.group.WORLD`` is None.
         policy: how the scale moves. ``"overflow"``, as torch's: it grows until gradients overflow.
             ``"headroom"``: it follows the largest gradient of all optimizers in the last 512 good steps, by
-            the rule of :func:`fusedamp.ops.update_scale_headroom_`. It comes down before gradients overflow, and
-            is always a power of two: another scale is rounded down at its first update. It places the
+            the rule of :func:`fusedamp.ops.update_scale_headroom_`. It comes down before gradients overflow,
+            and is always a power of two: another scale is rounded down at its first update. It places the
             ceiling only, and knows neither gradients that are lost at FP16's floor, nor those of activations
             (but see :func:`fusedamp.numerics.watch`). Not known either: gradients that other code has
             unscaled (an overridden ``unscale_`` or ``_unscale_grads_``). Where ranks reduce a flag, they
