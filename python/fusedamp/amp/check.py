@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.inputs import GradientTable
-from ..ops.observers import Observer
+from ..ops.observers import Reader
 from ..tensors.addresses import grads_of
 from .clip import clip_coefficient
 from .gradients import Gradients, Stamp, lasting
@@ -57,7 +57,7 @@ class Check:
 
 
 def check(
-    optimizer: Any, scale: Tensor, clip: Clip | None, keep: bool, observer: Observer | None
+    optimizer: Any, scale: Tensor, clip: Clip | None, keep: bool, reader: Reader | None
 ) -> Check | None:
     """Check the gradients of ``optimizer`` and compute the coefficient of one clipping. Returns None if a
     gradient is not plain, if the optimizer has not made the same step twice in a row, or if no kernel
@@ -81,11 +81,11 @@ def check(
         if found is None:
             return None
         grads = found[0]
-    numerics = None if observer is None else observer.numerics(table.device, table.positions)
+    numerics = None if reader is None else reader.numerics(table.device, table.positions)
     with lasting():
         result = ops.check_grads(table.fields, table.has_float64, scale, norm_type, max_norm, numerics)
-        if observer is not None:
-            observer.checked(table.device, _squares(table, result, norm_type))
+        if reader is not None:
+            reader.checked(table.device, lambda: _squares(table, result, norm_type))
     mark = table.mark() if keep else 0
     return Check(table, result, scale, scale._version, clip, mark, grads)
 

@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..ops.inputs import Number, divided, flag_on
-from ..ops.observers import observer_of
-from ..tensors.shards import reduce_
+from ..ops.observers import Reader, observer_of
+from ..tensors.shards import is_distributed, reduce_
 from .check import Check, CheckByParts, Clip, check
 from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, lasting, on
+from .headroom import LargestGradient
 from .loss_scale import LossScale
 from .overflow import OverflowLog, OverflowReport, params_of
 
@@ -30,15 +31,35 @@ class GradientChecks(LossScale):
         super()._start_watching()
         self._last_found_inf: Tensor | None = None
         self._overflows: weakref.WeakKeyDictionary[Optimizer, OverflowLog] = weakref.WeakKeyDictionary()
+        self._largest: weakref.WeakKeyDictionary[Optimizer, LargestGradient] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["_last_found_inf"], state["_overflows"]
+        del state["_last_found_inf"], state["_overflows"], state["_largest"]
         return state
 
     def _overrides(self, *names: str) -> bool:
         """True if a subclass or an assignment replaced one of fusedamp's methods."""
         raise NotImplementedError
+
+    def _reader(self, optimizer: Optimizer) -> Reader | None:
+        """Return what reads along in checks of gradients."""
+        watch = observer_of(optimizer)
+        if self._headroom is None:
+            return watch
+        if (reader := self._largest.get(optimizer)) is None:
+            reader = self._largest[optimizer] = LargestGradient()
+        reader.watch = watch
+        return reader
+
+    def _take_largest(self, optimizer: Optimizer, state: dict[str, Any]) -> PerDevice | None:
+        """Store the largest gradient of the check that was just made, and return it; None if the policy needs
+        none."""
+        if self._headroom is None:
+            return None
+        alone = self._process_group is None and is_distributed()
+        state["largest"] = found = self._largest[optimizer].take(alone)
+        return found
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> PerDevice:  # type: ignore[override]
         """Check the gradients without modifying them; the flags are set if an element is not finite before or
@@ -49,11 +70,12 @@ class GradientChecks(LossScale):
         gradients = Gradients(params_of(optimizer), magnitudes=norm_type != 2)
         inv_scale = self._inverse()
         with lasting():
-            stats = gradients.stats(inv_scale, norm_type, observer_of(optimizer))
+            stats = gradients.stats(inv_scale, norm_type, self._reader(optimizer))
+            largest = self._take_largest(optimizer, state)
         stamp = Stamp([scale, *gradients.originals])
         state["read"] = CheckByParts(gradients, stats, inv_scale, norm_type, stamp)
         state["sharded_over"] = gradients.sharded_over
-        flags = gradients.agree_({device: stat.found_inf for device, stat in stats.items()})
+        flags = gradients.agree_({device: stat.found_inf for device, stat in stats.items()}, largest)
         state["found_inf_per_device"] = flags
         return flags
 
@@ -61,16 +83,17 @@ class GradientChecks(LossScale):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> PerDevice:
         gradients = Gradients(params_of(optimizer))
-        if (observer := observer_of(optimizer)) is not None:
-            with lasting():
-                gradients.stats(inv_scale, observer=observer)
+        state, largest = self._per_optimizer_states[id(optimizer)], None
         with lasting():
+            if (reader := self._reader(optimizer)) is not None:
+                gradients.stats(inv_scale, reader=reader)
+                largest = self._take_largest(optimizer, state)
             flags = {device: on(found_inf, device).clone() for device in gradients.by_device}
         for device, bucket in gradients.by_device.items():
             ops.unscale_(bucket.tensors, on(inv_scale, device), flags[device])
         gradients.write_back()
-        self._per_optimizer_states[id(optimizer)]["sharded_over"] = gradients.sharded_over
-        return gradients.agree_(flags)
+        state["sharded_over"] = gradients.sharded_over
+        return gradients.agree_(flags, largest)
 
     def _current_read(self, optimizer: Optimizer, state: dict[str, Any]) -> CheckByParts | None:
         """Return the gradient check of an earlier clip_grad_norm_; repeat it with its clipping if gradients
@@ -98,8 +121,10 @@ class GradientChecks(LossScale):
         assert self._scale is not None
         if self._overrides("_check_inf_per_device"):
             return None
-        found = check(optimizer, self._scale, clip, keep, observer_of(optimizer))
+        found = check(optimizer, self._scale, clip, keep, self._reader(optimizer))
         if found is not None:
+            with lasting():
+                self._take_largest(optimizer, state)
             state["read"], state["sharded_over"] = found, ()
             state["found_inf_per_device"] = {self._scale.device: found.found.found_inf}
         return found
@@ -127,11 +152,13 @@ class GradientChecks(LossScale):
     def _clip_later(self, optimizer: Optimizer, state: dict[str, Any], clip: Clip) -> Tensor:
         earlier = read = state.get("read")
         if read is None or read.norm_type != clip.norm_type:
-            state["norm_type"], flags = clip.norm_type, state["found_inf_per_device"]
+            state["norm_type"] = clip.norm_type
+            names = ("found_inf_per_device", "largest")
+            over_ranks: dict[str, Any] = {name: state[name] for name in names if name in state}
             self._check_inf_per_device(optimizer)
             read = state["read"]
             if state.get("agreed"):
-                state["found_inf_per_device"] = flags
+                state.update(over_ranks)
             if earlier is not None:
                 read.clips, read.clip_coef = earlier.clips, earlier.clip_coef
         if clip.process_group is None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .. import ops
 from .._C import same_items
-from ..ops.observers import Observer
+from ..ops.observers import Reader
 from ..tensors.addresses import Fields, grads_of, holds_float64, read, versions
 from ..tensors.layout import gradient_of, is_dense, overlaps_itself
 from ..tensors.shards import (
@@ -86,6 +87,29 @@ def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
     return moved[0] if len(moved) == 1 else torch.stack(moved).amax()
 
 
+def largest_of(found: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return the largest of ``found`` on ``device``: FP64, 0-d; 0 of none."""
+    moved = [value if value.device == device else on(value, device) for value in found]
+    if not moved:
+        with lasting():
+            return torch.zeros((), dtype=torch.float64, device=device)
+    return moved[0] if len(moved) == 1 else torch.stack(moved).amax()
+
+
+def reduced(
+    flag: Tensor, largest: Tensor | None, reduce: Callable[[Tensor], None]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the maxima over ranks of an overflow flag and of the largest gradient, if there is one, by one
+    call of ``reduce``, which works in place."""
+    if largest is None:
+        flag = flag.clone()
+        reduce(flag)
+        return flag, None
+    both = torch.stack((flag.double(), largest))
+    reduce(both)
+    return both[0].float(), both[1]
+
+
 def _is_plain(grad: Tensor) -> bool:
     return grad.is_contiguous() and not grad.is_complex()
 
@@ -112,6 +136,13 @@ class _Bucket:
         if self.fields is not None:
             return holds_float64(self.fields)
         return any(tensor.dtype is torch.float64 for tensor in self.tensors)
+
+
+def _squares(stat: ops.GradStats, bucket: _Bucket, inv_scale: Tensor | None, norm_type: float) -> Tensor:
+    """Return the sums of squares of each gradient; another norm has not computed them."""
+    if norm_type != 2.0:
+        stat = ops._grad_stats(bucket.tensors, inv_scale, 2.0, bucket.fields)
+    return stat.per_tensor
 
 
 class Gradients:
@@ -219,7 +250,7 @@ class Gradients:
         return tuple(dict.fromkeys(dim for layout in self._all_layouts for dim in layout.sharded))
 
     def stats(
-        self, inv_scale: Tensor | None, norm_type: float = 2.0, observer: Observer | None = None
+        self, inv_scale: Tensor | None, norm_type: float = 2.0, reader: Reader | None = None
     ) -> dict[torch.device, ops.GradStats]:
         """Check the gradients with one op per device; devices without gradients on this rank are omitted."""
         found = {}
@@ -227,20 +258,16 @@ class Gradients:
             if not bucket.tensors:
                 continue
             inverse = None if inv_scale is None else on(inv_scale, device)
-            numerics = None if observer is None else observer.numerics(device, bucket.positions)
+            numerics = None if reader is None else reader.numerics(device, bucket.positions)
             stat = ops._grad_stats(bucket.tensors, inverse, norm_type, bucket.fields, numerics)
             found[device] = stat
-            if observer is not None:
-                if norm_type != 2.0:
-                    stat = ops._grad_stats(bucket.tensors, inverse, 2.0, bucket.fields)
-                observer.checked(device, stat.per_tensor)
+            if reader is not None:
+                reader.checked(device, partial(_squares, stat, bucket, inverse, norm_type))
         return found
 
-    def agree_(self, found_inf: PerDevice) -> PerDevice:
+    def agree_(self, found_inf: PerDevice, largest: PerDevice | None = None) -> PerDevice:
         """Combine the flags in place over all devices, and over all ranks that share a sharded tensor with
-        this one.
-
-        If one shard overflows, no rank may step.
+        this one. If one shard overflows, no rank may step. The same for ``largest``, if it is given.
         """
         dims = self.sharded_over
         for device in self.by_device:
@@ -248,8 +275,12 @@ class Gradients:
                 found_inf[device] = no_overflow(device)
         if dims:
             home = next(device for layout, device in self._all_layouts.items() if layout.sharded)
-            flag = combine(found_inf.values(), home).clone()
-            all_reduce_(flag, dims, "max")
+            flag = combine(found_inf.values(), home)
+            top = None if largest is None else largest_of(largest.values(), home)
+            flag, top = reduced(flag, top, lambda both: all_reduce_(both, dims, "max"))
+            if largest is not None and top is not None:
+                largest.clear()
+                largest[home] = top
             for device, found in found_inf.items():
                 found.copy_(on(flag, device))
         return found_inf

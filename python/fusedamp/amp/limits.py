@@ -26,6 +26,8 @@ class ScaleLimits(TypedDict, total=False):
     hysteresis_refill: Literal["growth", "good_step"]
     on_floor: Literal["warn", "raise"]
     process_group: Any
+    policy: Literal["overflow", "headroom"]
+    headroom_bits: int
 
 
 number = partial(checks.number, "[GradScaler]")
@@ -101,6 +103,34 @@ def check_limits(
     if on_floor not in ("warn", "raise"):
         _refuse("on_floor", on_floor, '"warn" or "raise"')
     return low, high, budget
+
+
+def check_policy(
+    policy: Any, headroom_bits: Any, min_scale: float, max_scale: float, hysteresis: int, refill: str
+) -> int | None:
+    """Return the bits of the policy "headroom", or None for the other one."""
+    bits = _count("headroom_bits", headroom_bits, "bits between the largest gradients and 2**16", 0, 14)
+    if policy == "overflow":
+        if bits != 2:
+            _refuse("headroom_bits", headroom_bits, 'policy="headroom" with it')
+        return None
+    if policy != "headroom":
+        _refuse("policy", policy, '"overflow" or "headroom"')
+    if hysteresis != 1 or refill != "growth":
+        name, value = ("hysteresis", hysteresis) if hysteresis != 1 else ("hysteresis_refill", refill)
+        _refuse(name, value, 'the default with policy="headroom", which has its own reaction to overflows')
+    if 2.0 ** math.ceil(math.log2(min_scale)) > min(max_scale, 2.0**127):
+        wanted = f'a power of two from min_scale ({min_scale!r}) to it, with policy="headroom"'
+        _refuse("max_scale", max_scale, wanted)
+    return bits
+
+
+def need_unused_factors(growth_factor: float, backoff_factor: float) -> None:
+    """Raise unless the factors are the defaults: the policy "headroom" does not use them."""
+    for name, value, default in (("growth", growth_factor, 2.0), ("backoff", backoff_factor, 0.5)):
+        if value != default:
+            wanted = f'{default} with policy="headroom", which moves the scale by whole bits'
+            _refuse(f"{name}_factor", value, wanted)
 
 
 def check_init_scale(init_scale: Any, min_scale: float, max_scale: float) -> float:

@@ -19,7 +19,8 @@ from .. import ops
 from ..tensors.shards import all_reduce_, reduce_
 from . import limits
 from .floor import FloorWatch
-from .gradients import PerDevice, combine, lasting, on
+from .gradients import PerDevice, combine, largest_of, lasting, on, reduced
+from .headroom import Headroom, checked_saved
 from .limits import MIN_SCALE
 
 
@@ -52,6 +53,7 @@ class LossScale(torch.amp.GradScaler):
     _init_hysteresis_tracker: int | None = None  # None: the full budget
     _hysteresis_tracker: Tensor | None = None
     _process_group: Any = None
+    _headroom: Headroom | None = None  # of the policy "headroom"
 
     def __init__(
         self,
@@ -68,10 +70,13 @@ class LossScale(torch.amp.GradScaler):
         hysteresis_refill: Literal["growth", "good_step"] = "growth",
         on_floor: Literal["warn", "raise"] = "warn",
         process_group: Any = None,
+        policy: Literal["overflow", "headroom"] = "overflow",
+        headroom_bits: int = 2,
     ) -> None:
         floor, ceiling, budget = limits.check_limits(
             min_scale, max_scale, hysteresis, hysteresis_refill, on_floor
         )
+        bits = limits.check_policy(policy, headroom_bits, floor, ceiling, budget, hysteresis_refill)
         if enabled:  # torch compares these without checking that they are numbers
             limits.number("growth_factor", growth_factor), limits.number("backoff_factor", backoff_factor)
             limits.check_device(device)
@@ -81,9 +86,12 @@ class LossScale(torch.amp.GradScaler):
             self._backoff_factor = limits.check_backoff_factor(backoff_factor)
             self._growth_interval = limits.check_interval(growth_interval)
             self._init_scale = limits.check_init_scale(init_scale, floor, ceiling)
+            if bits is not None:
+                limits.need_unused_factors(self._growth_factor, self._backoff_factor)
         self._min_scale, self._max_scale = floor, ceiling
         self._hysteresis, self._hysteresis_refill = budget, hysteresis_refill
         self._on_floor = on_floor
+        self._headroom = None if bits is None else Headroom(bits)
         limits.need_group("GradScaler", process_group)
         self._process_group = process_group
         self._start_watching()
@@ -109,6 +117,8 @@ class LossScale(torch.amp.GradScaler):
         with lasting():
             self._scale = torch.full((), self._init_scale, dtype=torch.float32, device=dev)
             self._growth_tracker = torch.full((), self._init_growth_tracker, dtype=torch.int32, device=dev)
+        if self._headroom is not None:
+            self._headroom.place(dev)
 
     def _check_scale_growth_tracker(self, funcname: str) -> tuple[Tensor, Tensor]:
         if self._scale is None and self._process_group is not None:
@@ -117,13 +127,18 @@ class LossScale(torch.amp.GradScaler):
         return super()._check_scale_growth_tracker(funcname)
 
     def _agree_over_group_(self, state: dict[str, Any]) -> None:
-        """Combine the overflow flags of all ranks of the process group in place; collective, no sync."""
+        """Combine the overflow flags of all ranks of the process group in place, and the largest gradients if
+        the policy needs them; collective, no sync."""
         if self._process_group is None:
             return
         assert self._scale is not None
         flags, device = state["found_inf_per_device"], self._scale.device
-        agreed = combine(flags.values(), device).clone()
-        reduce_(agreed, self._process_group, "max")
+        largest = None if self._headroom is None else largest_of(state.get("largest", {}).values(), device)
+        agreed, largest = reduced(
+            combine(flags.values(), device), largest, lambda both: reduce_(both, self._process_group, "max")
+        )
+        if largest is not None:
+            state["largest"] = {device: largest}
         flags.setdefault(device, agreed)  # of a rank without gradients
         for where, flag in flags.items():
             flag.copy_(on(agreed, where))
@@ -185,21 +200,27 @@ class LossScale(torch.amp.GradScaler):
         stuck = False
         if new_scale is not None:
             self._set_scale(limits.new_scale_value(new_scale, torch.device(self._device).type))
-        elif (found_inf := self._found_inf_of_all(scale.device)) is not None:
-            stuck = self._floor.stuck(scale, found_inf, self._min_scale, self._backoff_factor)
-            ops.update_scale_(
-                scale,
-                growth_tracker,
-                found_inf,
-                growth_factor=self._growth_factor,
-                backoff_factor=self._backoff_factor,
-                growth_interval=self._growth_interval,
-                min_scale=self._min_scale,
-                max_scale=self._max_scale,
-                hysteresis_tracker=self._hysteresis_budget(scale.device),
-                hysteresis=self._hysteresis,
-                refill_on_good_step=self._hysteresis_refill == "good_step",
+        elif (found := self._found_in_all(scale.device)) is not None:
+            found_inf, largest = found
+            rule: dict[str, Any] = dict(
+                growth_interval=self._growth_interval, min_scale=self._min_scale, max_scale=self._max_scale
             )
+            if self._headroom is not None and largest is not None:
+                stuck = self._floor.stuck(scale, found_inf, self._min_scale, Headroom.LARGEST_BACKOFF)
+                self._headroom.update(scale, found_inf, largest, **rule)
+            else:
+                stuck = self._floor.stuck(scale, found_inf, self._min_scale, self._backoff_factor)
+                ops.update_scale_(
+                    scale,
+                    growth_tracker,
+                    found_inf,
+                    growth_factor=self._growth_factor,
+                    backoff_factor=self._backoff_factor,
+                    hysteresis_tracker=self._hysteresis_budget(scale.device),
+                    hysteresis=self._hysteresis,
+                    refill_on_good_step=self._hysteresis_refill == "good_step",
+                    **rule,
+                )
         self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
         if stuck:
             self._complain_about_floor()
@@ -214,19 +235,23 @@ class LossScale(torch.amp.GradScaler):
             self._scale.fill_(min(max(value, self._min_scale), self._max_scale))
         self._floor.forget()
 
-    def _found_inf_of_all(self, device: torch.device) -> Tensor | None:
+    def _found_in_all(self, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
+        """Return the overflow flag over all optimizers, and the largest gradient if the policy needs it."""
         states = list(self._per_optimizer_states.values())
         flags = [flag for state in states for flag in state["found_inf_per_device"].values()]
         if not flags:
             if any(state["stage"] is OptState.STEPPED for state in states):
                 return None  # no optimizer had a gradient
             raise AssertionError("No inf checks were recorded prior to update.")
-        found_inf = combine(flags, device)
+        found_inf, largest = combine(flags, device), None
+        if self._headroom is not None:
+            values = [value for state in states for value in state.get("largest", {}).values()]
+            largest = largest_of(values, device)
         sharded_over = {state.get("sharded_over", ()): None for state in states}
         if len(sharded_over) > 1:  # optimizers on different meshes: without this, ranks' scales diverge
-            found_inf = found_inf.clone()
-            all_reduce_(found_inf, dict.fromkeys(dim for dims in sharded_over for dim in dims), "max")
-        return found_inf
+            every = dict.fromkeys(dim for dims in sharded_over for dim in dims)
+            return reduced(found_inf, largest, lambda both: all_reduce_(both, every, "max"))
+        return found_inf, largest
 
     def _describe_overflow(self) -> str:
         raise NotImplementedError
@@ -254,11 +279,17 @@ class LossScale(torch.amp.GradScaler):
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Set the factor as torch's method does; ValueError for less than 1."""
-        super().set_growth_factor(limits.check_growth_factor(new_factor))
+        factor = limits.check_growth_factor(new_factor)
+        if self._headroom is not None:
+            limits.need_unused_factors(factor, 0.5)
+        super().set_growth_factor(factor)
 
     def set_backoff_factor(self, new_factor: float) -> None:
         """Set the factor as torch's method does; ValueError outside 0..1."""
-        super().set_backoff_factor(limits.check_backoff_factor(new_factor))
+        factor = limits.check_backoff_factor(new_factor)
+        if self._headroom is not None:
+            limits.need_unused_factors(2.0, factor)
+        super().set_backoff_factor(factor)
 
     def set_growth_interval(self, new_interval: int) -> None:
         """Set the interval as torch's method does; ValueError for less than 1."""
@@ -269,18 +300,20 @@ class LossScale(torch.amp.GradScaler):
         return self._init_hysteresis_tracker if tracker is None else int(tracker.item())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's five entries, and ``_hysteresis_tracker`` if the hysteresis is more than 1. Syncs
-        the host.
+        """Return torch's five entries, ``_hysteresis_tracker`` if the hysteresis is more than 1, and with the
+        policy "headroom" its state, ``_headroom``: a list of whole numbers. Syncs the host.
         """
         state = super().state_dict()
         if state and self._hysteresis > 1:
             left = self._hysteresis_left()
             state["_hysteresis_tracker"] = self._hysteresis if left is None else left
+        if state and self._headroom is not None:
+            state["_headroom"] = self._headroom.save()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this scaler or of torch's. Its scale is clamped to ``min_scale``..``max_scale``,
-        which are not part of a state.
+        which are not part of a state. A state without ``_headroom`` starts that policy anew from its scale.
 
         Raises: RuntimeError for an empty state, KeyError for an incomplete one, TypeError or ValueError for
             an invalid scale, factor or count; then nothing is changed.
@@ -289,12 +322,15 @@ class LossScale(torch.amp.GradScaler):
             return
         if state_dict:
             state_dict = limits.checked_state(state_dict, self._min_scale, self._max_scale)
+        saved = [] if self._headroom is None else checked_saved(state_dict.get("_headroom", []))
         super().load_state_dict(state_dict)
         left = state_dict.get("_hysteresis_tracker")
         left = None if left is None else min(left, self._hysteresis)
         self._init_hysteresis_tracker = left
         if self._hysteresis_tracker is not None:
             self._hysteresis_tracker.fill_(self._hysteresis if left is None else left)
+        if self._headroom is not None:
+            self._headroom.load(saved)
         self._floor.forget()
 
     def __getstate__(self) -> dict[str, Any]:

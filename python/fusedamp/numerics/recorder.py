@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,8 +60,11 @@ class Recorder:
         self._now[device] = rows = self._rows_of(device, positions)
         return rows.numerics
 
-    def checked(self, device: torch.device, squares: Tensor) -> None:
-        self._now[device].squares = squares
+    def checked(self, device: torch.device, squares: Callable[[], Tensor]) -> None:
+        self._now[device].squares = squares()
+
+    def activations(self, device: torch.device) -> Tensor | None:
+        return None if self._activations is None else self._activations.largest(device)
 
     def tally(self, device: torch.device, positions: Sequence[int]) -> Tally | None:
         rows = self._now.get(device)
@@ -114,7 +117,7 @@ class Recorder:
             return
         if self._is_open:  # the last step was skipped by a scaler that did not tell
             self._skip_on()
-        Gradients(params_of(optimizer)).stats(inv_scale, observer=self)
+        Gradients(params_of(optimizer)).stats(inv_scale, reader=self)
         self._is_open = self._ends_with_step = True
         self._given = (None, scale.clone())
 
@@ -129,7 +132,7 @@ class Recorder:
             if bucket.tensors:
                 self._clock_of(device)
         if self._number % self._every == 0 or self._is_captured or is_capturing():
-            gradients.stats(None, observer=self)
+            gradients.stats(None, reader=self)
             self._only_due = True
 
     def _clock_of(self, device: torch.device) -> Clock:

@@ -6,7 +6,7 @@ wrappers copy or forward, and which torch leaves out of pickles and copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,17 +26,23 @@ class Tally(NamedTuple):
     """int32, 0-dim."""
 
 
-class Observer(Protocol):
+class Reader(Protocol):
     """Positions are those of parameters among all of the optimizer's; rows are in their order."""
-
-    def begin(self) -> None:
-        """A scaler begins a step, which it will :meth:`end`."""
 
     def numerics(self, device: torch.device, positions: Sequence[int]) -> Numerics:
         """Return where the check of gradients on one device counts. Checks may be repeated in a step."""
 
-    def checked(self, device: torch.device, squares: Tensor) -> None:
-        """The last check on ``device`` is done. ``squares``: float64, [n], of unscaled gradients."""
+    def checked(self, device: torch.device, squares: Callable[[], Tensor]) -> None:
+        """The last check on ``device`` is done. ``squares()``: float64, [n], of unscaled gradients."""
+
+
+class Observer(Reader, Protocol):
+    def begin(self) -> None:
+        """A scaler begins a step, which it will :meth:`end`."""
+
+    def activations(self, device: torch.device) -> Tensor | None:
+        """Return the largest |scaled gradient| of activations in the current step: float64, 0-dim, on
+        ``device``; None if they are not observed, or have none."""
 
     def tally(self, device: torch.device, positions: Sequence[int]) -> Tally | None:
         """Return where a step op on one device counts; None if it need not."""
