@@ -1,6 +1,5 @@
 """GradScaler(policy="headroom"): on every route the scale follows the rule, fed with the largest gradient."""
 
-import math
 import random
 import warnings
 
