@@ -123,6 +123,16 @@ def _training(found: dict[str, Any]) -> str:
     return table(heads, rows) if rows else ""
 
 
+def _energy(found: dict[str, Any]) -> str:
+    if not found.get("arms"):
+        return ""
+    keys = ("arm", "joules_per_sample", "low", "high", "ms_per_sample", "watts", "celsius")
+    heads = ("arm", "J per sample", "lower quartile", "upper", "ms per sample", "W", "°C")
+    arms = table(heads, [[row[key] for key in keys] for row in found["arms"]])
+    verdicts = "\n".join(f"- {verdict}" for verdict in found["verdicts"])
+    return f"{arms}\n\n{verdicts}\n\nOther processes on the GPU: {_cell(found['others'])}."
+
+
 def _offload(found: dict[str, Any]) -> str:
     if not found.get("steps"):
         return ""
@@ -187,6 +197,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "launches": _launches,
     "offload": _offload,
     "training": _training,
+    "energy": _energy,
     "suite": _suite,
     "sanitizer": _plain,
     "counters": _counters,

@@ -57,6 +57,15 @@ struct StepScalars {
   const float *inv_scale, *clip_coef, *found_inf;
 };
 
+// Where a step writes what it changed: four doubles per row of the whole table. moved: elements whose FP32 (FP64) value
+// changed; lost: those of them that a 16-bit weight alone would not feel; the sums of (new - old)^2 and old^2. Written
+// if *due is not 0 and the step is taken. A null `updates`: no tally; a null `due`: it is due.
+struct Tally {
+  double* updates;
+  const int32_t* due;
+};
+constexpr int kTallies = 4;
+
 // The log of a step. It adds 1 to *steps; if it is skipped, it copies `counts` to `last_counts` and *steps to
 // *last_step. Null pointers: no log.
 struct StepLog {

@@ -186,6 +186,10 @@ inline void add_span(std::vector<Span>& spans, bool written, const Name& name, c
   if (t.numel() > 0) spans.push_back({begin, begin + t.numel() * bytes, written, name, &t});
 }
 
+inline void add_span(std::vector<Span>& spans, bool written, const Name& name, const Tensor& t) {
+  add_span(spans, written, name, t, t.data_ptr(), static_cast<int64_t>(t.element_size()));
+}
+
 // Two of them that share memory, of which the first is written; null where there are none. What is written must have
 // its memory to itself: two threads would write it, and a tensor given twice would be stepped twice. What is only read
 // may be shared.

@@ -24,8 +24,9 @@ void parallel(int64_t units, const std::function<void(int64_t)>& run) {
 struct Cpu {
   explicit Cpu(const Tensor&) {}
 
-  void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log) {
-    cpu::step(table, groups, scalars, log, parallel);
+  void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log,
+            const Tally& tally) {
+    cpu::step(table, groups, scalars, log, tally, parallel);
   }
   void measure(const StepTable& table, const StepGroups& groups, const StepScalars& scalars) {
     cpu::measure(table, groups, scalars, parallel);

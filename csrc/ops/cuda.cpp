@@ -19,8 +19,9 @@ class Cuda {
   }
   Cuda(const Cuda&) = delete;
 
-  void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log) {
-    cuda::step(device_, table, groups, scalars, log);
+  void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log,
+            const Tally& tally) {
+    cuda::step(device_, table, groups, scalars, log, tally);
   }
   void measure(const StepTable& table, const StepGroups& groups, const StepScalars& scalars) {
     cuda::measure(device_, table, groups, scalars);

@@ -34,13 +34,13 @@ struct Ops {
                    double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
                    OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf,
                    std::vector<int64_t> seeds, bool stochastic_rounding, std::vector<int64_t> places,
-                   OptionalTensor squares) {
+                   OptionalTensor squares, OptionalTensor updates, OptionalTensor due) {
     if (params.empty()) return;
-    const StepLists lists = {params, grads, masters, states, steps, scales, seeds, places, squares};
+    const StepLists lists = {params, grads, masters, states, steps, scales, seeds, places, squares, updates, due};
     const CheckedStep checked = checked_step(kName, lists, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef,
                                              found_inf, stochastic_rounding);
     const StepTable table = {checked.rows.rows.data(), checked.rows.grads.data(), checked.group.count};
-    Backend(params[0]).step(table, {&checked.group, 1}, checked.scalars, {});
+    Backend(params[0]).step(table, {&checked.group, 1}, checked.scalars, {}, checked.tally);
   }
 
   static Tensor measure_(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales,
@@ -50,7 +50,7 @@ struct Ops {
     STD_TORCH_CHECK(n > 0, "[_measure_] params is empty; expected at least one tensor");
     const OptionalTensor squares = torch::stable::new_zeros(params[0], {n, kMaxNorms}, ScalarType::Double);
     const std::vector<int64_t> none;
-    const StepLists lists = {params, grads, masters, states, steps, scales, none, none, squares};
+    const StepLists lists = {params, grads, masters, states, steps, scales, none, none, squares, {}, {}};
     const CheckedStep checked =
         checked_step(op, lists, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, false);
     const StepTable table = {checked.rows.rows.data(), checked.rows.grads.data(), checked.group.count};
@@ -60,15 +60,17 @@ struct Ops {
 
   static void planned_step_(Tensor rows, Tensor grads, Tensor groups, Tensor like, OptionalTensor inv_scale,
                             OptionalTensor clip_coef, OptionalTensor found_inf, OptionalTensor counts,
-                            OptionalTensor log_counts, OptionalTensor log_step, OptionalTensor log_steps) {
+                            OptionalTensor log_counts, OptionalTensor log_step, OptionalTensor log_steps,
+                            OptionalTensor updates, OptionalTensor due) {
     const PlannedStep plan = planned_step(rows, grads, groups);
     const StepScalars scalars = step_scalars(plan.op, like, inv_scale, clip_coef, found_inf);
     const StepLog log = step_log(plan.op, like, counts, log_counts, log_step, log_steps);
+    const Tally tally = step_tally(plan.op, like, plan.table.count, updates, due);
     for (int64_t g = 0; like.is_cpu() && g < plan.groups.count; ++g) {
       const StepGroup& group = plan.groups.groups[g];
       need_counts(op_of(group.rule), plan.table.rows + group.first, group.count);
     }
-    Backend(like).step(plan.table, plan.groups, scalars, log);
+    Backend(like).step(plan.table, plan.groups, scalars, log, tally);
   }
 
   static void unscale_(Tensors grads, Tensor inv_scale, Tensor found_inf) {

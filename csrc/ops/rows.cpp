@@ -87,6 +87,17 @@ double* squares_of(const std::string& op, const StepLists& lists) {
   return static_cast<double*>(squares.data_ptr());
 }
 
+// Throws if `updates` shares memory with one of the tensors that the step only reads.
+void need_own_updates(const std::string& op, const StepLists& lists,
+                      const std::vector<std::pair<const char*, const OptionalTensor&>>& read) {
+  if (!lists.updates) return;
+  std::vector<Span> spans;
+  add_span(spans, true, {"updates"}, *lists.updates);
+  for (const auto& [name, tensor] : read)
+    if (tensor) add_span(spans, false, {name}, *tensor);
+  need_own_memory(op, spans);
+}
+
 }  // namespace
 
 StepRows step_rows(const std::string& op, RuleId rule, const StepLists& lists, GroupFlags flags) {
@@ -168,6 +179,8 @@ StepRows step_rows(const std::string& op, RuleId rule, const StepLists& lists, G
       add_span(spans, true, at("states", j * n + i), lists.states[j * n + i], row.states[j], sizeof(double));
     add_span(spans, true, at("steps", i), lists.steps[i], row.step, sizeof(float));
   }
+  if (lists.updates) add_span(spans, true, {"updates"}, *lists.updates);
+  if (lists.due) add_span(spans, false, {"due"}, *lists.due);
   need_own_memory(op, spans);
   return table;
 }
@@ -292,6 +305,22 @@ StepScalars step_scalars(const std::string& op, const Tensor& like, const Option
           scalar_at(op, "found_inf", found_inf, like)};
 }
 
+Tally step_tally(const std::string& op, const Tensor& like, int64_t count, const OptionalTensor& updates,
+                 const OptionalTensor& due) {
+  if (due && !updates)
+    fail(op, "due is there without updates; expected the tensor that is rewritten when it is due. ",
+         "Pass both, or none of them");
+  if (!updates) return {};
+  const Name name = {"updates"};
+  need_device(op, name, *updates, {"the tensors of the call"}, like);
+  const auto sizes = updates->sizes();
+  const bool fits = sizes.size() == 2 && sizes[0] == count && sizes[1] == kTallies;
+  if (!fits || updates->scalar_type() != ScalarType::Double || !updates->is_contiguous())
+    fail(op, name, " is ", dtype_name(*updates), " of shape ", list_text(sizes), " and strides ",
+         list_text(updates->strides()), "; expected contiguous float64 [", count, ", ", kTallies, "]");
+  return {static_cast<double*>(data_of(op, name, *updates)), int_scalar_at(op, "due", due, like)};
+}
+
 CheckedStep checked_step(const std::string& op, const StepLists& lists, double lr, const std::vector<double>& hyper,
                          bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
                          const OptionalTensor& clip_coef, const OptionalTensor& found_inf, bool stochastic_rounding) {
@@ -301,7 +330,14 @@ CheckedStep checked_step(const std::string& op, const StepLists& lists, double l
   const StepScalars scalars = step_scalars(op, like, inv_scale, clip_coef, found_inf);
   group.rule = rule;
   group.count = static_cast<int64_t>(lists.params.size());
-  CheckedStep step = {group, scalars, step_rows(op, rule, lists, {maximize, stochastic_rounding})};
+  const Tally tally = step_tally(op, like, group.count, lists.updates, lists.due);
+  CheckedStep step = {group, scalars, step_rows(op, rule, lists, {maximize, stochastic_rounding}), tally};
+  need_own_updates(op, lists,
+                   {{"lr", lr_tensor},
+                    {"inv_scale", inv_scale},
+                    {"clip_coef", clip_coef},
+                    {"found_inf", found_inf},
+                    {"squares", lists.squares}});
   if (like.is_cpu()) need_counts(op, step.rows.rows.data(), group.count);
   return step;
 }
@@ -310,9 +346,9 @@ void check_step(Tensors params, Tensors grads, Tensors masters, Tensors states, 
                 std::string op, double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
                 OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf,
                 std::vector<int64_t> seeds, bool stochastic_rounding, std::vector<int64_t> places,
-                OptionalTensor squares) {
+                OptionalTensor squares, OptionalTensor updates, OptionalTensor due) {
   if (params.empty()) return;
-  const StepLists lists = {params, grads, masters, states, steps, scales, seeds, places, squares};
+  const StepLists lists = {params, grads, masters, states, steps, scales, seeds, places, squares, updates, due};
   checked_step(op, lists, lr, hyper, maximize, lr_tensor, inv_scale, clip_coef, found_inf, stochastic_rounding);
 }
 

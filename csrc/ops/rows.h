@@ -13,7 +13,7 @@ namespace fusedamp {
 struct StepLists {
   const Tensors &params, &grads, &masters, &states, &steps, &scales;
   const std::vector<int64_t>&seeds, &places;
-  const OptionalTensor& squares;
+  const OptionalTensor &squares, &updates, &due;
 };
 
 // What the rows of a call share.
@@ -55,11 +55,16 @@ StepGroup step_group(const std::string& op, const Tensor& like, double lr, const
 StepScalars step_scalars(const std::string& op, const Tensor& like, const OptionalTensor& inv_scale,
                          const OptionalTensor& clip_coef, const OptionalTensor& found_inf);
 
+// `count`: of the step's rows.
+Tally step_tally(const std::string& op, const Tensor& like, int64_t count, const OptionalTensor& updates,
+                 const OptionalTensor& due);
+
 // A step op's arguments, all of them checked: nothing can be refused any more.
 struct CheckedStep {
   StepGroup group;
   StepScalars scalars;
   StepRows rows;
+  Tally tally;
 };
 CheckedStep checked_step(const std::string& op, const StepLists& lists, double lr, const std::vector<double>& hyper,
                          bool maximize, const OptionalTensor& lr_tensor, const OptionalTensor& inv_scale,
@@ -70,7 +75,7 @@ void check_step(Tensors params, Tensors grads, Tensors masters, Tensors states, 
                 std::string op, double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
                 OptionalTensor inv_scale, OptionalTensor clip_coef, OptionalTensor found_inf,
                 std::vector<int64_t> seeds, bool stochastic_rounding, std::vector<int64_t> places,
-                OptionalTensor squares);
+                OptionalTensor squares, OptionalTensor updates, OptionalTensor due);
 std::tuple<int64_t, int64_t> find_shared_memory(Tensors tensors, int64_t written);
 
 }  // namespace fusedamp

@@ -13,19 +13,20 @@ namespace fusedamp {
 // (of 8-bit states, in their order). seeds: of each param's random numbers, by default its index. places: where its
 // elements are in a whole tensor of which it is a shard, as Placement has it (math/random.h): three numbers per param,
 // or none. squares: float64 [params, 2], the norms of whole tensors that _measure_ began; by default those of the
-// params.
+// params. updates: float64 [params, 4], what the step changed (Tally, engine/table.h); rewritten if due, int32 [], is
+// not 0 (no due: always) and the step is taken.
 #define FUSEDAMP_STEP_SCHEMA(op)                                                                               \
   #op "_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, Tensor(d!)[] steps, " \
       "Tensor(e!)[] scales, *, " FUSEDAMP_STEP_SCALARS                                                         \
       "int[] seeds=[], bool stochastic_rounding=False, "                                                       \
-      "int[] places=[], Tensor? squares=None) -> ()"
+      "int[] places=[], Tensor? squares=None, Tensor(f!)? updates=None, Tensor? due=None) -> ()"
 
 // All checks of a step op, which `op` names, and nothing else.
 constexpr const char* kCheckStepSchema =
     "_check_step(Tensor[] params, Tensor[] grads, Tensor[] masters, Tensor[] states, Tensor[] steps, Tensor[] scales, "
     "*, str op, " FUSEDAMP_STEP_SCALARS
     "int[] seeds=[], bool stochastic_rounding=False, int[] places=[], "
-    "Tensor? squares=None) -> ()";
+    "Tensor? squares=None, Tensor? updates=None, Tensor? due=None) -> ()";
 
 // The first pass of a step op with norms, on the shards of one rank -> its sums of squares, float64 [params, 2], which
 // added up over ranks are the step's `squares`. Masters may follow modified weights already here. 0 where found_inf is
@@ -64,12 +65,13 @@ constexpr const char* kPackedGradNumericsSchema =
 // A step of all groups at once, from tables that the caller keeps: rows, gradients' addresses and groups as the engines
 // have them (engine/table.h, packed.h). _check_plan checks each row, once; _planned_step_ checks what the tables say
 // together, the scalars, and on the CPU the step counts. Given log_steps, a step adds 1 to it, and where it is skipped
-// it copies counts to log_counts and log_steps to log_step: int64, as all tables. For fusedamp's own Python only.
+// it copies counts to log_counts and log_steps to log_step: int64, as all tables. updates and due: as of a step op, for
+// all rows. For fusedamp's own Python only.
 constexpr const char* kCheckPlanSchema = "_check_plan(Tensor rows, Tensor groups, Tensor like) -> ()";
 constexpr const char* kPlannedStepSchema =
     "_planned_step_(Tensor rows, Tensor grads, Tensor groups, Tensor like, *, Tensor? inv_scale=None, "
     "Tensor? clip_coef=None, Tensor? found_inf=None, Tensor? counts=None, Tensor(a!)? log_counts=None, "
-    "Tensor(b!)? log_step=None, Tensor(c!)? log_steps=None) -> ()";
+    "Tensor(b!)? log_step=None, Tensor(c!)? log_steps=None, Tensor(d!)? updates=None, Tensor? due=None) -> ()";
 
 // grad_stats of gradients times 1 / scale, and what follows from it. rows as _packed_grad_stats takes them
 // -> inv_scale fp32 [], clip_coef fp32 [], found_inf fp32 [], norm fp32 [] (fp64 if wide), counts int64 [n, 3]

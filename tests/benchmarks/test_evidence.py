@@ -26,6 +26,7 @@ from benchmarks.evidence.parts import (  # noqa: E402
     bandwidth,
     bitwise,
     counters,
+    energy,
     fusions,
     graphs,
     large,
@@ -43,7 +44,7 @@ def rehearsed(name: str) -> dict:
 
 
 PARTS_IN_PYTHON = ["bitwise", "graphs", "sync", "large", "bandwidth", "launches", "training", "reduced"]
-PARTS_IN_PYTHON += ["linear", "fusions", "offload"]
+PARTS_IN_PYTHON += ["linear", "fusions", "offload", "energy"]
 
 
 @pytest.mark.parametrize("name", PARTS_IN_PYTHON)
@@ -132,6 +133,25 @@ def test_products_that_round_fail_the_part(monkeypatch):
     failures = rehearsed("linear")["failures"]
     assert any("linear_weight_grad_" in failure for failure in failures)
     assert any(failure.startswith("micro-batches") for failure in failures)
+
+
+def test_energy_without_a_counter_is_skipped(monkeypatch):
+    """As on a vGPU or in MIG mode."""
+
+    def none(where, devices):
+        raise energy.energy.EnergyError(f"{devices[0]} has no energy counter")
+
+    monkeypatch.setattr(energy, "counters_of", none)
+    result = part.perform("energy", Place("cuda", rehearse=False, seconds=60))
+    assert (result["outcome"], result["reason"]) == ("skipped", "cuda:0 has no energy counter")
+
+
+def test_energy_in_other_units_fails_the_part(monkeypatch):
+    """As if a counter of microjoules were read as one of joules."""
+    joules = energy.Pretended.joules
+    monkeypatch.setattr(energy.Pretended, "joules", lambda counter: 1e6 * joules(counter))
+    failures = rehearsed("energy")["failures"]
+    assert [failure.split(":")[0] for failure in failures] == ["FP32", "TF32", "FP16", "BF16"]
 
 
 def test_a_fusion_is_a_default_only_if_it_is_faster_everywhere():

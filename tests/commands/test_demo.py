@@ -30,6 +30,7 @@ from fusedamp.commands.demo.train import (
     pretrain,
     variants,
 )
+from fusedamp.energy import Arm, Comparison
 from fusedamp.optim.state.formats import Storage
 from rich.console import Console
 
@@ -258,3 +259,41 @@ def test_variants_follow_the_wanted_format():
     assert headroom[1:3] == ["FP16 torch AMP", "FP16 fusedamp, headroom"]
     assert headroom[4:6] == names[1:3]
     assert variants(("fp32",))[:2] == [REFERENCE, Variant("fusedamp", "fp32")]
+
+
+def demo_with_energy(gpt, tmp_path, capsys):
+    options = Options(tasks=("gpt",), dtypes=("fp16",), picture=tmp_path / "plot.png", energy=True)
+    code = run_tasks([gpt], options)
+    assert code == run_tasks([gpt], replace(options, energy=False))
+    return capsys.readouterr().out
+
+
+def test_energy_without_a_counter_says_so(gpt, tmp_path, capsys, monkeypatch):
+    """The exit code stays that of the claim."""
+    monkeypatch.setenv("FUSEDAMP_POWERCAP", str(tmp_path / "none"))
+    text = demo_with_energy(gpt, tmp_path, capsys)
+    assert "gpt: energy was not measured: [energy] " in text
+    assert "has no CPU package" in text
+
+
+def test_energy_compares_with_fp32(gpt, tmp_path, capsys, monkeypatch):
+    """The arms are steps that train, of FP32 with torch and of those with master weights."""
+
+    def compared(arms, samples, seconds, rounds, devices):
+        assert (list(arms), samples) == (["FP32 torch", "FP16 fusedamp"], 16)
+        assert (seconds, rounds, devices) == (2.0, 5, [torch.device("cpu")])
+        for arm in arms.values():
+            steps = len(arm.func.__self__.losses)
+            arm()
+            assert len(arm.func.__self__.losses) == steps + 1
+        made = {
+            name: Arm((j,) * 3, (0.01,) * 3, (80.0,) * 3, {})
+            for name, j in zip(arms, (2.0, 1.0), strict=True)
+        }
+        return Comparison(made, ("package-0",), None)
+
+    monkeypatch.setattr("fusedamp.commands.demo.energy.compare", compared)
+    text = demo_with_energy(gpt, tmp_path, capsys)
+    assert "gpt, 16 samples per step. Energy of package-0: medians of 3 rounds" in text
+    assert "FP16 fusedamp needs less energy: FP32 torch / FP16 fusedamp is 2 (quartiles 2 to 2)" in text
+    assert "On a CPU, 16-bit layers multiply in FP32" in text

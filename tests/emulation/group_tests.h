@@ -16,7 +16,7 @@ inline void test_rules_in_turn(Random& random, bool skipped) {
     step.add(random, rule, {5, 0, cuda::kChunk + 3, 130}, Alignment::kRandom);
   }
   step.add(random, kLamb, {}, Alignment::kRandom);
-  run_both(random, step, skipped);
+  run_both(random, step, skipped, skipped ? Telling::kNot : Telling::kDue);
 }
 
 // A device that caches uploads by content, as the ops do.
@@ -97,7 +97,7 @@ inline void run_phase(const cuda::Device& device, const Step& step, const Tables
   check.norm = &norm;
   check.counts = log.counts.data();
   cuda::check_grads(device, grads, check);
-  cuda::step(device, tables.table(), groups_of(step), {&inv_scale, &clip_coef, &found_inf}, log.pointers());
+  cuda::step(device, tables.table(), groups_of(step), {&inv_scale, &clip_coef, &found_inf}, log.pointers(), {});
   cuda::update_scale(device, {2.0, 0.5, 0.0, kInf, 2000, 1, false}, &scale, &growth_tracker, nullptr, &found_inf);
 }
 
@@ -121,20 +121,32 @@ inline void test_launches(Random& random) {
       const Tables tables(step);
       KeepingDevice kept(2);
       Log log(3);
-      cuda::step(*kept, tables.table(), groups_of(step), {}, log.pointers());
+      cuda::step(*kept, tables.table(), groups_of(step), {}, log.pointers(), {});
       launch_names();
-      cuda::step(*kept, tables.table(), groups_of(step), {}, log.pointers());
+      cuda::step(*kept, tables.table(), groups_of(step), {}, log.pointers(), {});
       expect_launches(rule == kLamb ? "prepare prepare prepare measure conclude conclude conclude step"
                                     : "prepare prepare prepare step");
       expect(log.steps == 8, "%ld steps", long(log.steps));
     }
   }
+  for (const bool always : {true, false}) {  // beside each step kernel, the one that tallies
+    const Step step = plain_step(random, kAdamW, 1, 2);
+    const Tables tables(step);
+    double updates[2 * kTallies];
+    const int32_t due = 0;
+    KeepingDevice device(2);
+    cuda::step(*device, tables.table(), groups_of(step), {}, {}, {updates, always ? nullptr : &due});
+    launch_names();
+    cuda::step(*device, tables.table(), groups_of(step), {}, {}, {updates, always ? nullptr : &due});
+    expect_launches(always ? "prepare tally sum_up" : "prepare step tally sum_up");
+  }
   for (const float found_inf : {0.0f, 1.0f}) {  // nothing to step
     Log log(700);
-    cuda::step(*EmulatedDevice(2), {nullptr, nullptr, 0}, {nullptr, 0}, {nullptr, nullptr, &found_inf}, log.pointers());
+    cuda::step(*EmulatedDevice(2), {nullptr, nullptr, 0}, {nullptr, 0}, {nullptr, nullptr, &found_inf}, log.pointers(),
+               {});
     expect_launches("log");
     log.expect(found_inf != 0.0f);
-    cuda::step(*EmulatedDevice(2), {nullptr, nullptr, 0}, {nullptr, 0}, {nullptr, nullptr, &found_inf}, {});
+    cuda::step(*EmulatedDevice(2), {nullptr, nullptr, 0}, {nullptr, 0}, {nullptr, nullptr, &found_inf}, {}, {});
     expect_launches("");
   }
 }
@@ -147,7 +159,7 @@ inline void test_resident_tables(Random& random) {
   KeepingDevice device(2);
   const auto sent = [&] {
     const int64_t before = device.sent_bytes;
-    cuda::step(*device, tables.table(), groups_of(step), {}, {});
+    cuda::step(*device, tables.table(), groups_of(step), {}, {}, {});
     return device.sent_bytes - before;
   };
   const int64_t column = 12 * 8;

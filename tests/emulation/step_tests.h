@@ -115,20 +115,27 @@ struct Step {
     return grads;
   }
 
+  // The tensor is what is tested now. Returns whether its rule has norms.
+  bool test_now(size_t i) const {
+    const StepTensor& t = tensors[i];
+    const int32_t rule = groups[static_cast<size_t>(flags[i].group)].rule;
+    now_testing = std::string("step, rule ") + std::to_string(rule) + ", group " + std::to_string(flags[i].group) +
+                  ", " + kDTypeNames[int(t.grad.dtype())] + " gradient, " + kDTypeNames[int(t.param.dtype())] +
+                  " param" +
+                  (t.master.empty() ? "" : std::string(" with ") + kDTypeNames[int(t.master[0].dtype())] + " master") +
+                  ", states " + kDTypeNames[int(t.state_dtype)] + (flags[i].stochastic ? ", stochastic" : "");
+    return shape_of(static_cast<RuleId>(rule)).norms > 0;
+  }
+
   // Buffers that differ between the two engines.
   void expect_equal() const {
     for (size_t i = 0; i < tensors.size(); ++i) {
       const StepTensor& t = tensors[i];
-      const int32_t rule = groups[static_cast<size_t>(flags[i].group)].rule;
-      now_testing =
-          std::string("step, rule ") + std::to_string(rule) + ", group " + std::to_string(flags[i].group) + ", " +
-          kDTypeNames[int(t.grad.dtype())] + " gradient, " + kDTypeNames[int(t.param.dtype())] + " param" +
-          (t.master.empty() ? "" : std::string(" with ") + kDTypeNames[int(t.master[0].dtype())] + " master") +
-          ", states " + kDTypeNames[int(t.state_dtype)] + (flags[i].stochastic ? ", stochastic" : "");
+      const bool has_norms = test_now(i);
       t.grad.expect_equal("grads", i);
       t.step.expect_equal("steps", i);
       // Norms are summed in another order; results are equal after rounding to FP32.
-      const double doubles_off = shape_of(static_cast<RuleId>(rule)).norms > 0 ? 1e-11 : 0.0;
+      const double doubles_off = has_norms ? 1e-11 : 0.0;
       t.param.expect_equal("params", i, doubles_off);
       for (const Twins& master : t.master) master.expect_equal("masters", i);
       for (const Twins& state : t.states) state.expect_equal("states", i, doubles_off);
@@ -155,6 +162,28 @@ struct Log {
   }
 };
 
+// Whether a step is tallied: not at all; always; or as a tensor says, which is 0 or not.
+enum class Telling { kNot, kAlways, kNotDue, kDue };
+
+// The updates of both engines: counts are equal, and sums but for the roundings of as many additions as there are
+// elements. Untouched numbers are -7.
+inline void expect_updates(const Step& step, const Twins& updates, bool written) {
+  for (size_t i = 0; i < step.tensors.size(); ++i) {
+    const bool has_norms = step.test_now(i);
+    const auto numel = static_cast<double>(step.tensors[i].param.numel());
+    for (int j = 0; j < kTallies; ++j) {
+      const auto at = static_cast<int64_t>(i) * kTallies + j;
+      const double a = get(updates.cpu(), DType::f64, at), b = get(updates.cuda(), DType::f64, at);
+      const bool is_count = j < 2, counts = a >= 0.0 && a <= numel;
+      const double off = is_count ? 0.0 : (2.0 * numel * 0x1p-53 + (has_norms ? 1e-9 : 0.0)) * std::fabs(a);
+      const bool same = a == b || (!is_count && ((a != a && b != b) || std::fabs(a - b) <= off));
+      expect(same && (!written || !is_count || counts) && (written || a == -7.0),
+             "updates[%zu][%d]: CPU %.17g, CUDA %.17g", i, j, a, b);
+    }
+  }
+  updates.expect_equal("updates", 0, kInf);  // and nothing before them is
+}
+
 // Measures on both engines; their step then takes the sums as if other ranks had added theirs.
 inline void measure_both(Random& random, const Step& step, const StepGroups& groups, const StepScalars& scalars,
                          bool skipped) {
@@ -179,7 +208,7 @@ inline void measure_both(Random& random, const Step& step, const StepGroups& gro
 }
 
 // The same step on both engines.
-inline void run_both(Random& random, const Step& step, bool skipped) {
+inline void run_both(Random& random, const Step& step, bool skipped, Telling telling) {
   const float inv_scale = 1.0f / 1024.0f, clip_coef = 0.37f;
   const float bad[] = {1.0f, 2.0f, std::numeric_limits<float>::quiet_NaN()};
   const float found_inf = skipped ? bad[below(random, 3)] : below(random, 2) ? 0.0f : -0.0f;
@@ -190,6 +219,13 @@ inline void run_both(Random& random, const Step& step, bool skipped) {
   Log on_cpu(below(random, 3000)), on_cuda(static_cast<int64_t>(on_cpu.counts.size()));
   const bool logs = below(random, 2);
   const StepGroups groups = {step.groups.data(), static_cast<int64_t>(step.groups.size())};
+  Twins updates(DType::f64, kTallies * static_cast<int64_t>(step.tensors.size()), below(random, 4));
+  for (int64_t i = 0; i < updates.numel(); ++i) updates.set(i, -7.0);
+  const int32_t due = telling == Telling::kDue ? int32_t(below(random, 2) ? 1 : -5) : 0;
+  const auto tally_on = [&](Side side) {
+    if (telling == Telling::kNot) return Tally{};
+    return Tally{static_cast<double*>((updates.*side)()), telling == Telling::kAlways ? nullptr : &due};
+  };
   if (below(random, 3) == 0) measure_both(random, step, groups, scalars, skipped);
   for (const bool cuda_too : {false, true}) {
     const Side side = cuda_too ? &Twins::cuda : &Twins::cpu;
@@ -197,21 +233,22 @@ inline void run_both(Random& random, const Step& step, bool skipped) {
     const std::vector<void*> grads = step.grads(side);
     const StepTable table = {rows.data(), grads.data(), static_cast<int64_t>(rows.size())};
     if (!cuda_too) {
-      cpu::step(table, groups, scalars, logs ? on_cpu.pointers() : StepLog{}, one_thread);
+      cpu::step(table, groups, scalars, logs ? on_cpu.pointers() : StepLog{}, tally_on(side), one_thread);
     } else {
       cuda::step(*EmulatedDevice(static_cast<int>(below(random, 4))), table, groups, scalars,
-                 logs ? on_cuda.pointers() : StepLog{});
+                 logs ? on_cuda.pointers() : StepLog{}, tally_on(side));
     }
   }
   step.expect_equal();
+  expect_updates(step, updates, !skipped && (telling == Telling::kAlways || telling == Telling::kDue));
   now_testing = "log of steps";
   if (logs) on_cpu.expect(skipped);
   if (logs) on_cuda.expect(skipped);
 }
 
 // Tensors of these sizes, distributed over a number of groups.
-inline void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, Alignment alignment,
-                      bool skipped) {
+inline void test_step(Random& random, RuleId rule, const std::vector<int64_t>& sizes, Alignment alignment, bool skipped,
+                      Telling telling = Telling::kNot) {
   Step step;
   const auto count = static_cast<int64_t>(sizes.size());
   const int64_t wanted[] = {1, 1, 3, 40}, groups = std::min(count, wanted[below(random, 4)]);
@@ -219,7 +256,7 @@ inline void test_step(Random& random, RuleId rule, const std::vector<int64_t>& s
     const auto begin = sizes.begin() + g * count / groups, end = sizes.begin() + (g + 1) * count / groups;
     step.add(random, rule, {begin, end}, alignment);
   }
-  run_both(random, step, skipped);
+  run_both(random, step, skipped, telling);
 }
 
 }  // namespace world

@@ -36,7 +36,7 @@ void test_beyond_32_bits(Random& random) {
   group.count = 1;
   group.rule = kSgdMomentum;
   void* grads = grad.cpu();
-  cpu::step({&row, &grads, 1}, {&group, 1}, {}, {}, one_thread);
+  cpu::step({&row, &grads, 1}, {&group, 1}, {}, {}, {}, one_thread);
 
   auto long_before = [&](const Twins& t) {
     return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t.cuda()) -
@@ -51,7 +51,7 @@ void test_beyond_32_bits(Random& random) {
   const SgdCoeffs<double> exact = SgdMomentum::coeffs({0.9, 0.0, 0.01, 0.0}, 0.1, 6);
   const SgdCoeffs<float> coeffs = round_coeffs<SgdCoeffs, float>(exact);
   cuda::launch("step", &cuda::step_kernel<SgdMomentum, cuda::Kind::kSingle>, 1, cuda::kBlock, nullptr,
-               cuda::StepRows{{&placed, 1, 1}, &grads}, StepScalars{}, &coeffs);
+               cuda::StepRows{{&placed, 1, 1}, &grads}, StepScalars{}, &coeffs, nullptr);
   for (const Twins* t : {&grad, &param, &buffer}) t->expect_equal("tensor", 0);
 }
 
@@ -110,7 +110,7 @@ void test_compressed_beyond_32_bits(Random& random, bool emulated) {
     steps = 6.0f;  // counted by another launch
     const cuda::Placed<StepRow> placed = {row, -chunk};
     cuda::launch("step", &cuda::step_kernel<Lion, cuda::Kind::kCompressed>, 1, cuda::kBlock, nullptr,
-                 cuda::StepRows{{&placed, 1, 1}, &grads}, StepScalars{}, &coeffs);
+                 cuda::StepRows{{&placed, 1, 1}, &grads}, StepScalars{}, &coeffs, nullptr);
   } else {
     const cpu::Chunk last = {0, first, count};
     cpu::kernels().step[kLion]({{&row, &grads, 1}, &group, {}}, &last, 1, nullptr);
@@ -178,9 +178,13 @@ int main(int argc, char** argv) {
       const auto rule = static_cast<RuleId>(r);
       const auto alignment = static_cast<Alignment>((round + r) % 3);
       test_step(random, rule, random_sizes(random, largest), alignment, false);
-      test_step(random, rule, {0, 1, 7, 300, cuda::kChunk + 1, 65}, alignment, true);
+      const auto telling = static_cast<Telling>(1 + (round + r) % 3);  // as often as not: in every format
+      test_step(random, rule, random_sizes(random, largest / 8), alignment, false, Telling::kDue);
+      test_step(random, rule, {0, 1, 7, 300, cuda::kChunk + 1, 65}, alignment, false, telling);
+      test_step(random, rule, {0, 1, 7, 300, cuda::kChunk + 1, 65}, alignment, true, static_cast<Telling>(round % 4));
     }
-    for (int repeat = 0; repeat < 4; ++repeat) test_step(random, kAdamW, {0, 0, 0}, Alignment::kAll, repeat == 3);
+    for (int repeat = 0; repeat < 4; ++repeat)
+      test_step(random, kAdamW, {0, 0, 0}, Alignment::kAll, repeat == 3, static_cast<Telling>(repeat));
     test_reads(random, largest);
     test_recodings(random, largest);
     for (const int64_t tensors : {0, 1, 5, 70}) test_record(random, tensors);

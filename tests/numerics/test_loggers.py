@@ -74,18 +74,36 @@ def test_csv(tmp_path):
 
 
 def test_csv_resumes(tmp_path):
-    """A second logger appends without a header; lines of the resumed steps count."""
+    """A second logger appends without a header; steps that start again count on."""
     path = str(tmp_path / "run.csv")
-    records, _ = run("healthy", records=6)
-    for r in records[:4]:
+    records, _ = run("healthy", records=4)
+    for r in records:
         loggers.send(loggers.csv(path), r)
     log = loggers.csv(path)
-    for r in records[2:]:
+    for r in records[:2]:
         loggers.send(log, r)
     text = (tmp_path / "run.csv").read_text()
     assert text.count("step") == 1
-    assert len(text.splitlines()) == 9
+    assert [line.split(",")[0] for line in text.splitlines()[1:]] == ["50", "100", "150", "200", "50", "100"]
     assert [row["step"] for row in loggers.read_csv(path)] == [50, 100, 150, 200, 250, 300]
+    loggers.send(log, records[0])
+    assert loggers.read_csv(path)[-1]["step"] == 350
+
+
+def test_continued():
+    """Steps count on from a start, and several optimizers have names of their own."""
+    memory, writer = Memory(), Writer()
+    loggers.send(loggers.Continued(memory, 1000), STEPPED)
+    loggers.send(loggers.Continued(memory, 0, "optimizer 1"), SKIPPED)
+    assert memory.rows[0] == (1100, loggers.values_of(STEPPED))
+    assert memory.rows[1][0] == 50
+    assert "numerics/optimizer 1/headroom_bits" in memory.rows[1][1]
+    loggers.send(loggers.Continued(loggers.tensorboard(writer), 1000, "b"), STEPPED)
+    assert writer.scalars[0] == (1100, "numerics/b/scale", 512.0)
+    ((name, figures),) = writer.histograms
+    assert (name, figures["global_step"]) == ("numerics/b/gradients_log2", 1100)
+    with pytest.raises(TypeError, match="logger is a NoneType"):
+        loggers.Continued(None, 0)
 
 
 def test_csv_of_other_values(tmp_path):

@@ -273,13 +273,14 @@ def test_nothing_of_a_watch_is_saved_or_copied(drive):
 @pytest.mark.parametrize("drive", ROUTES)
 def test_a_removed_watch_leaves_no_trace(drive):
     loop = Loop(drive, FUSED["AdamW"], dtypes_of(drive))
+    loop.step()
     names = set(vars(loop.optimizer)), set(vars(loop.scaler)) if loop.scaler else None
     watch = numerics.watch(loop.optimizer, loop.scaler, every=1)
     loop.step()
     watch.remove()
     watch.remove()
     loop.step()
-    assert [record.step for record in watch.poll()] == [1]
+    assert len(watch.poll()) == 1
     assert set(vars(loop.optimizer)) == names[0]
     assert loop.scaler is None or set(vars(loop.scaler)) == names[1]
     assert not loop.optimizer._optimizer_step_post_hooks

@@ -226,7 +226,7 @@ def test_schemas_say_what_is_written():
     for op in STATE_NAMES:
         arguments = getattr(torch.ops.fusedamp, op).default._schema.arguments
         written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-        assert written == {"params", "masters", "states", "steps", "scales"}
+        assert written == {"params", "masters", "states", "steps", "scales", "updates"}
     for op in ("grad_numerics", "_packed_grad_numerics", "_check_numerics"):
         arguments = getattr(torch.ops.fusedamp, op).default._schema.arguments
         assert {a.name for a in arguments if a.alias_info is not None} == {"extremes", "histogram"}

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import torch
 from fusedamp import GradScaler, optim
+from fusedamp.ops.recode import master_of
+from fusedamp.optim.state.encoded import plain
 from torch import nn
 
 SIZES = {"a": (37,), "b": (), "c": (5, 3), "d": (0,), "e": (130,)}
@@ -55,11 +57,12 @@ class Loop:
     Args:
         drive: how a step is made: "fused", "clip", "unscale", "hook" (fusedamp's scaler), "torch" (torch's
             scaler), "none" (no scaler), "disabled" (a scaler that is off).
-        bad: numbers of steps whose gradients overflow.
+        bad: numbers of steps whose gradients overflow, with a scaler.
     """
 
     def __init__(self, drive, make, dtypes, bad=(), scale=8.0):
-        self.drive, self.bad = drive, bad
+        self.drive = drive
+        self.bad = () if drive in ("none", "disabled") else bad  # NaN would stay in the weights
         self.model = model_of(dtypes)
         self.optimizer = make(list(self.model.parameters()))
         kind = torch.amp.GradScaler if drive == "torch" else GradScaler
@@ -78,7 +81,7 @@ class Loop:
             scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
         grads, before = {}, {}
         for i, (name, param) in enumerate(self.model.named_parameters()):
-            spread = torch.randn(param.shape, generator=self.generator) * 12
+            spread = (torch.randn(param.shape, generator=self.generator) * 12).clamp(max=15)
             grad = torch.randn(param.shape, generator=self.generator) * 2.0**-10 * spread.exp2()
             param.grad = (grad * scale).to(param.dtype)
             if param.numel() > 3 and number % 2:
@@ -86,7 +89,7 @@ class Loop:
             if number in self.bad and i == 2:
                 param.grad.view(-1)[1] = math.nan
             grads[name], before[name] = param.grad.clone(), (self.value(param), param.detach().clone())
-        skipped = number in self.bad and scale != 1.0
+        skipped = number in self.bad
         self.run()
         after = {name: self.value(param) for name, param in self.model.named_parameters()}
         self.steps.append(dict(grads=grads, before=before, after=after, scale=scale, skipped=skipped))
@@ -105,14 +108,10 @@ class Loop:
 
     def value(self, param):
         """The FP32 or FP64 number that a step updates."""
-        entry = self.optimizer.state.get(param, {})
-        master = entry.get("master")
-        return (
-            (param if master is None else master)
-            .detach()
-            .to(torch.promote_types(param.dtype, torch.float32))
-            .clone()
-        )
+        master = self.optimizer.state.get(param, {}).get("master")
+        if master is not None:
+            return master_of(param.detach(), plain(master))
+        return param.detach().to(torch.promote_types(param.dtype, torch.float32), copy=True)
 
     def check(self, record, updates=True):
         """Compare a record with what its step did."""
@@ -144,6 +143,7 @@ FUSED = {
     "AdamW": lambda p: optim.AdamW(p, lr=1e-3),
     "SGD": lambda p: optim.SGD(p, lr=1e-3, momentum=0.9),
     "LAMB": lambda p: optim.LAMB(p, lr=1e-3),
+    "split": lambda p: optim.AdamW(p, lr=1e-3, master_weights="split"),
     "two rules": lambda p: optim.RMSprop(
         [{"params": p[:2], "centered": True}, {"params": p[2:3]}, {"params": p[3:], "momentum": 0.9}], lr=1e-3
     ),

@@ -31,6 +31,7 @@ PARTS = {
         Part("launches", "Launches per step, host time per tensor", 45),
         Part("offload", "Offload: bits, bus, memory, step", 75),
         Part("training", "A GPT-2-size training step", 75),
+        Part("energy", "Energy: joules per sample in FP32, TF32, FP16 and BF16", 75),
         Part("fusions", "Linear layers: plans, fusions, a step", 75),
         Part("counters", "Nsight Compute: bytes and throughput of each kernel", 45),
     )

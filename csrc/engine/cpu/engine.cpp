@@ -76,8 +76,20 @@ std::vector<double> squares_of(int32_t rule, const StepPass& pass, const Plan& p
   return squares;
 }
 
-void step_pass(int32_t rule, const StepPass& pass, const Parallel& parallel) {
-  const auto step_chunks = kernels().step[rule];
+// Writes the tallies of a pass: kTallies numbers per row.
+void sum_up(const std::vector<ChunkTally>& found, const Plan& p, int64_t rows, double* updates) {
+  std::fill_n(updates, kTallies * rows, 0.0);
+  for (size_t c = 0; c < found.size(); ++c) {  // in chunk order, for any assignment of chunks to threads
+    double* of_row = updates + kTallies * p.chunks[c].row;
+    of_row[0] += static_cast<double>(found[c].moved);
+    of_row[1] += static_cast<double>(found[c].lost);
+    of_row[2] += found[c].update;
+    of_row[3] += found[c].weight;
+  }
+}
+
+// `updates`: of the pass's rows; null where there is no tally.
+void step_pass(int32_t rule, const StepPass& pass, double* updates, const Parallel& parallel) {
   const Plan p = plan(pass.table.rows, pass.table.count);
   std::vector<double> measured;
   if (kernels().measure[rule] && !are_given(pass.table)) {
@@ -87,8 +99,17 @@ void step_pass(int32_t rule, const StepPass& pass, const Parallel& parallel) {
       measured.insert(measured.end(), pass.table.rows[r].squares, pass.table.rows[r].squares + kMaxNorms);
   }
   const double* squares = measured.empty() ? nullptr : measured.data();
-  parallel(p.unit_count(),
-           [&](int64_t u) { step_chunks(pass, p.chunks.data() + p.units[u], p.units[u + 1] - p.units[u], squares); });
+  std::vector<ChunkTally> found(updates ? p.chunks.size() : 0);
+  parallel(p.unit_count(), [&](int64_t u) {
+    const int64_t first = p.units[u], count = p.units[u + 1] - first;
+    const Chunk* chunks = p.chunks.data() + first;
+    if (updates) {
+      kernels().tallied_step[rule](pass, chunks, count, squares, found.data() + first);
+    } else {
+      kernels().step[rule](pass, chunks, count, squares);
+    }
+  });
+  if (updates) sum_up(found, p, pass.table.count, updates);
   kernels().advance[rule](pass, squares);
 }
 
@@ -97,12 +118,14 @@ bool overflowed(const StepScalars& scalars) { return scalars.found_inf && !(*sca
 }  // namespace
 
 void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log,
-          const Parallel& parallel) {
+          const Tally& tally, const Parallel& parallel) {
   const bool skipped = overflowed(scalars);
   keep_log(log, skipped, 0, 1);
   if (skipped) return;
+  double* const updates = tally.due && *tally.due == 0 ? nullptr : tally.updates;
   for_each_pass(table, groups, [&](int32_t rule, const StepTable& rows) {
-    step_pass(rule, {rows, groups.groups, scalars}, parallel);
+    double* const of_pass = updates ? updates + kTallies * (rows.rows - table.rows) : nullptr;
+    step_pass(rule, {rows, groups.groups, scalars}, of_pass, parallel);
   });
 }
 

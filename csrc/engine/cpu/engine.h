@@ -14,7 +14,7 @@ using Parallel = std::function<void(int64_t units, const std::function<void(int6
 // One optimizer step of all groups; consecutive groups of one rule share a pass. If *scalars.found_inf is not 0, only
 // the log is changed.
 void step(const StepTable& table, const StepGroups& groups, const StepScalars& scalars, const StepLog& log,
-          const Parallel& parallel);
+          const Tally& tally, const Parallel& parallel);
 
 // Writes each row's `squares`: the sums over its buffers, which the caller adds up over ranks. Masters follow modified
 // weights already here. Writes nothing if *scalars.found_inf is not 0, and for rules without norms.

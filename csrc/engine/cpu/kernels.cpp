@@ -4,6 +4,7 @@
 
 #include "../../math/bins.h"
 #include "../lane.h"
+#include "../tally.h"
 #include "storage.h"
 
 namespace fusedamp {
@@ -12,6 +13,7 @@ inline namespace FUSEDAMP_TARGET {
 using cpu::Chunk;
 using cpu::ChunkExtremes;
 using cpu::ChunkStats;
+using cpu::ChunkTally;
 using cpu::Norm;
 using cpu::StatsJob;
 using cpu::StepPass;
@@ -19,7 +21,9 @@ using cpu::StepPass;
 #include "numerics.inc"
 #include "recode.inc"
 #include "stats.inc"  // uses numerics
-#include "step.inc"
+#include "tally.inc"
+
+#include "step.inc"  // uses the tally
 
 #include "measure.inc"  // uses both
 
@@ -34,6 +38,10 @@ const cpu::Kernels cpu::FUSEDAMP_JOIN(kKernels_, FUSEDAMP_TARGET) = {
     FUSEDAMP_TEXT(FUSEDAMP_TARGET),
     {
 #define FUSEDAMP_RULE(op, Rule) FUSEDAMP_TARGET::step<FUSEDAMP_TARGET::Rule>,
+#include "../../math/optimizers.def"
+    },
+    {
+#define FUSEDAMP_RULE(op, Rule) FUSEDAMP_TARGET::tallied_step<FUSEDAMP_TARGET::Rule>,
 #include "../../math/optimizers.def"
     },
     {

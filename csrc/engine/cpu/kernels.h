@@ -24,6 +24,12 @@ struct ChunkExtremes {
   int64_t zeros, small;  // small: 0 < |s| < 2^-14
 };
 
+// The tally of one chunk (table.h).
+struct ChunkTally {
+  int64_t moved, lost;
+  double update, weight;  // sums of squares
+};
+
 struct StatsJob {
   float inv_scale;
   Norm norm;
@@ -41,6 +47,9 @@ struct Kernels {
   const char* name;
   // squares: kMaxNorms sums of squares per row; null for rules without norms.
   void (*step[kRuleCount])(const StepPass& pass, const Chunk* chunks, int64_t chunk_count, const double* squares);
+  // The same step, and a tally of each chunk.
+  void (*tallied_step[kRuleCount])(const StepPass& pass, const Chunk* chunks, int64_t chunk_count,
+                                   const double* squares, ChunkTally* found);
   // Those sums over one chunk. Null for rules without norms.
   void (*measure[kRuleCount])(const StepPass& pass, const Chunk& chunk, double* squares);
   // Updates step counts and scalars of rows after their step.

@@ -99,6 +99,10 @@ __device__ __forceinline__ T block_reduce(T x, Combine combine) {
   return x;
 }
 
+struct Add {
+  __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
+};
+
 __device__ __forceinline__ bool overflowed(const float* found_inf) { return found_inf && !(*found_inf == 0.0f); }
 
 }  // namespace fusedamp::cuda

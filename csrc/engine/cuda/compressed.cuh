@@ -301,8 +301,8 @@ __device__ __forceinline__ void for_each_state(Visit visit) {
   if constexpr (Rule::kStates > 2) visit(std::integral_constant<int, 2>());
 }
 
-// act(weight, gradient, states) for a lane's elements of one scale block; the results are stored where Action::kStores.
-// All lanes of the warp must call it.
+// act(weight, gradient, states) for a lane's elements of one scale block; the results are stored where Action::kStores,
+// and told to act.tally() where Action::kTallies. All lanes of the warp must call it.
 template <bool kWhole, class Rule, class Action, class D>
 __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grads, int64_t at, int left, Action& act,
                                            const D& draws) {
@@ -326,6 +326,7 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grad
   Numbers weight = weights_of(lists, param_words, master_words), state[kStates];
   for_each_state<Rule>(
       [&](auto j) { state[j] = states_of<kNeverNegative<Rule, j>>(state_words[j], lists.state_dtype, scales[j]); });
+  const Numbers old = weight;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) {
     if (!Action::kStores && e >= count) break;
@@ -335,6 +336,7 @@ __device__ __forceinline__ void visit_lane(const StepRow& row, void* const& grad
     for_each_state<Rule>([&](auto j) { state[j].v[e] = s[j]; });
   }
   if constexpr (!Action::kStores) return;
+  if constexpr (Action::kTallies) act.tally(lists, param_words, old, weight, count);
   // Through `row`: addresses are read again instead of occupying registers.
   put_weights<kWhole>(row, at, count, weight, row.stochastic, draws);
   for_each_state<Rule>([&](auto j) {

@@ -8,10 +8,10 @@ namespace fusedamp::cuda {
 // Instantiated once per rule: adamw.cu, adam.cu, sgd.cu ...
 template <class Rule>
 void step_with(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-               StepLog& log, bool only_measures);
+               StepLog& log, const Tally& tally, bool only_measures);
 #define FUSEDAMP_RULE(op, Rule)                                                                                \
   extern template void step_with<Rule>(const Device&, const StepTable&, const StepGroups&, const StepScalars&, \
-                                       StepLog&, bool);
+                                       StepLog&, const Tally&, bool);
 #include "../../math/optimizers.def"
 
 namespace {
@@ -24,25 +24,28 @@ __global__ void __launch_bounds__(kBlock) log_kernel(const StepLog log, const fl
 }  // namespace
 
 static void run(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-                StepLog& log, bool only_measures) {
-  using Step = void (*)(const Device&, const StepTable&, const StepGroups&, const StepScalars&, StepLog&, bool);
+                StepLog& log, const Tally& tally, bool only_measures) {
+  using Step =
+      void (*)(const Device&, const StepTable&, const StepGroups&, const StepScalars&, StepLog&, const Tally&, bool);
   static constexpr Step kSteps[] = {
 #define FUSEDAMP_RULE(op, Rule) &step_with<Rule>,
 #include "../../math/optimizers.def"
   };
   for_each_pass(table, groups, [&](int32_t rule, const StepTable& rows) {
-    kSteps[rule](device, rows, groups, scalars, log, only_measures);
+    Tally of_pass = tally;
+    if (tally.updates) of_pass.updates += kTallies * (rows.rows - table.rows);
+    kSteps[rule](device, rows, groups, scalars, log, of_pass, only_measures);
   });
 }
 
 void measure(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars) {
   StepLog none = {};
-  run(device, table, groups, scalars, none, true);
+  run(device, table, groups, scalars, none, {}, true);
 }
 
 void step(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-          StepLog log) {
-  run(device, table, groups, scalars, log, false);
+          StepLog log, const Tally& tally) {
+  run(device, table, groups, scalars, log, tally, false);
   if (log.steps) launch("log", &log_kernel, 1, kBlock, device.stream, log, scalars.found_inf);
 }
 

@@ -26,7 +26,7 @@ struct Device {
 // One step of all groups; consecutive groups of one rule share launches. All addresses in the tables and scalars are on
 // the device; the tables are on the host and may be freed after the call.
 void step(const Device& device, const StepTable& table, const StepGroups& groups, const StepScalars& scalars,
-          StepLog log);
+          StepLog log, const Tally& tally);
 
 // Writes each row's `squares`: the sums over its buffers, which the caller adds up over ranks. Writes nothing if
 // *scalars.found_inf is not 0, and for rules without norms.

@@ -12,7 +12,7 @@ struct ChunkSquares {
 // In double, so that no square of a float overflows or underflows.
 template <class Rule, class V>
 struct MeasureAction {
-  static constexpr bool kStores = false;
+  static constexpr bool kStores = false, kTallies = false;
   const CoeffsOf<Rule, V>& k;
   V grad_scale;
   ChunkSquares found;
@@ -25,10 +25,6 @@ struct MeasureAction {
       found.sums[j] = fma(measured, measured, found.sums[j]);
     }
   }
-};
-
-struct AddSquares {
-  __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
 };
 
 template <class Rule, Kind kKind, class V = ValueOf<kKind>>
@@ -44,7 +40,7 @@ __global__ void __launch_bounds__(kBlock) measure_kernel(const StepRows table, c
     visit<Rule, kKind>(row, table.grads[r], span_of(table.rows[r], chunk), act);
 #pragma unroll
     for (int j = 0; j < Rule::kNorms; ++j) {
-      const double sum = block_reduce(act.found.sums[j], AddSquares());
+      const double sum = block_reduce(act.found.sums[j], Add());
       if (threadIdx.x == 0) records[chunk].sums[j] = sum;
     }
   }
@@ -68,7 +64,7 @@ __global__ void __launch_bounds__(kBlock)
       double sum = 0.0;
       for (int64_t c = table.rows[r].first_chunk + threadIdx.x; records && c < end; c += blockDim.x)
         sum += records[c].sums[j];
-      squares[j] = records ? block_reduce(sum, AddSquares()) : row.squares[j];
+      squares[j] = records ? block_reduce(sum, Add()) : row.squares[j];
     }
     if (threadIdx.x == 0 && only_measures) {
 #pragma unroll

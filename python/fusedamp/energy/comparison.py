@@ -93,18 +93,16 @@ class Comparison:
         width = max(5, *map(len, self.arms))
         rounds = len(next(iter(self.arms.values())).watts)
         lines = [
-            f"Energy of {', '.join(self.devices)}: medians of {rounds} rounds, quartiles of joules per "
-            "sample",
-            f"{'arm':{width}}  {'J per sample':>12}  {'quartiles':>24}  {'W':>6}  {'ms per sample':>13}  "
-            f"{'°C':>4}",
+            f"Energy of {', '.join(self.devices)}: medians of {rounds} rounds; J and ms are per sample",
+            f"{'arm':{width}}  {'J':>10}  {'quartiles':>24}  {'ms':>10}  {'W':>6}  {'°C':>4}",
         ]
         for name, arm in self.arms.items():
             low, middle, high = quartiles(arm.joules_per_sample)
             milliseconds = 1e3 * quartiles(arm.seconds_per_sample)[1]
             celsius = f"{max(arm.temperatures.values()):.0f}" if arm.temperatures else "-"
             lines.append(
-                f"{name:{width}}  {middle:12.4g}  {f'{low:.4g} to {high:.4g}':>24}  "
-                f"{quartiles(arm.watts)[1]:6.4g}  {milliseconds:13.4g}  {celsius:>4}"
+                f"{name:{width}}  {middle:10.4g}  {f'{low:.4g} to {high:.4g}':>24}  {milliseconds:10.4g}  "
+                f"{quartiles(arm.watts)[1]:6.4g}  {celsius:>4}"
             )
         seen = "cannot be seen here" if self.others is None else f"{self.others} at most"
         return "\n".join([*lines, f"Other processes on a device: {seen}"])

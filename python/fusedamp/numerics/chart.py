@@ -147,12 +147,14 @@ def _over_steps(records: Sequence[Record], trajectory: Tensor | None) -> Any:
     for record, left, right in zip(records, edges, edges[1:], strict=False):
         bins, percents = _percents(record.histogram.sum(0, keepdim=True))
         top.pcolormesh([left, right], _binades(record, bins), percents.T, norm=NORM, cmap=COLORS)
-    path = None if trajectory is None else trajectory[trajectory[:, 0] >= edges[0]]
+    start = 2 * edges[0] - numbers[0]  # where the first record's steps begin
+    path = None if trajectory is None else trajectory[trajectory[:, 0] >= start]
     if path is None or not len(path):
         path = _path_of(records)
     steps, scales, skipped, largest = path.unbind(1)
     right = max(edges[-1], *steps.tolist())
-    _limits(top, steps, _log2(scales), edges[0], right)
+    left = min(edges[0], *steps.tolist())
+    _limits(top, steps, _log2(scales), left, right)
     values = (_log2(largest) - _log2(scales)).tolist()
     top.plot(steps.tolist(), values, ".-", color=RED, lw=0.7, ms=2.5, label="largest gradient of each step")
     _mark_underflow(top, records)
@@ -167,7 +169,7 @@ def _over_steps(records: Sequence[Record], trajectory: Tensor | None) -> Any:
     _color_bar(figure, top, "top", "all elements of the step")
     _scale(middle, steps.tolist(), scales.tolist(), skipped.tolist())
     _shares(bottom, numbers, [record.summary() for record in records])
-    top.set_xlim(edges[0], right)
+    top.set_xlim(left, right)
     return figure
 
 

@@ -202,11 +202,34 @@ def _need(logger: str, name: str, value: Any, wanted: str, methods: tuple[str, .
             )
 
 
+class Continued:
+    """Passes records on to ``logger`` with steps counted from ``start``: a resumed run's watch counts from
+    1 again.
+
+    ``name`` stands behind ``numerics/`` in the names of values, where an optimizer is one of several.
+    """
+
+    def __init__(self, logger: Logger, start: int, name: str = "") -> None:
+        self._logger, self._start = need_logger(logger), start
+        self._prefix = f"{PREFIX}{name}/" if name else PREFIX
+        self._histogram = getattr(logger, "add_histogram", None)
+        if self._histogram is not None:
+            self.add_histogram = self._add_histogram
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        named = {self._prefix + name.removeprefix(PREFIX): value for name, value in values.items()}
+        self._logger.log(self._start + step, named)
+
+    def _add_histogram(self, step: int, name: str, *counts: Tensor) -> None:
+        self._histogram(self._start + step, self._prefix + name.removeprefix(PREFIX), *counts)
+
+
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     """Read a file of :class:`csv`: a dict per record, with ``step`` and the figures of
     :meth:`Record.summary` that it has, by their names without ``numerics/``.
 
-    Where steps go back, a run was resumed: its lines replace those of the same and later steps before.
+    Where steps do not increase, a run was resumed, and its watch has counted from 1 again. Such steps count
+    on from the last one before.
 
     Raises: OSError if the file cannot be read, ValueError with file and line if a line is not what the
     logger writes.
@@ -218,11 +241,12 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
             if columns[:1] != ["step"] or f"{PREFIX}scale" not in columns:
                 raise ValueError(f"{path}, line 1: expected columns step, {PREFIX}scale, ... of loggers.csv")
             rows: list[dict[str, float]] = []
+            last = start = 0.0
             for cells in reader:
                 row = _row(f"{path}, line {reader.line_num}", columns, cells)
-                while rows and rows[-1]["step"] >= row["step"]:
-                    rows.pop()
-                rows.append(row)
+                start += last if row["step"] <= last else 0
+                last = row["step"]
+                rows.append(row | {"step": start + last})
         except (UnicodeDecodeError, csv_format.Error) as error:
             raise ValueError(f"{path}, line {reader.line_num + 1}: not a line of text ({error})") from None
     return rows

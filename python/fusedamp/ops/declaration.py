@@ -27,6 +27,8 @@ class Shared(TypedDict, total=False):
     seeds: Sequence[int]
     places: Sequence[int]
     stochastic_rounding: bool
+    updates: Tensor | None
+    due: Tensor | None
 
 
 _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing where ``found_inf`` is not 0.
@@ -60,6 +62,17 @@ _STEP_DOC = """One in-place {title} step over lists of tensors; changes nothing 
             tensor, whose random numbers they take: ``first``, ``run``, ``stride``. Element i is element
             ``i // run * stride + first + i % run`` of the whole; with ``run`` 0, ``first + i``.
         stochastic_rounding: round 16-bit weights without masters stochastically.
+        updates (contiguous fp64 [n, 4] for n parameters): what the step changes, rewritten if it is due and
+            taken. Columns: moved, lost, sum of (new - old)^2, sum of old^2. old and new are the values that
+            the step computes with: masters, after they have followed modified weights; without masters, the
+            weight before, and the value before it is rounded to the weight after. moved: elements with
+            new != old (NaN counts). lost: those of them where ``w16 + (new - old)``, in fp32, rounds to
+            nearest even to the bits of w16, the 16-bit weight that the step found (NaN is never lost): what
+            a 16-bit weight alone would not feel. 0 for fp32 and fp64 weights. With masters nothing is lost;
+            without them, stochastic rounding keeps such updates on average. Sums are in fp64, of fp32
+            differences; CPU and CUDA agree on counts, and on sums but for their last bits.
+        due (1 element, int32): not 0 means that ``updates`` is due; None means always. Refused without
+            ``updates``.
     Raises: ValueError naming the op, the index, what it got, what it wanted.
     Cost: {cost}; no host sync.
     Source: {source}.
@@ -108,6 +121,7 @@ def step_op(
                 numbers |= _numbers(op, name, kinds[name], given[name])
             shared = {name: given[name] for name in Shared.__annotations__ if name in named}
             more = {name: shared.pop(name, ()) for name in ("scales", "seeds", "places")}
+            more |= {name: shared.pop(name, None) for name in ("updates", "due")}
             device = params[0].device if params and isinstance(params[0], Tensor) else None
             scalars = step_scalars(op, device, lr, numbers, **shared)
             by_name = {name: given[name] for name in states}

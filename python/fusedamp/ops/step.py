@@ -50,6 +50,8 @@ class StepCall(NamedTuple):
     """Three numbers per parameter, or none; see :class:`fusedamp.tensors.places.Place`."""
     squares: Tensor | None = None
     """From :func:`measure`, added up over ranks."""
+    updates: Tensor | None = None
+    due: Tensor | None = None
 
     def states_in_order(self) -> list[Tensor]:
         return [state for tensors in self.states.values() for state in tensors]
@@ -71,11 +73,15 @@ def step_lists(
     seeds: Sequence[int] = (),
     places: Sequence[int] = (),
     squares: Tensor | None = None,
+    updates: Tensor | None = None,
+    due: Tensor | None = None,
 ) -> None:
     """Any step op. ``states`` by the names that the caller knows; ``scalars`` from :func:`step_scalars`."""
-    step = StepCall(op, params, grads, masters, states, steps, scalars, scales, seeds, places, squares)
+    step = StepCall(
+        op, params, grads, masters, states, steps, scalars, scales, seeds, places, squares, updates, due
+    )
     if _call(op, step):
-        bump(params, masters, step.states_in_order(), steps, scales)
+        bump(params, masters, step.states_in_order(), steps, scales, () if updates is None else (updates,))
 
 
 def measure(step: StepCall) -> Tensor:
@@ -115,6 +121,8 @@ def check_memory(calls: Sequence[StepCall]) -> None:
             written, read = by_device.setdefault(step.params[0].device, ([], []))
             written += [_Place(t, step.op, c, name) for name, t in _written(step)]
             read += [_Place(t, step.op, c, f"grads[{i}]") for i, t in enumerate(step.grads)]
+            if step.due is not None:
+                read.append(_Place(step.due, step.op, c, "due"))
     for written, read in by_device.values():
         places = written + read
         one, two = call("_find_shared_memory", [place.tensor for place in places], len(written))
@@ -139,6 +147,8 @@ def _written(step: StepCall) -> Iterator[tuple[str, Tensor]]:
     for name in ("params", "masters", "steps", "scales"):
         yield from ((f"{name}[{i}]", tensor) for i, tensor in enumerate(getattr(step, name)))
     yield from zip(step.named_states(), step.states_in_order(), strict=True)
+    if step.updates is not None:
+        yield "updates", step.updates
 
 
 def _call(name: str, step: StepCall, **more: str) -> bool:
@@ -165,7 +175,9 @@ def _call(name: str, step: StepCall, **more: str) -> bool:
     if not params:
         return False
     lists = (params, step.grads, step.masters, step.states_in_order(), step.steps, step.scales)
-    placed = dict(seeds=step.seeds, places=step.places, squares=step.squares)
+    placed: dict[str, Any] = dict(seeds=step.seeds, places=step.places, squares=step.squares)
+    tally = {"updates": step.updates, "due": step.due}
+    placed |= {name: tensor for name, tensor in tally.items() if tensor is not None}
     try:
         call(name, *lists, **step.scalars, **more, **placed)
     except (TypeError, ValueError) as error:

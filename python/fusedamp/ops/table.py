@@ -110,8 +110,19 @@ class StepTable:
     def let_go(self) -> None:
         self.params = []
 
-    def step(self, params: list[Tensor], inputs: DeviceInputs) -> None:
-        """The step of all calls, with the gradients that the column has now. ``params``: as they were."""
+    def step(
+        self,
+        params: list[Tensor],
+        inputs: DeviceInputs,
+        updates: Tensor | None = None,
+        due: Tensor | None = None,
+    ) -> None:
+        """The step of all calls, with the gradients that the column has now. ``params``: as they were.
+
+        ``updates`` and ``due``: as of a step op, with a row for each parameter. Those of the calls that the
+        table is made from are not in it.
+        """
+        tally = {} if updates is None and due is None else {"updates": updates, "due": due}
         self._do(
             "_planned_step_",
             self._rows,
@@ -122,8 +133,11 @@ class StepTable:
             clip_coef=inputs.clip_coef,
             found_inf=inputs.found_inf,
             **inputs.log_arguments(),
+            **tally,
         )
         torch.autograd.graph.increment_version(params)  # states are not differentiated through
+        if updates is not None:
+            torch.autograd.graph.increment_version(updates)
 
     def _do(self, name: str, *args: Any, **kwargs: Any) -> None:
         try:

@@ -39,6 +39,7 @@ class Options:
     threads: int | None = None
     quick: bool = False
     numerics: bool = False
+    energy: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="watch the gradients of fusedamp's FP16 runs: tables and plots",
     )
     add("--quick", action="store_true", help="a third of the steps")
+    add("--energy", action="store_true", help="then measure joules per sample of each format, a minute")
     add(
         "--lr",
         type=float,
@@ -109,6 +111,7 @@ def options_from(args: argparse.Namespace) -> Options:
         threads=args.threads,
         quick=args.quick,
         numerics=args.numerics,
+        energy=args.energy,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from fusedamp.commands.demo.chart import draw
+from fusedamp.commands.demo.energy import energy_lines
 from fusedamp.commands.demo.gradients import gradients_line
 from fusedamp.commands.demo.options import Options
 from fusedamp.commands.demo.report import Bars, Outcome, table
@@ -51,6 +52,8 @@ def run_tasks(tasks: list[Task], options: Options) -> int:
         )
     draw(outcomes, options.picture, _machine(options))
     console.print(f"\nPlot: {options.picture} (all in {time.perf_counter() - started:.0f} s)", soft_wrap=True)
+    if options.energy:
+        console.print("", *energy_lines(outcomes[0], options), sep="\n", soft_wrap=True, markup=False)
     failed = sum(not finding.held for finding in findings)
     if failed:
         console.print(
