@@ -145,7 +145,8 @@ def test_same_seed_same_curves(digits):
 def test_whole_run_on_the_gpt(gpt, tmp_path, capsys):
     """Runs the whole demo: table, findings, exit code; the plot is a PNG of readable size."""
     picture = tmp_path / "demo.png"
-    code = run_tasks([gpt], Options(tasks=("gpt",), dtypes=("fp16",), picture=picture))
+    options = Options(tasks=("gpt",), dtypes=("fp16",), picture=picture, steps=gpt.steps, numerics=True)
+    code = run_tasks([gpt], options)
     text = capsys.readouterr().out
     assert code in (0, 1)
     assert (code == 1) == ("The claim did not hold" in text)
@@ -156,8 +157,12 @@ def test_whole_run_on_the_gpt(gpt, tmp_path, capsys):
         "Halfway",
         "fusedamp.nn.convert",
         "demo.png",
+        "gpt: numerics of FP16 fusedamp",
+        "the worst first",
+        "Updates lost without masters",
     ):
         assert words in " ".join(text.split())
+    assert picture.with_name("numerics-gpt.png").read_bytes().startswith(b"\x89PNG")
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG")
     assert int.from_bytes(data[16:20], "big") >= 1000

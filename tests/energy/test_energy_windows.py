@@ -10,6 +10,8 @@ import pytest
 from fusedamp import energy
 from fusedamp.energy import counter, devices, windows
 
+pytestmark = pytest.mark.host
+
 
 class Scripted(counter.Counter):
     """Shows what a list says, then its last value."""
@@ -277,6 +279,18 @@ def test_windows_of_two_threads_warn(clock):
             warnings.simplefilter("error")
             in_thread(lambda: other("another"))
             other("gpu")  # nested in one thread
+
+
+def test_windows_of_two_threads_that_start_together_warn(clock):
+    """The second enters while the first waits for its tick."""
+
+    class Slow(Rising):
+        def start(self):
+            with pytest.warns(UserWarning, match="another thread has a window on gpu"):
+                in_thread(lambda: window_of(Rising(clock)).__enter__())
+
+    with window_of(Slow(clock)):
+        clock.sleep(2.0)
 
 
 def test_a_window_may_end_in_another_thread(clock):

@@ -85,7 +85,7 @@ class GpuCounter(Counter):
 
     def __init__(self, name: str, uuid: str, index: int | None) -> None:
         self.name, self.uuid, self._index = name, uuid, index
-        self._nvml = _library(os.environ.get("FUSEDAMP_NVML", "libnvidia-ml.so.1"))
+        self._nvml = _library(os.environ.get("FUSEDAMP_NVML") or "libnvidia-ml.so.1")
         self._handle = ctypes.c_void_p()
         code = self._find(uuid)
         if uuid.startswith("MIG-") or self._in_mig_mode(code):

@@ -26,7 +26,7 @@ def packages() -> list[Counter]:
 
     Raises: EnergyError if there is no package, or one cannot be read.
     """
-    root = Path(os.environ.get("FUSEDAMP_POWERCAP", "/sys/class/powercap"))
+    root = Path(os.environ.get("FUSEDAMP_POWERCAP") or "/sys/class/powercap")
     zones: dict[str, Path] = {}
     # A package may be there twice, by MSR (intel-rapl:0, also of AMD) and by MMIO (intel-rapl-mmio:0).
     for file in sorted(root.glob("*/name"), key=lambda file: ("mmio" in file.parent.name, file)):

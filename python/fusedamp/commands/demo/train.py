@@ -123,7 +123,8 @@ class Run:
             optimizer = optim.AdamW(model.parameters(), lr=lr, **variant.storage)
         run = cls(variant, model, optimizer, scaler, options.device)
         if options.numerics and isinstance(scaler, GradScaler) and scaler.is_enabled() and variant.masters:
-            run.watch = watch(optimizer, scaler, every=RECORDED, history=1000, model=model)
+            every = min(options.steps or RECORDED, RECORDED)
+            run.watch = watch(optimizer, scaler, every=every, history=1000, model=model)
         return run
 
     def step(self, batch: Batch) -> None:
