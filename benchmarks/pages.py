@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 H200 = RESULTS / "nvidia-h200-2026-11-26.json"
 EPYC = RESULTS / "amd-epyc-avx512-2-cores.csv"
+POLICIES = RESULTS / "scale-policies.csv"
 EPYC_STORAGE = RESULTS / "amd-epyc-avx512-2-cores-storage.csv"
 PARITY = ROOT / "docs" / "parity.md"  # a result that is a page
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -219,6 +220,16 @@ def badges(repository: str | None = REPOSITORY) -> str:
     return "\n".join(lines) + "\n"
 
 
+def scale_policies() -> str:
+    """Skips / bits of torch's policy and of ours; the rows of one network come before those of the other."""
+    cells: dict[str, list[str]] = {}
+    for row in rows(POLICIES):
+        if row["policy"] in ("torch", "headroom"):
+            cells.setdefault(row["scenario"], []).append(f"{row['skips']} / {float(row['bits']):.1f}")
+    heads = ("", "GPT: torch", "GPT: headroom", "conv net: torch", "conv net: headroom")
+    return markdown(heads, ((name, *found) for name, found in cells.items()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed-gpu": speed_on_the_gpu,
     "speed-cpu": speed_on_the_cpu,
@@ -226,6 +237,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bytes": bytes_per_parameter,
     "storage-speed": speed_of_storage,
     "optimizers": optimizers,
+    "scale-policies": scale_policies,
     "badges": badges,
 }
 

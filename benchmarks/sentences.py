@@ -149,6 +149,18 @@ def layers() -> list[str]:
     ]
 
 
+def scaler() -> list[str]:
+    skips = {
+        policy: [int(row["skips"]) for row in pages.rows(pages.POLICIES) if row["policy"] == policy]
+        for policy in ("torch", "headroom")
+    }
+    more = sum(ours > theirs for theirs, ours in zip(skips["torch"], skips["headroom"], strict=True))
+    return [
+        f"torch's policy skipped {sum(skips['torch'])} steps, and headroom {sum(skips['headroom'])}; "
+        f"it skipped more in {more} of the {len(skips['torch'])} rows"
+    ]
+
+
 def internals() -> list[str]:
     host = [x for dtype in ("FP16", "BF16") for x in longer(dtype, "^host time")]
     return [f"up to {max(host):.1f} times torch's host time", f"Held-out loss of {formats()} formats"]
@@ -160,6 +172,7 @@ SENTENCES: dict[str, Callable[[], list[str]]] = {
     "formats.md": formats_page,
     "graphs.md": graphs,
     "layers.md": layers,
+    "scaler.md": scaler,
     "internals.md": internals,
 }
 

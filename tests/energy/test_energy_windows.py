@@ -7,8 +7,11 @@ import threading
 import warnings
 
 import pytest
+import torch
 from fusedamp import energy
-from fusedamp.energy import counter, devices, windows
+from fusedamp.energy import counter, windows
+
+pytestmark = pytest.mark.host
 
 
 class Scripted(counter.Counter):
@@ -227,21 +230,33 @@ def test_the_wait_belongs_to_the_block(clock, gpus, monkeypatch):
     """Work that was queued in the block is measured."""
     gpus("aa", used=[0])
     with window_of(Rising(clock)) as w:
-        monkeypatch.setattr(devices.torch.cuda, "synchronize", lambda index: clock.sleep(2.5))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda index: clock.sleep(2.5))
     assert w.joules == pytest.approx(250.1, abs=0.11)
 
 
 def test_an_unused_torch_is_not_initialized(clock, gpus, monkeypatch):
     waited = gpus("aa", used=[0])
-    monkeypatch.setattr(devices.torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     with window_of(Rising(clock)):
         clock.sleep(2.0)
     assert waited == []
 
 
+def test_the_cpu_and_uuids_leave_torch_uninitialized(clock, devices, powercap, gpus, monkeypatch):
+    """A process that has initialized torch.cuda cannot fork workers that use GPUs."""
+    gpus("aa")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: 1 / 0)
+    powercap("intel-rapl:0", "package-0")
+    energy.window(devices=["cpu"])
+    (counter,) = energy.window(devices=["GPU-aa"])._counters
+    devices[0].run(7)
+    assert counter.others() == 1
+
+
 def test_a_graph_is_being_captured(clock, gpus, monkeypatch):
     waited = gpus("aa", used=[0])
-    monkeypatch.setattr(devices.torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(energy.EnergyError, match="a CUDA graph is being captured; expected none"):
         window_of(Rising(clock)).__enter__()
     assert waited == []
@@ -277,6 +292,18 @@ def test_windows_of_two_threads_warn(clock):
             warnings.simplefilter("error")
             in_thread(lambda: other("another"))
             other("gpu")  # nested in one thread
+
+
+def test_windows_of_two_threads_that_start_together_warn(clock):
+    """The second enters while the first waits for its tick."""
+
+    class Slow(Rising):
+        def start(self):
+            with pytest.warns(UserWarning, match="another thread has a window on gpu"):
+                in_thread(lambda: window_of(Rising(clock)).__enter__())
+
+    with window_of(Slow(clock)):
+        clock.sleep(2.0)
 
 
 def test_a_window_may_end_in_another_thread(clock):

@@ -10,6 +10,8 @@ import torch
 from fusedamp import energy
 from fusedamp.energy import nvml
 
+pytestmark = pytest.mark.host
+
 ME = os.getpid()
 
 
@@ -82,6 +84,17 @@ def test_torchs_devices_are_found_by_uuid(clock, devices, gpus, meter, asked, na
     assert w.watts == pytest.approx(100.0 * joules, rel=1e-2)
 
 
+def test_torchs_order_is_not_nvmls(clock, devices, gpus, meter):
+    """CUDA_VISIBLE_DEVICES=1,0."""
+    gpus("bb", "aa")
+    meter(devices[0], watts=100.0)
+    meter(devices[1], watts=200.0)
+    with energy.window() as w:
+        clock.sleep(2.0)
+    assert list(w.by_device) == ["cuda:0", "cuda:1"]
+    assert w.by_device["cuda:0"] == pytest.approx(2 * w.by_device["cuda:1"], rel=1e-3)
+
+
 def test_cuda_is_the_current_device(devices, gpus):
     gpus("aa", "bb", current=1)
     assert energy.window(devices=["cuda"])._counters[0].name == "cuda:1"
@@ -96,7 +109,7 @@ def test_no_library(monkeypatch, tmp_path):
 
 def test_the_drivers_library_is_the_default(monkeypatch):
     asked = []
-    monkeypatch.delenv("FUSEDAMP_NVML", raising=False)
+    monkeypatch.setenv("FUSEDAMP_NVML", "")
     monkeypatch.setattr(nvml, "_library", lambda path: asked.append(path) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         energy.window(devices=["GPU-aa"])

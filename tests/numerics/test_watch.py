@@ -10,6 +10,7 @@ import pytest
 import torch
 from counted import FUSED, Loop
 from fusedamp import GradScaler, numerics, optim
+from wrappers import Own
 
 MIXED = [torch.float16, torch.float32, torch.bfloat16]
 ROUTES = ["fused", "clip", "unscale", "hook", "torch", "none", "disabled"]
@@ -388,3 +389,33 @@ def test_scalers_of_all_kinds_may_come_later():
     for record in watch.poll():
         loop.check(record)
     assert isinstance(loop.scaler, GradScaler)
+
+
+class Wrapped(torch.optim.Optimizer):
+    """As Accelerate's wrapper: another optimizer in an attribute."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["optimizer"], name)
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("drive", ["fused", "torch", "none"])
+@pytest.mark.parametrize("wrap", [Wrapped, Own])
+def test_wrappers_are_seen_through(drive, wrap):
+    loop = Loop(drive, FUSED["AdamW"], dtypes_of(drive), bad=(2,))
+    inner = loop.optimizer
+    watch = numerics.watch(wrap(inner) if wrap is Wrapped else inner, loop.scaler, every=1, model=loop.model)
+    loop.optimizer = wrap(inner)
+    for _ in range(3):
+        loop.step()
+    records = watch.poll()
+    assert [record.step for record in records] == [1, 2, 3]
+    for record in records:
+        loop.check(record)
+    watch.remove()
+    assert not any("observer" in name for name in vars(inner))

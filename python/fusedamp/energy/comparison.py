@@ -158,16 +158,12 @@ def measured(
     rounds: int,
 ) -> Comparison:
     """`compare` with checked arguments, by these counters."""
-    calls = {name: _warm_up(arm, seconds) for name, arm in arms.items()}
+    calls = {name: _run(arm, seconds, 1)[1] for name, arm in arms.items()}
     windows: dict[str, list[tuple[Window, int]]] = {name: [] for name in arms}
     for turn in range(rounds):
         for name in list(arms)[:: -1 if turn % 2 else 1]:
-            done = 0
             with Window(counters, None, seconds) as window:
-                begin = time.monotonic()
-                while time.monotonic() - begin < seconds:
-                    _call(arms[name], calls[name])
-                    done += calls[name]
+                done, calls[name] = _run(arms[name], seconds, calls[name])
             windows[name].append((window, samples * done))
     seen = [window.others for taken in windows.values() for window, _ in taken if window.others is not None]
     return Comparison(
@@ -177,20 +173,18 @@ def measured(
     )
 
 
-def _warm_up(arm: Callable[[], object], seconds: float) -> int:
-    """Call ``arm`` for ``seconds``; returns how many calls fit between two waits for the device."""
-    begin, calls = time.monotonic(), 1
+def _run(arm: Callable[[], object], seconds: float, calls: int) -> tuple[int, int]:
+    """Call ``arm`` for ``seconds``, waiting for the device after each ``calls`` calls; returns how often it
+    was called, and how many calls are better between two waits."""
+    begin, done = time.monotonic(), 0
     while (start := time.monotonic()) - begin < seconds:
-        _call(arm, calls)
+        for _ in range(calls):
+            arm()
+        synchronize(WHERE)
+        done += calls
         if time.monotonic() - start < seconds / SLICES / 2:
             calls *= 2
-    return calls
-
-
-def _call(arm: Callable[[], object], calls: int) -> None:
-    for _ in range(calls):
-        arm()
-    synchronize(WHERE)
+    return done, calls
 
 
 def _arm(windows: list[tuple[Window, int]]) -> Arm:

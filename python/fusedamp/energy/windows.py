@@ -153,20 +153,19 @@ class Window:
                 f"{WHERE} this window was entered before; expected a window for each block. Call "
                 "energy.window again"
             )
-        self._warn_of_threads()
-        self._others = self._count_others()
-        self._warn_of_others(0)
-        synchronize(WHERE)
-        for counter in self._counters:
-            counter.start()
-        self._first_celsius = self._celsius()
-        self._first = next_ticks(self._counters)
-        self._state = "is still open"
         self._thread = threading.get_ident()
         with _lock:
+            foreign = [other for other in _open if other._thread != self._thread]
             _open.add(self)
-        self._keeper = _Keeper(self._counters)
-        self._begin = time.monotonic()
+        try:
+            self._others = self._count_others()
+            self._warn_of_threads(foreign)
+            self._warn_of_others(0)
+            self._start()
+        except BaseException:
+            self._close()
+            raise
+        self._state, self._begin = "is still open", time.monotonic()
         return self
 
     def __exit__(
@@ -179,10 +178,21 @@ class Window:
                 before, self._result = self._others, self._end()
         finally:
             self._keeper.stop()
-            with _lock:
-                _open.discard(self)
+            self._close()
         if kind is None:
             self._warn_of_others(before or 0)
+
+    def _start(self) -> None:
+        synchronize(WHERE)
+        for counter in self._counters:
+            counter.start()
+        self._first_celsius = self._celsius()
+        self._first = next_ticks(self._counters)
+        self._keeper = _Keeper(self._counters)
+
+    def _close(self) -> None:
+        with _lock:
+            _open.discard(self)
 
     def _end(self) -> Result:
         synchronize(WHERE)
@@ -222,10 +232,8 @@ class Window:
                 stacklevel=3,
             )
 
-    def _warn_of_threads(self) -> None:
+    def _warn_of_threads(self, foreign: list[Window]) -> None:
         mine = {counter.name for counter in self._counters}
-        with _lock:
-            foreign = [other for other in _open if other._thread != threading.get_ident()]
         shared = sorted(mine & {counter.name for other in foreign for counter in other._counters})
         if shared:
             warnings.warn(
