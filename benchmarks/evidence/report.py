@@ -143,6 +143,22 @@ def _offload(found: dict[str, Any]) -> str:
     return f"The bus, GB/s: {speeds}.\n\n{steps}\n\n{_training(found)}"
 
 
+def _watch(found: dict[str, Any]) -> str:
+    if not found.get("cost"):
+        return ""
+    ways = ("not due", "due, without updates", "due")
+    heads = ("workload", "dtype", "ms without", *ways, "every=100, updates=False", "every=50")
+    rows = [
+        [
+            *(row[key] for key in ("workload", "dtype", "plain_ms")),
+            *(row["cost"][way] for way in ways),
+            *(row[key] for key in ("every_100_without_updates", "every_50")),
+        ]
+        for row in found["cost"]
+    ]
+    return f"Time of an iteration with a watch, over that without.\n\n{table(heads, rows)}"
+
+
 def _fusions(found: dict[str, Any]) -> str:
     if not found.get("fusions"):
         return ""
@@ -196,6 +212,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bandwidth": _bandwidth,
     "launches": _launches,
     "offload": _offload,
+    "watch": _watch,
     "training": _training,
     "energy": _energy,
     "suite": _suite,

@@ -307,9 +307,7 @@ StepScalars step_scalars(const std::string& op, const Tensor& like, const Option
 
 Tally step_tally(const std::string& op, const Tensor& like, int64_t count, const OptionalTensor& updates,
                  const OptionalTensor& due) {
-  if (due && !updates)
-    fail(op, "due is there without updates; expected the tensor that is rewritten when it is due. ",
-         "Pass both, or none of them");
+  if (due && !updates) fail(op, "due is given without updates; expected both, or updates alone. Pass updates");
   if (!updates) return {};
   const Name name = {"updates"};
   need_device(op, name, *updates, {"the tensors of the call"}, like);

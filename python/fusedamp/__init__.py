@@ -9,7 +9,7 @@ except ModuleNotFoundError as error:
         "`pip install -e .`) in its source folder; in a checkout, don't import it from python/ before that."
     ) from error
 
-from . import checkpoints, cpu, cuda, energy, nn, ops, optim
+from . import checkpoints, cpu, cuda, energy, nn, numerics, ops, optim
 from .amp.clip import clip_grad_norm_
 from .amp.grad_scaler import GradScaler
 from .amp.overflow import Overflow, OverflowReport
@@ -36,6 +36,7 @@ __all__ = [
     "energy",
     "estimate",
     "nn",
+    "numerics",
     "ops",
     "optim",
     "pack_parameters",

@@ -173,15 +173,22 @@ def tails(scaler, optimizer, params):
     )
 
 
-@pytest.mark.parametrize(("make", "storage"), combinations(OPTIMIZERS | COMPOSED))
-def test_tail_on_fake_cuda(make, storage, fake_cuda):
+POLICIES = {"hysteresis": {"hysteresis": 2}, "headroom": {"policy": "headroom"}}
+TAILS = [
+    *[pytest.param(*case.values, "hysteresis", id=case.id) for case in combinations(OPTIMIZERS | COMPOSED)],
+    *[pytest.param(OPTIMIZERS[name], {}, "headroom", id=f"{name}-headroom") for name in ("AdamW", "LAMB")],
+]
+
+
+@pytest.mark.parametrize(("make", "storage", "policy"), TAILS)
+def test_tail_on_fake_cuda(make, storage, policy, fake_cuda):
     """unscale_, clip_grad_norm_, step and update, with everything on the device, learning rate included."""
     dtypes = DTYPES if "state_dtype" not in storage else DTYPES[:3]
     params = [torch.nn.Parameter(torch.ones(4, 3, device="cuda", dtype=dtype)) for dtype in dtypes]
     lr = torch.full((), 1e-2, device="cuda")
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": torch.full((), 1e-3, device="cuda")}]
     optimizer = make(groups, lr=lr, **storage)
-    scaler = GradScaler("cuda", hysteresis=2)
+    scaler = GradScaler("cuda", **POLICIES[policy])
     assert scaler.is_enabled()
     scaler.scale(torch.ones((), device="cuda"))
     with Watch() as watch:
@@ -208,13 +215,26 @@ def test_a_scale_made_while_capturing_is_refused(fake_cuda):
     scaler.scale(loss)
 
 
-@pytest.mark.parametrize(("make", "storage"), combinations(OPTIMIZERS))
-def test_repeated_steps_read_nothing(make, storage):
+def test_the_state_of_the_policy_is_made_with_the_scale(fake_cuda):
+    """While capturing, each replay would set it to zeros again."""
+    scaler = GradScaler("cuda", policy="headroom")
+    scaler.scale(torch.ones((), device="cuda"))
+    assert scaler._headroom._state.is_cuda
+
+
+REPEATED = [
+    *[pytest.param(*case.values, "overflow", id=case.id) for case in combinations(OPTIMIZERS)],
+    pytest.param(OPTIMIZERS["AdamW"], {}, "headroom", id="AdamW-headroom"),
+]
+
+
+@pytest.mark.parametrize(("make", "storage", "policy"), REPEATED)
+def test_repeated_steps_read_nothing(make, storage, policy):
     """The replayed step, which passes addresses; good and skipped steps alike, as backward makes them."""
     dtypes = [torch.float16, torch.bfloat16, torch.float32]
     params = [torch.nn.Parameter(torch.ones(4, 3, dtype=dtype)) for dtype in dtypes]
     optimizer = make(params, **storage)
-    scaler = GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    scaler = GradScaler("cpu", init_scale=64.0, growth_interval=2, policy=policy)
     outcomes = []
     for i, factor in enumerate((1.0, 1.0, 1.0, math.inf, 1.0, math.nan, 1.0, 1.0)):
         optimizer.zero_grad()

@@ -44,7 +44,7 @@ def rehearsed(name: str) -> dict:
 
 
 PARTS_IN_PYTHON = ["bitwise", "graphs", "sync", "large", "bandwidth", "launches", "training", "reduced"]
-PARTS_IN_PYTHON += ["linear", "fusions", "offload", "energy"]
+PARTS_IN_PYTHON += ["linear", "fusions", "offload", "energy", "watch"]
 
 
 @pytest.mark.parametrize("name", PARTS_IN_PYTHON)

@@ -76,6 +76,7 @@ def test_info_text(capsys):
         (["--device", "toaster"], "--device toaster: unknown"),
         (["--device", "meta"], "runs on cpu and cuda only"),
         (["--out", "nowhere/x.png"], "no folder nowhere"),
+        (["--numerics", "--dtype", "bf16"], "--numerics watches FP16; --dtype is bf16"),
         (["--out", "picture.jpg"], "the plot is a PNG"),
         (["--out", "small.txt/sub"], "cannot create this folder"),
     ],

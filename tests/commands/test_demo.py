@@ -145,7 +145,8 @@ def test_same_seed_same_curves(digits):
 def test_whole_run_on_the_gpt(gpt, tmp_path, capsys):
     """Runs the whole demo: table, findings, exit code; the plot is a PNG of readable size."""
     picture = tmp_path / "demo.png"
-    code = run_tasks([gpt], Options(tasks=("gpt",), dtypes=("fp16",), picture=picture))
+    options = Options(tasks=("gpt",), dtypes=("fp16",), picture=picture, steps=gpt.steps, numerics=True)
+    code = run_tasks([gpt], options)
     text = capsys.readouterr().out
     assert code in (0, 1)
     assert (code == 1) == ("The claim did not hold" in text)
@@ -156,8 +157,12 @@ def test_whole_run_on_the_gpt(gpt, tmp_path, capsys):
         "Halfway",
         "fusedamp.nn.convert",
         "demo.png",
+        "gpt: numerics of FP16 fusedamp",
+        "the worst first",
+        "Updates lost without masters",
     ):
         assert words in " ".join(text.split())
+    assert picture.with_name("numerics-gpt.png").read_bytes().startswith(b"\x89PNG")
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG")
     assert int.from_bytes(data[16:20], "big") >= 1000
@@ -198,6 +203,32 @@ def test_own_text(tmp_path):
     assert not torch.equal(task.pretrain(0, 0)[0], task.pretrain(0, 1)[0])
 
 
+def test_the_policy_is_that_of_our_fp16_runs(digits):
+    options = Options(dtypes=("fp16", "bf16"), policy="headroom")
+    outcome = Outcome(digits, train(digits, options))
+    runs = {run.variant.name: run for run in outcome.runs}
+    names = ["FP16 fusedamp, headroom", "FP16 fusedamp, no masters, headroom"]
+    assert [name for name in runs if "headroom" in name] == names
+    assert all((run.scaler._headroom is not None) == ("headroom" in name) for name, run in runs.items()
+               if run.variant.stack == "fusedamp")  # fmt: skip
+    run = runs[names[0]]
+    assert run.skipped[0] == 0  # the scale starts too large
+    assert abs(outcome.gap(run)) < outcome.spread
+    console = Console(width=80, record=True)
+    console.print(table(outcome))
+    text = console.export_text()
+    assert "…" not in text
+    assert text.count("  headroom ") == 2
+
+
+def test_a_scale_that_comes_down_in_time_is_no_skip(digits):
+    options = Options(init_scale=2.0**14)
+    run = Run.start(Variant("fusedamp", "fp16", policy="headroom"), pretrain(digits, options, int), options)
+    run.step(digits.finetune(0, 0))
+    assert run.scaler.get_scale() < 2.0**14
+    assert (run.skipped, len(run.losses)) == ([], 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_multiply_rounds_like_tensor_cores(dtype):
     """Result and gradients are the FP32 ones of the rounded operands, rounded once; also under autocast."""
@@ -229,6 +260,9 @@ def test_variants_follow_the_wanted_format():
     names = [variant.name for variant in variants(("bf16",))]
     assert names[:4] == ["FP32 torch", "BF16 torch AMP", "BF16 fusedamp", "BF16 fusedamp, no masters"]
     assert names[4:] == [f"FP32 torch, batch order {k}" for k in (2, 3, 4)]
+    headroom = [variant.name for variant in variants(("fp16", "bf16"), "headroom")]
+    assert headroom[1:3] == ["FP16 torch AMP", "FP16 fusedamp, headroom"]
+    assert headroom[4:6] == names[1:3]
     assert variants(("fp32",))[:2] == [REFERENCE, Variant("fusedamp", "fp32")]
 
 

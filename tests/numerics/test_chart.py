@@ -182,9 +182,15 @@ def test_a_skipped_step_between_does_not_count():
     assert [(r.step, change) for r, change in found] == [(20, 10.0)]
 
 
+def below_the_floor(step, zeros):
+    """FP32 gradients that FP16 would flush, and zeros among them."""
+    return record([[2.0**-30] * (4 - zeros) + [0.0] * zeros], step=step, dtype=np.float32)
+
+
 @pytest.mark.parametrize(
     "records",
     [
+        [below_the_floor(10, zeros=2), below_the_floor(20, zeros=1)],
         [scaled(1.0, 10), scaled(1.0, 20, zeros=50)],  # the scale stays
         [scaled(1.0, 10, zeros=50), scaled(0.5, 20)],  # fewer zeros at a smaller scale
         [scaled(0.5, 10), scaled(1.0, 20, zeros=50)],  # more zeros at a larger one

@@ -6,6 +6,8 @@ import torch
 from fusedamp import GradScaler, numerics, optim
 from torch import nn
 
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of the oracle
+
 
 class Net(nn.Module):
     """Leaf modules that are called twice, once, and never; a nested one; and an output that is expanded."""
@@ -26,12 +28,12 @@ def oracle(model):
     """Collect what flows into the outputs of leaf modules."""
     seen = {}
 
-    def follow(name, output):
-        output.register_hook(lambda grad: seen.setdefault(f"{name} (activation)", []).append(grad.clone()))
+    def take(name, grads):
+        seen.setdefault(f"{name} (activation)", []).append(grads[0].clone())
 
     for name, module in model.named_modules():
         if not list(module.children()):
-            module.register_forward_hook(lambda m, inputs, output, name=name: follow(name, output))
+            module.register_full_backward_hook(lambda m, _, grads, name=name: take(name, grads))
     return seen
 
 
@@ -87,15 +89,46 @@ def test_skipped_steps_and_removal():
     assert (good.skipped, skipped.skipped) == (False, True)
     assert skipped.largest[-1] == float("inf")
     watch.remove()
-    assert not any(module._backward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_largest_of_all_is_known_on_the_device():
     model = Net()
     optimizer = optim.AdamW(model.parameters())
     watch = numerics.watch(optimizer, every=10**6, activations=model)
-    assert watch.largest_activation(torch.device("cpu")) is None
+    assert watch.activations(torch.device("cpu")) is None
     seen = oracle(model)
     (model(torch.randn(2, 4)).sum() * 1000).backward()
     grads = torch.cat([grad.flatten() for some in seen.values() for grad in some])
-    assert watch.largest_activation(torch.device("cpu")).item() == counted.largest(grads)
+    assert watch.activations(torch.device("cpu")).item() == counted.largest(grads)
+
+
+def test_outputs_may_be_changed_in_place_and_be_of_any_structure():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return {"double": x * 2, "rest": (x * 3, 5)}
+
+    class Changed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.relu, self.pair = nn.Linear(3, 3), nn.ReLU(inplace=True), Pair()
+
+        def forward(self, x):
+            pair = self.pair(self.relu(self.linear(x)))
+            return pair["double"].sum() + pair["rest"][0].sum()
+
+    model = Changed()
+    optimizer = optim.SGD(model.parameters(), lr=1e-3)
+    watch = numerics.watch(optimizer, every=1, activations=model)
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        model(x)  # no backward pass follows
+        positive = int((model.linear(x) > 0).sum())
+    model(x).backward()
+    optimizer.step()
+    (record,) = watch.poll()
+    by_name = dict(zip(record.names, record.histogram, strict=True))
+    assert by_name["pair (activation)"][counted.bin_of(1.0)] == 24  # 1 for each element of both outputs
+    assert by_name["relu (activation)"][counted.bin_of(5.0)] == 12
+    assert by_name["linear (activation)"][counted.bin_of(5.0)] == positive
+    assert by_name["linear (activation)"][0] == 12 - positive

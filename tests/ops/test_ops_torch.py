@@ -62,8 +62,30 @@ def test_opcheck_steps(variant, masters):
     """Mutation annotations, fake kernels and AOT dispatch agree with what the op does."""
     call = step_call(variant, [(5,), (2, 3), ()], HALVES if masters else NUMBERS, masters=masters)
     call.options["found_inf"] = scalar(0.0)
-    args, kwargs = raw_step(call)
-    torch.library.opcheck(getattr(torch.ops.fusedamp, call.op).default, args, kwargs)
+    for more in ({}, updates(3)):
+        call.options |= more
+        args, kwargs = raw_step(call)
+        assert more.keys() == kwargs.keys() & {"updates", "due"}
+        torch.library.opcheck(getattr(torch.ops.fusedamp, call.op).default, args, kwargs)
+
+
+def updates(count):
+    due = torch.ones((), dtype=torch.int32)
+    return dict(updates=torch.zeros(count, 4, dtype=torch.float64), due=due)
+
+
+def test_compiled_updates_equal_eager_ones():
+    results = []
+    for run in (
+        lambda call: call.run(),
+        torch.compile(lambda call: call.run(), fullgraph=True, backend="aot_eager"),
+    ):
+        call = step_call("adamw", [(5,), (600,), ()], HALVES, masters=True)
+        call.options |= updates(3)
+        run(call)
+        results.append([*call.tensors(), call.options["updates"]])
+    assert all(map(same_bits, *results))
+    assert (results[0][-1][:, 0] > 0).all()
 
 
 def test_opcheck_the_others():

@@ -25,6 +25,7 @@ STATES = {  # tensors of the parameter's size, scalars
     **dict(novograd_=(1, 1)),
 }
 SIZES = (5, 0, 40_000, 129)
+UPDATED = ("master", "split", "bf16", "fp32", "fp64")
 SOME = ("adamw_", "sgd_", "nadam_", "lamb_", "novograd_")
 
 
@@ -88,6 +89,24 @@ def test_8_bit_states():
         group.states = [torch.randint(-127, 127, s.shape, dtype=torch.int8) for s in group.states]
         group.scales = [torch.full(((n + 127) // 128,), 0.5) for n in SIZES]
     both_ways(groups)
+
+
+@pytest.mark.parametrize("due", [None, 0, 1])
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_updates(due, found_inf):
+    """A row for each row of the table, whatever the rules; what the public ops write."""
+    groups = [made(op, storage, seed=k) for k, (op, storage) in enumerate(zip(SOME, UPDATED, strict=True))]
+    made_one = {} if due is None else {"due": torch.tensor(due, dtype=torch.int32)}
+    scalars = dict(found_inf=torch.tensor(found_inf))
+    apart = [group.copy() for group in groups]
+    updates, wanted = (torch.full((len(groups) * len(SIZES), 4), -7.0, dtype=torch.float64) for _ in "12")
+    for k, group in enumerate(apart):
+        group.step(**scalars, **made_one, updates=wanted[k * len(SIZES) : (k + 1) * len(SIZES)])
+    planned_step(groups, **scalars, **made_one, updates=updates)
+    assert torch.equal(updates, wanted)
+    assert (updates[0, 0] == -7.0) == (due == 0 or found_inf != 0.0)
+    for one, other in zip(apart, groups, strict=True):
+        assert all(map(same_bits, one.changed(), other.changed()))
 
 
 def test_rules_in_turn_and_many_groups():

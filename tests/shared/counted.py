@@ -27,6 +27,10 @@ def histogram(tensor):
     return torch.from_numpy(np.bincount(bins, minlength=64))
 
 
+def bin_of(value):
+    return int(histogram(torch.tensor([value])).argmax())
+
+
 def largest(tensor):
     values = tensor.detach().double().abs().flatten()
     return math.inf if not values.isfinite().all() else values.max().item() if values.numel() else 0.0

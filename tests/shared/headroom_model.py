@@ -1,7 +1,12 @@
-"""The rule of the policy "headroom", in plain Python."""
+"""The rule of the policy "headroom", in plain Python, and a training loop that follows it."""
 
 import math
+import random
 from collections import Counter, deque
+
+import torch
+from fusedamp import GradScaler, optim
+from torch import nn
 
 INF = math.inf
 
@@ -77,3 +82,50 @@ class Model:
         return [min(self.run, 3), self.good, self.wait, self.patience, len(self.ring)], [
             counts[b] for b in range(-40, 24)
         ]
+
+
+def headroom(**options):
+    return GradScaler("cpu", policy="headroom", **options)
+
+
+def params_of(dtypes=(torch.float32,) * 3):
+    return [nn.Parameter(torch.ones(4 + i, dtype=dtype)) for i, dtype in enumerate(dtypes)]
+
+
+def fused(params, **options):
+    return optim.AdamW(params, lr=1e-6, **options)
+
+
+def give_gradients(rng, params, scale, unscaled):
+    """Gradients whose largest element is ``unscaled``, negative, somewhere; returns the largest one as
+    stored."""
+    for param in params:
+        param.grad = (torch.rand(param.shape, dtype=torch.float64) * unscaled * scale * 0.4).to(param.dtype)
+    chosen = rng.choice(params)
+    chosen.grad.view(-1)[rng.randrange(chosen.numel())] = -unscaled * scale
+    largest = max(param.grad.double().abs().max().item() for param in params)
+    return largest if math.isfinite(largest) else INF
+
+
+def maxima(rng, steps):
+    for _ in range(steps):
+        yield 2.0 ** (rng.gauss(-3, 1) + (rng.random() < 0.02) * rng.choice([-10, 8, 14]))
+
+
+def follow(scaler, optimizers, params, way, steps=250, seed=0):
+    """Train, and compare the scale after each step with the model's."""
+    rng = random.Random(seed)
+    model = Model(scaler._init_scale, bits=scaler._headroom.bits, interval=scaler.get_growth_interval())
+    scaler.scale(torch.ones(()))
+    for unscaled in maxima(rng, steps):
+        largest = give_gradients(rng, params, scaler.get_scale(), unscaled)
+        overflow = largest >= 65520
+        if overflow:
+            largest = params[0].grad.view(-1)[0] = INF
+        for optimizer in optimizers:
+            way(scaler, optimizer)
+            scaler.step(optimizer)
+        scaler.update()
+        model.update(overflow, largest)
+        assert scaler.get_scale() == model.scale
+    return scaler, model

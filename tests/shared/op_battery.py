@@ -85,6 +85,9 @@ def digest() -> dict[str, str]:
             for _ in range(3):
                 call.run()
             note(f"{variant}, masters={masters}", call.tensors())
+            call.options |= dict(lr=1e-3, updates=torch.zeros(len(shapes), 4, dtype=torch.float64))
+            call.run()
+            note(f"updates of {variant}, masters={masters}", [*call.tensors(), call.options["updates"]])
     call = step_call("sgd", shapes, DTYPES)
     call.grads[3][5], call.grads[7][400] = float("inf"), float("nan")
     for norm_type in (2.0, 1.0, 0.0, 3.5, float("inf")):

@@ -30,6 +30,7 @@ ONCE = (
     "laws/test_rooms.py",
     "laws/test_tiers.py",
     "laws/test_words.py",
+    "ops/test_pass_instructions.py",
     "ops/test_storage_math.py",
 )
 
@@ -41,6 +42,7 @@ SLOW = (
     "commands/test_repro.py",
     "commands/test_repro_parity.py",
     "ops/test_ops_targets.py",
+    "ops/test_pass_instructions.py",
     "ops/test_storage_math.py",
     "optim/test_storage_memory.py",
 )

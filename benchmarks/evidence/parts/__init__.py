@@ -30,6 +30,7 @@ PARTS = {
         Part("bandwidth", "Bandwidth and time of optimizer steps", 120),
         Part("launches", "Launches per step, host time per tensor", 45),
         Part("offload", "Offload: bits, bus, memory, step", 75),
+        Part("watch", "Watches: counts, bits, replayed graphs, cost", 75),
         Part("training", "A GPT-2-size training step", 75),
         Part("energy", "Energy: joules per sample in FP32, TF32, FP16 and BF16", 75),
         Part("fusions", "Linear layers: plans, fusions, a step", 75),

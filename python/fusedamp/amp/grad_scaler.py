@@ -60,6 +60,16 @@ class GradScaler(GradientChecks):
             and ``grad_scale`` are set by hand on all of these ranks or on none. Not part of
             :meth:`state_dict`; such a scaler cannot be pickled. Before ``init_process_group``,
             ``torch.distributed.group.WORLD`` is None.
+        policy: how the scale moves. ``"overflow"``, as torch's: it grows until gradients overflow.
+            ``"headroom"``: it follows the largest gradient of all optimizers in the last 512 good steps, by
+            the rule of :func:`fusedamp.ops.update_scale_headroom_`. It comes down before gradients overflow,
+            and is always a power of two: another scale is rounded down at its first update. It sees
+            gradients of weights only, not of activations (but see :func:`fusedamp.numerics.watch`), and none
+            that other code has unscaled (an overridden ``unscale_`` or ``_unscale_grads_``). Where ranks
+            reduce the overflow flag, they reduce the largest gradient with it, in 16 bytes. Ranks with
+            different gradients must be known, as shards of DTensors or by ``process_group``: an all-reduce
+            of ``found_inf`` by other code is not enough. Factors and hysteresis must be the defaults.
+        headroom_bits: with that policy, how many bits the largest gradients stay below 2^16; 0 to 14.
 
     Raises: AssertionError where torch raises it, ValueError or TypeError for other bad arguments,
         RuntimeError for parameters that FSDP1 shards over several ranks, without ``process_group``.

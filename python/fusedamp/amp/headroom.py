@@ -85,7 +85,7 @@ def checked_saved(saved: Any) -> list[int]:
         what = f"{len(saved)} numbers" if isinstance(saved, (list, tuple)) else f"a {type(saved).__name__}"
         raise ValueError(
             f"{where} is {what}; expected a list of 4 to {4 + _RING} whole numbers, or none. Delete the "
-            "entry to start anew."
+            "entry to start from scratch."
         )
     most = checks.INT32_MAX  # counts must not overflow at the next good step
     limits = [(0, 3), (0, most - 1), (0, most - 1), (0, most)] + [(_LEAST, _LEAST + _COUNTS - 1)] * _RING
@@ -93,7 +93,7 @@ def checked_saved(saved: Any) -> list[int]:
         if not isinstance(number, int) or isinstance(number, bool) or not low <= number <= high:
             raise ValueError(
                 f"{where}[{i}] is {number!r}; expected a whole number from {low} to {high}. Delete the entry "
-                "to start anew."
+                "to start from scratch."
             )
     return list(saved)
 
@@ -118,15 +118,14 @@ class LargestGradient(Reader):
         return found
 
     def _own(self, device: torch.device, n: int) -> ops.Numerics:
-        if device not in self._buffers or len(self._buffers[device].extremes) < n:
+        if device not in self._buffers or len(self._buffers[device].extremes) != n:
             with lasting():
                 self._buffers[device] = ops.Numerics(
                     torch.empty(n, 3, dtype=torch.float64, device=device),
                     torch.empty(n, 64, dtype=torch.int64, device=device),  # never written
                     torch.zeros((), dtype=torch.int32, device=device),
                 )
-        extremes, histogram, due = self._buffers[device]
-        return ops.Numerics(extremes[:n], histogram[:n], due)
+        return self._buffers[device]
 
     def checked(self, device: torch.device, squares: Callable[[], Tensor]) -> None:
         if self.watch is not None:
@@ -139,7 +138,7 @@ class LargestGradient(Reader):
         Raises: RuntimeError if other ranks may have other activations, and ``alone`` says that they are not
             asked.
         """
-        found = {device: extremes[:, 0].amax() for device, extremes in self._extremes.items()}
+        found = {device: extremes.select(1, 0).amax() for device, extremes in self._extremes.items()}
         self._extremes.clear()
         for device in list(found)[:1]:
             activations = None if self.watch is None else self.watch.activations(device)

@@ -313,7 +313,7 @@ class LossScale(torch.amp.GradScaler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this scaler or of torch's. Its scale is clamped to ``min_scale``..``max_scale``,
-        which are not part of a state. A state without ``_headroom`` starts that policy anew from its scale.
+        which are not part of a state. Without ``_headroom``, that policy starts from scratch, at this scale.
 
         Raises: RuntimeError for an empty state, KeyError for an incomplete one, TypeError or ValueError for
             an invalid scale, factor or count; then nothing is changed.

@@ -1,4 +1,4 @@
-"""Counts gradients of activations, by backward hooks."""
+"""Counts gradients of activations, by hooks on the outputs of modules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .. import ops
 from ..amp.gradients import lasting, on
@@ -32,8 +33,9 @@ class Activations:
         self._seen: set[tuple[torch.device, int]] = set()  # rows of the current step
         leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
         self._names = tuple(f"{name or type(module).__name__} (activation)" for name, module in leaves)
+        # Backward hooks of modules would forbid in-place operations on their outputs.
         self._hooks = [
-            module.register_full_backward_pre_hook(partial(self._arrive, index))
+            module.register_forward_hook(partial(self._follow, index))
             for index, (_, module) in enumerate(leaves)
         ]
 
@@ -63,11 +65,15 @@ class Activations:
         self._seen.clear()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _follow(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad and self._hooks:
+                tensor.register_hook(partial(self._arrive, index))  # type: ignore[no-untyped-call]
+
     @torch.no_grad()
-    def _arrive(self, index: int, module: nn.Module, grad_output: Any) -> None:
-        for grad in grad_output if isinstance(grad_output, tuple) else (grad_output,):
-            if isinstance(grad, Tensor) and (grad.is_floating_point() or grad.is_complex()):
-                self._count(index, _readable(local(grad)))
+    def _arrive(self, index: int, grad: Tensor) -> None:
+        if self._hooks:  # not removed since the forward pass
+            self._count(index, _readable(local(grad)))
 
     def _count(self, index: int, grad: Tensor) -> None:
         device = grad.device

@@ -212,7 +212,7 @@ class Continued:
     def __init__(self, logger: Logger, start: int, name: str = "") -> None:
         self._logger, self._start = need_logger(logger), start
         self._prefix = f"{PREFIX}{name}/" if name else PREFIX
-        self._histogram = getattr(logger, "add_histogram", None)
+        self._histogram: Any = getattr(logger, "add_histogram", None)
         if self._histogram is not None:
             self.add_histogram = self._add_histogram
 

@@ -105,9 +105,6 @@ class Recorder:
             found_inf = combine(flags, flags[0].device)
         self.end(found_inf, scale)
 
-    def largest_activation(self, device: torch.device) -> Tensor | None:
-        return None if self._activations is None else self._activations.largest(device)
-
     # What torch's scaler does, as torch_scaler.py hears it ---------------------------------
 
     def read_scaled(self, inv_scale: Tensor, scale: Tensor) -> None:

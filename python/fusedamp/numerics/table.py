@@ -315,8 +315,6 @@ def _colored(lines: list[tuple[str, str]], color: bool | None) -> str:
     from rich.text import Text
 
     console = Console(force_terminal=color)
-    if not console.is_terminal:
-        return plain
     with console.capture() as captured:
         for text, style in lines:
             console.print(Text(text, style), soft_wrap=True)

@@ -47,10 +47,6 @@ class Observer(Reader, Protocol):
     def tally(self, device: torch.device, positions: Sequence[int]) -> Tally | None:
         """Return where a step op on one device counts; None if it need not."""
 
-    def largest_activation(self, device: torch.device) -> Tensor | None:
-        """Return the largest |scaled gradient| of activations in the current step, float64, 0-dim, on
-        ``device``; None if none was observed."""
-
     def end(self, found_inf: Tensor | None, scale: Tensor | None) -> None:
         """The step is over, skipped if ``found_inf`` is not 0."""
 

@@ -7,6 +7,7 @@ import importlib.util
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -33,6 +34,7 @@ class Options:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     learning_rate: float = LEARNING_RATE
     init_scale: float = INIT_SCALE
+    policy: Literal["overflow", "headroom"] = "overflow"
     picture: Path = Path("demo.png")
     threads: int | None = None
     quick: bool = False
@@ -66,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=INIT_SCALE,
         help="first loss scale of the FP16 runs (default: 2**24)",
     )
+    add(
+        "--policy",
+        choices=("overflow", "headroom"),
+        default="overflow",
+        help="how fusedamp's loss scale moves (default: %(default)s, as torch's)",
+    )
     add("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU if available)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
@@ -98,6 +106,7 @@ def options_from(args: argparse.Namespace) -> Options:
         device=_device(args.device),
         learning_rate=args.lr,
         init_scale=args.init_scale,
+        policy=args.policy,
         picture=picture_path(Path(args.out), "demo.png"),
         threads=args.threads,
         quick=args.quick,

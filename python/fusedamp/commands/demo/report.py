@@ -83,8 +83,9 @@ def table(outcome: Outcome) -> Table:
     for head in heads:
         grid.add_column(head, justify="right", no_wrap=True)
     for run in outcome.runs:
+        variant = run.variant
         grid.add_row(
-            run.variant.name,
+            variant.label + (f"\n  {variant.policy}" if variant.policy != "overflow" else ""),
             f"{run.held_out_loss:.4f}",
             "" if run is outcome.reference else f"{outcome.gap(run):+.4f}",
             f"{run.evaluations[-1][2]:.1%}",
@@ -120,7 +121,7 @@ class Bars:
     def finetuned(self, runs: list[Run]) -> None:
         """Advance after one step of every run."""
         for run in runs:
-            name = run.variant.name
+            name = run.variant.label
             if name not in self._rows:
                 self._rows[name] = self._add(name, self._task.steps)
             scale = f"  scale {run.scales[-1]:.0f}" if run.scaler.is_enabled() else ""

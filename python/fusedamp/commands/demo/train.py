@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,14 @@ RECORDED = 10  # every so many steps a watched run has a record
 
 @dataclass(frozen=True)
 class Variant:
-    """The stack, the formats of weights, masters and states, and the batch order of one run."""
+    """The stack, the formats of weights, masters and states, the batch order and the policy of the loss scale
+    of one run."""
 
     stack: str  # "torch" or "fusedamp"
     dtype: str
     storage: Storage = field(default_factory=Storage)  # fusedamp's
     order: int = 0
+    policy: Literal["overflow", "headroom"] = "overflow"
 
     @property
     def masters(self) -> bool:
@@ -42,6 +45,11 @@ class Variant:
 
     @property
     def name(self) -> str:
+        return self.label if self.policy == "overflow" else f"{self.label}, {self.policy}"
+
+    @property
+    def label(self) -> str:
+        """The name without the policy, for narrow columns."""
         if self.order:
             return f"FP32 torch, batch order {self.order + 1}"
         amp = " AMP" if self.stack == "torch" and self.dtype != "fp32" else ""
@@ -63,18 +71,16 @@ REFERENCE = Variant("torch", "fp32")
 NO_MASTERS = Storage(master_weights="none")
 
 
-def variants(dtypes: tuple[str, ...]) -> list[Variant]:
-    """List the FP32 reference, every requested format in both stacks, and FP32 with other batch orders."""
+def variants(dtypes: tuple[str, ...], policy: Literal["overflow", "headroom"] = "overflow") -> list[Variant]:
+    """List the FP32 reference, every requested format in both stacks, and FP32 with other batch orders.
+    ``policy``: of fusedamp's FP16 runs."""
     rows = [REFERENCE]
     for dtype in dtypes:
         if dtype == "fp32":
             rows.append(Variant("fusedamp", dtype))
         else:
-            rows += [
-                Variant("torch", dtype),
-                Variant("fusedamp", dtype),
-                Variant("fusedamp", dtype, NO_MASTERS),
-            ]
+            ours = replace(Variant("fusedamp", dtype), policy=policy if dtype == "fp16" else "overflow")
+            rows += [Variant("torch", dtype), ours, replace(ours, storage=NO_MASTERS)]
     return rows + [Variant("torch", "fp32", order=k) for k in range(1, EXTRA_ORDERS + 1)]
 
 
@@ -99,13 +105,16 @@ class Run:
         """Start from a copy of ``base``: torch keeps its weights in FP32, fusedamp casts them to
         ``dtype``."""
         model, lr = copy.deepcopy(base), options.learning_rate
-        scaler_class = torch.amp.GradScaler if variant.stack == "torch" else GradScaler
-        scaler = scaler_class(
-            options.device.type,
+        settings: dict[str, Any] = dict(
             init_scale=options.init_scale,
             growth_interval=GROWTH_INTERVAL,
             enabled=variant.dtype == "fp16",
         )
+        scaler: torch.amp.GradScaler
+        if variant.stack == "torch":
+            scaler = torch.amp.GradScaler(options.device.type, **settings)
+        else:
+            scaler = GradScaler(options.device.type, **settings, policy=variant.policy)
         optimizer: torch.optim.Optimizer
         if variant.stack == "torch":
             optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
@@ -114,7 +123,8 @@ class Run:
             optimizer = optim.AdamW(model.parameters(), lr=lr, **variant.storage)
         run = cls(variant, model, optimizer, scaler, options.device)
         if options.numerics and isinstance(scaler, GradScaler) and scaler.is_enabled() and variant.masters:
-            run.watch = watch(optimizer, scaler, every=RECORDED, history=1000, model=model)
+            every = min(options.steps or RECORDED, RECORDED)
+            run.watch = watch(optimizer, scaler, every=every, history=1000, model=model)
         return run
 
     def step(self, batch: Batch) -> None:
@@ -140,7 +150,11 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scales.append(before)
-        if self.scaler.get_scale() < before:
+        if isinstance(self.scaler, GradScaler):  # its scale may come down without an overflow
+            skipped = bool(self.scaler.last_step_skipped)
+        else:
+            skipped = self.scaler.get_scale() < before
+        if skipped:
             self.skipped.append(len(self.scales) - 1)
             return False
         self.losses.append(loss.item())
@@ -213,7 +227,9 @@ def finetune(
 ) -> Iterator[list[Run]]:
     """Train ``compared`` in lockstep, by default the `variants` of the requested formats; yields the runs
     after each step, the reference first."""
-    runs = [Run.start(variant, base, options) for variant in compared or variants(options.dtypes)]
+    runs = [
+        Run.start(variant, base, options) for variant in compared or variants(options.dtypes, options.policy)
+    ]
     every = max(1, task.steps // EVALUATIONS)
     for step in range(task.steps):
         if step % every == 0:
