@@ -99,8 +99,8 @@ class Record:
 
     @property
     def subnormal(self) -> Tensor:
-        """FP64 ``[n]``: the share of elements with 0 < |s| < 2^-14, FP16's least normal number, for every
-        dtype; 0 for a parameter without elements."""
+        """FP64 ``[n]``: the share of elements that are not 0 and below 2^-14, FP16's least normal number, for
+        every dtype; 0 for a parameter without elements."""
         return share(self.histogram[:, TINY : bin_of(NORMAL)].sum(1), self.numel)
 
     @property
@@ -123,7 +123,8 @@ class Record:
         return share(self.update_norm, self.weight_norm)
 
     def below(self, exponent: int) -> Tensor:
-        """Return the share of non-zero elements with |s| < 2^exponent, FP64 ``[n]``; 0 if there are none.
+        """Return the share of non-zero elements whose magnitude is below 2^exponent, FP64 ``[n]``; 0 if there
+        are none.
 
         For FP32 and BF16 gradients, ``below(-25)`` is the share that FP16 would flush to zero.
 
