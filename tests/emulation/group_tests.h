@@ -96,7 +96,7 @@ inline void run_phase(const cuda::Device& device, const Step& step, const Tables
   check.found_inf = &found_inf;
   check.norm = &norm;
   check.counts = log.counts.data();
-  cuda::check_grads(device, grads, check);
+  cuda::check_grads(device, grads, check, nullptr, {});
   cuda::step(device, tables.table(), groups_of(step), {&inv_scale, &clip_coef, &found_inf}, log.pointers(), {});
   cuda::update_scale(device, {2.0, 0.5, 0.0, kInf, 2000, 1, false}, &scale, &growth_tracker, nullptr, &found_inf);
 }

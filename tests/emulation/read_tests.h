@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../../csrc/engine/cpu/engine.h"
+#include "../../csrc/math/bins.h"
 #include "step_tensors.h"
 
 namespace world {
@@ -24,12 +25,13 @@ struct Stats {
   std::vector<int64_t> counts;
 };
 
-inline Stats emulated_stats(const std::vector<Twins>& grads, const float* inv_scale, double p, int multiprocessors) {
+inline Stats emulated_stats(const std::vector<Twins>& grads, const float* inv_scale, double p, int multiprocessors,
+                            const Numerics& numerics = {}) {
   Stats s;
   s.per_tensor.assign(grads.size(), -1.0);
   s.counts.assign(3 * grads.size(), -1);
   cuda::grad_stats(*EmulatedDevice(multiprocessors), rows_of(grads, &Twins::cuda), inv_scale, p,
-                   {&s.found_inf, &s.total, s.per_tensor.data(), s.counts.data()});
+                   {&s.found_inf, &s.total, s.per_tensor.data(), s.counts.data()}, numerics);
   return s;
 }
 
@@ -74,6 +76,56 @@ inline void expect_stats(const Stats& s, const std::vector<Twins>& grads, float 
   expect(s.found_inf == (bad ? 1.0f : 0.0f), "found_inf is %g, wanted %d", double(s.found_inf), int(bad));
 }
 
+// What a check counts beside its results, on both sides, with canaries around it.
+class Counted {
+ public:
+  Counted(Random& random, size_t tensors, int32_t due)
+      : extremes_(DType::f64, 3 * static_cast<int64_t>(tensors), below(random, 8)),
+        histogram_(DType::f64, kBins * static_cast<int64_t>(tensors), below(random, 8)),
+        due_(due) {
+    for (const Twins* t : {&extremes_, &histogram_})
+      for (void* side : {t->cpu(), t->cuda()}) memset(side, 0x5a, 8 * static_cast<size_t>(t->numel()));
+  }
+  Numerics on(void* (Twins::*side)() const) const {
+    return {static_cast<double*>((extremes_.*side)()), static_cast<int64_t*>((histogram_.*side)()), &due_};
+  }
+  // tests/ops/test_ops_numerics.py compares the CPU's with numpy.
+  void expect_equal() const {
+    extremes_.expect_equal("extremes", 0);
+    histogram_.expect_equal("histogram", 0);
+    const auto* counts = static_cast<const int64_t*>(histogram_.cuda());
+    for (int64_t i = 0; i < histogram_.numel(); ++i)
+      expect((counts[i] == 0x5a5a5a5a5a5a5a5a) == (due_ == 0), "bin %ld of histogram where due is %d", long(i), due_);
+  }
+
+ private:
+  Twins extremes_, histogram_;
+  const int32_t due_;
+};
+
+inline int32_t random_due(Random& random) {
+  const int32_t dues[] = {0, 1, -1, 0x10000};
+  return dues[below(random, 4)];
+}
+
+// The results of a check with numerics are those of `plain`, bit for bit.
+inline void test_numerics(Random& random, const std::vector<Twins>& grads, float inv_scale, double p,
+                          const Stats& plain) {
+  const Counted counted(random, grads.size(), random_due(random));
+  const Stats s = emulated_stats(grads, &inv_scale, p, static_cast<int>(below(random, 4)), counted.on(&Twins::cuda));
+  Stats cpu = s;
+  cpu::grad_stats(rows_of(grads, &Twins::cpu), inv_scale, p,
+                  {&cpu.found_inf, &cpu.total, cpu.per_tensor.data(), cpu.counts.data()}, counted.on(&Twins::cpu),
+                  one_thread);
+  counted.expect_equal();
+  const auto same = [](const std::vector<double>& a, const std::vector<double>& b) {
+    return a.empty() || memcmp(a.data(), b.data(), sizeof(double) * a.size()) == 0;
+  };
+  expect(s.found_inf == plain.found_inf && same({s.total}, {plain.total}) && same(s.per_tensor, plain.per_tensor) &&
+             s.counts == plain.counts,
+         "results with numerics");
+}
+
 // Results of both engines' checks. tests/ops/test_planned_ops.py compares the CPU's with torch.
 struct Check {
   float inv_scale = -1.0f, clip_coef = -1.0f, found_inf = -1.0f;
@@ -115,9 +167,20 @@ inline void test_check(Random& random, const std::vector<Twins>& grads, double p
   job.max_norm_dtype = kind == 1 ? DType::f16 : kind == 2 ? DType::f32 : DType::f64;
   Check on_cpu, on_cuda;
   for (Check* check : {&on_cpu, &on_cuda}) check->counts.assign(3 * grads.size(), -1);
-  cpu::check_grads(rows_of(grads, &Twins::cpu), on_cpu.into(job), one_thread);
+  const Counted counted(random, grads.size(), random_due(random));
+  std::vector<double> cpu_sums(grads.size(), -1.0), cuda_sums = cpu_sums;
+  cpu::check_grads(rows_of(grads, &Twins::cpu), on_cpu.into(job), cpu_sums.data(), counted.on(&Twins::cpu), one_thread);
   cuda::check_grads(*EmulatedDevice(static_cast<int>(below(random, 4))), rows_of(grads, &Twins::cuda),
-                    on_cuda.into(job));
+                    on_cuda.into(job), cuda_sums.data(), counted.on(&Twins::cuda));
+  counted.expect_equal();
+  for (size_t t = 0; t < grads.size(); ++t) expect_near("per_tensor", t, cuda_sums[t], cpu_sums[t], 1e-4);
+  Check plain;
+  plain.counts.assign(3 * grads.size(), -1);
+  cuda::check_grads(*EmulatedDevice(2), rows_of(grads, &Twins::cuda), plain.into(job), nullptr, {});
+  expect(plain.inv_scale == on_cuda.inv_scale && plain.found_inf == on_cuda.found_inf &&
+             plain.counts == on_cuda.counts && memcmp(&plain.norm, &on_cuda.norm, job.wide ? 8 : 4) == 0 &&
+             memcmp(&plain.clip_coef, &on_cuda.clip_coef, sizeof(float)) == 0,
+         "a check without numerics");
   expect(on_cpu.inv_scale == on_cuda.inv_scale && on_cuda.inv_scale == static_cast<float>(1.0 / double(scale)),
          "inv_scale %g", double(on_cuda.inv_scale));
   expect(on_cpu.found_inf == on_cuda.found_inf, "found_inf %g", double(on_cuda.found_inf));
@@ -134,6 +197,8 @@ inline std::vector<Twins> random_grads(Random& random, int64_t largest) {
     grads.emplace_back(static_cast<DType>(below(random, 4)), numel, below(random, 2) ? 0 : below(random, 8));
     const double sigmas[] = {8.0, 8.0, 1e-25, 0.0};  // squares of 1e-25 underflow in float
     grads.back().fill(random, sigmas[below(random, 4)]);
+    for (int64_t i = 0; i < numel && grads.size() % 3 == 0; ++i)  // in every bin
+      grads.back().set(i, std::ldexp(normal(random, 1.0), static_cast<int>(below(random, 60)) - 45));
     if (numel == 0 || !with_bad || below(random, 3)) continue;
     const double specials[] = {kInf, -kInf, kNaN, 3e38, 65504.0};
     grads.back().set(below(random, 2) ? numel - 1 : below(random, numel), specials[below(random, 5)]);
@@ -153,6 +218,7 @@ inline void test_reads(Random& random, int64_t largest) {
     emulation::set_schedule(random());
     const Stats again = emulated_stats(grads, &inv_scale, p, 0);  // other blocks, another order: the same bits
     expect(memcmp(&again.total, &s.total, sizeof s.total) == 0 || s.total != s.total, "not reproducible");
+    test_numerics(random, grads, inv_scale, p, s);
   }
 
   for (const double p : {2.0, 1.0, kInf, 0.0, 3.0, 0.5, 7.5}) test_check(random, grads, p);
@@ -167,15 +233,18 @@ inline void test_reads(Random& random, int64_t largest) {
 }
 
 // The combining launch loads several records ahead if a tensor has more chunks than a block has threads.
-inline void test_more_chunks_than_threads() {
+inline void test_more_chunks_than_threads(Random& random) {
   now_testing = "more chunks than threads";
   std::vector<Twins> grads;
   grads.emplace_back(DType::f16, (cuda::kBlock + 2) * cuda::kChunk + 5, 0);
   for (const int64_t i : {int64_t{0}, grads[0].numel() - 1}) {
     const float inv_scale = 1.0f;
-    expect_stats(emulated_stats(grads, &inv_scale, 2.0, 4), grads, inv_scale, 2.0);
-    grads[0].set(i, kInf);
-    expect_stats(emulated_stats(grads, &inv_scale, 2.0, 4), grads, inv_scale, 2.0);
+    for (const bool bad : {false, true}) {
+      if (bad) grads[0].set(i, kInf);
+      const Stats s = emulated_stats(grads, &inv_scale, 2.0, 4);
+      expect_stats(s, grads, inv_scale, 2.0);
+      test_numerics(random, grads, inv_scale, 2.0, s);
+    }
   }
 }
 

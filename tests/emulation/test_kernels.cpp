@@ -195,7 +195,7 @@ int main(int argc, char** argv) {
   for (int repeat = 0; repeat < 3; ++repeat) test_rules_in_turn(random, repeat == 2);
   test_launches(random);
   test_resident_tables(random);
-  test_more_chunks_than_threads();
+  test_more_chunks_than_threads(random);
   test_every_position(random);
   test_update_scale(random);
   test_update_scale_headroom(random);

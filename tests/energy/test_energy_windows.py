@@ -7,8 +7,9 @@ import threading
 import warnings
 
 import pytest
+import torch
 from fusedamp import energy
-from fusedamp.energy import counter, devices, windows
+from fusedamp.energy import counter, windows
 
 pytestmark = pytest.mark.host
 
@@ -229,21 +230,33 @@ def test_the_wait_belongs_to_the_block(clock, gpus, monkeypatch):
     """Work that was queued in the block is measured."""
     gpus("aa", used=[0])
     with window_of(Rising(clock)) as w:
-        monkeypatch.setattr(devices.torch.cuda, "synchronize", lambda index: clock.sleep(2.5))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda index: clock.sleep(2.5))
     assert w.joules == pytest.approx(250.1, abs=0.11)
 
 
 def test_an_unused_torch_is_not_initialized(clock, gpus, monkeypatch):
     waited = gpus("aa", used=[0])
-    monkeypatch.setattr(devices.torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     with window_of(Rising(clock)):
         clock.sleep(2.0)
     assert waited == []
 
 
+def test_the_cpu_and_uuids_leave_torch_uninitialized(clock, devices, powercap, gpus, monkeypatch):
+    """A process that has initialized torch.cuda cannot fork workers that use GPUs."""
+    gpus("aa")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: 1 / 0)
+    powercap("intel-rapl:0", "package-0")
+    energy.window(devices=["cpu"])
+    (counter,) = energy.window(devices=["GPU-aa"])._counters
+    devices[0].run(7)
+    assert counter.others() == 1
+
+
 def test_a_graph_is_being_captured(clock, gpus, monkeypatch):
     waited = gpus("aa", used=[0])
-    monkeypatch.setattr(devices.torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(energy.EnergyError, match="a CUDA graph is being captured; expected none"):
         window_of(Rising(clock)).__enter__()
     assert waited == []

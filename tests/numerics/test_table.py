@@ -60,7 +60,7 @@ def test_figures_are_of_all_records(terminal):
     assert a.headroom == pytest.approx(math.log2(65504 / 16), abs=1e-13)
     assert rows["c"].ratio == math.inf
     text = table.render([first, second])
-    assert text.splitlines()[0] == "2 steps from 10 to 20, loss scale 4 to 8. 3 parameters, the worst first."
+    assert text.splitlines()[0] == "2 steps from 10 to 20, loss scale 4 to 8. 3 parameters, worst first."
     (line,) = lines_of(text, ["a"])
     assert line.split()[1:6] == ["12.0", "75.0", "0", "25.0", "5.0e-01"]
 

@@ -152,3 +152,16 @@ FUSED = {
         [{"params": p[:2], "centered": True}, {"params": p[2:3]}, {"params": p[3:], "momentum": 0.9}], lr=1e-3
     ),
 }
+
+
+TORCHS = {
+    "foreach": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+}
+MIXED = [torch.float16, torch.float32, torch.bfloat16]
+ROUTES = ["fused", "clip", "unscale", "hook", "torch", "none", "disabled"]
+
+
+def dtypes_of(drive):
+    # torch's scaler unscales no FP16 gradients.
+    return [torch.bfloat16, torch.float32] if drive == "torch" else MIXED

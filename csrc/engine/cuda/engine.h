@@ -34,10 +34,12 @@ void measure(const Device& device, const StepTable& table, const StepGroups& gro
 
 // inv_scale may be null, for 1. Outputs are on the device.
 void grad_stats(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, double norm_type,
-                const StatsOutputs& out);
+                const StatsOutputs& out, const Numerics& numerics);
 
-// The same, and the results derived from it, with the same number of launches.
-void check_grads(const Device& device, const std::vector<GradRow>& rows, const GradCheck& check);
+// The same, and the results derived from it, with the same number of launches. `per_tensor` as in StatsOutputs; null:
+// not wanted.
+void check_grads(const Device& device, const std::vector<GradRow>& rows, const GradCheck& check, double* per_tensor,
+                 const Numerics& numerics);
 
 void unscale(const Device& device, const std::vector<GradRow>& rows, const float* inv_scale, float* found_inf);
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .counter import Counter, EnergyError
-from .nvml import GpuCounter, has_context
+from .nvml import GpuCounter, in_use, uuids
 from .rapl import packages
 
 CPU = ("cpu", "")
@@ -29,8 +29,7 @@ def counters_of(where: str, devices: Any) -> list[Counter]:
         raise TypeError(f"{where} devices is {devices!r}; expected a list, such as ['cuda:0'] or ['cpu']")
     if not devices:
         raise ValueError(f"{where} devices is empty; expected at least one, such as ['cuda:0'] or ['cpu']")
-    uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
-    named = [_named(f"{where} devices[{i}]", device, uuids) for i, device in enumerate(devices)]
+    named = [_named(f"{where} devices[{i}]", device) for i, device in enumerate(devices)]
     for i, (_, uuid) in enumerate(named):
         if uuid in [earlier for _, earlier in named[:i]]:
             raise ValueError(
@@ -44,11 +43,11 @@ def counters_of(where: str, devices: Any) -> list[Counter]:
             f"{where} devices is {devices!r}; expected GPUs or ['cpu']: their counters include different "
             "things and are not added up. Use two windows, one inside the other"
         )
-    return [GpuCounter(name, uuid, uuids.index(uuid) if uuid in uuids else None) for name, uuid in named]
+    return [GpuCounter(name, uuid) for name, uuid in named]
 
 
-def _named(where: str, device: Any, uuids: list[str]) -> tuple[str, str]:
-    """Return name and UUID of a device; ``uuids``: of the GPUs that torch sees."""
+def _named(where: str, device: Any) -> tuple[str, str]:
+    """Return name and UUID of a device. Only for GPUs by torch's names this initializes torch.cuda."""
     if isinstance(device, str) and device.startswith(("GPU-", "MIG-")):
         return device, device
     if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
@@ -63,21 +62,20 @@ def _named(where: str, device: Any, uuids: list[str]) -> tuple[str, str]:
         )
     if exact.type == "cpu":
         return CPU
-    index = torch.cuda.current_device() if exact.index is None and uuids else exact.index or 0
-    if index >= len(uuids):
-        raise ValueError(f"{where} is {device!r}; expected one of the {len(uuids)} GPUs that torch sees")
-    return f"cuda:{index}", uuids[index]
+    seen = uuids()
+    index = torch.cuda.current_device() if exact.index is None and seen else exact.index or 0
+    if index >= len(seen):
+        raise ValueError(f"{where} is {device!r}; expected one of the {len(seen)} GPUs that torch sees")
+    return f"cuda:{index}", seen[index]
 
 
 def synchronize(where: str) -> None:
     """Wait for all GPUs that this process uses. Uses no others: that would take their memory."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return
-    if torch.cuda.is_current_stream_capturing():
+    used = in_use()
+    if used and torch.cuda.is_current_stream_capturing():
         raise EnergyError(
             f"{where} a CUDA graph is being captured; expected none, as a window waits for the device. "
             "Measure replays of the graph instead"
         )
-    for index in range(torch.cuda.device_count()):
-        if has_context(index):
-            torch.cuda.synchronize(index)
+    for index in used:
+        torch.cuda.synchronize(index)

@@ -80,11 +80,10 @@ class GpuCounter(Counter):
     Args:
         name: of the device, in results and messages.
         uuid: as NVML writes it, "GPU-...".
-        index: its index in torch; None if torch does not see it.
     """
 
-    def __init__(self, name: str, uuid: str, index: int | None) -> None:
-        self.name, self.uuid, self._index = name, uuid, index
+    def __init__(self, name: str, uuid: str) -> None:
+        self.name, self.uuid = name, uuid
         self._nvml = _library(os.environ.get("FUSEDAMP_NVML") or "libnvidia-ml.so.1")
         self._handle = ctypes.c_void_p()
         code = self._find(uuid)
@@ -131,9 +130,11 @@ class GpuCounter(Counter):
         pids = self._pids()
         if pids is None:
             return None
-        if os.getpid() in pids or (pids and has_context(self._index)):
+        used = in_use()
+        mine = bool(used) and self.uuid in [uuids()[i] for i in used]
+        if os.getpid() in pids or (pids and mine):
             return len(pids) - 1
-        return None if has_context(self._index) else len(pids)
+        return None if mine else len(pids)
 
     def _pids(self) -> set[int] | None:
         room = 64
@@ -158,8 +159,13 @@ class GpuCounter(Counter):
         return code == 0 and now.value == 1
 
 
-def has_context(index: int | None) -> bool:
-    """True if this process already uses this GPU of torch; asking does not create a CUDA context."""
-    if index is None or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return False
-    return bool(torch._C._cuda_hasPrimaryContext(index))  # type: ignore[attr-defined]
+def uuids() -> list[str]:
+    """Return the UUIDs of the GPUs that torch sees, in its order; initializes torch.cuda if there are any."""
+    return [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
+
+
+def in_use() -> list[int]:
+    """Return torch's indices of the GPUs that this process uses already; asking creates no CUDA context."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
+    return [i for i in range(torch.cuda.device_count()) if torch._C._cuda_hasPrimaryContext(i)]  # type: ignore[attr-defined]

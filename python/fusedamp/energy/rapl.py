@@ -1,7 +1,7 @@
 """The energy counters of CPU packages: RAPL, as Linux shows it in /sys/class/powercap.
 
 Source: Linux's documentation of the power capping framework. A counter has microjoules and wraps around,
-    after a minute under full load at the earliest.
+at the earliest after a minute under full load.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from pathlib import Path
 
 from .counter import Counter, EnergyError
 
-PACKAGE = re.compile(
-    r"package-\d+(-die-\d+)?"
-)  # not its parts, nor the platform (psys), which has packages inside
+# Not a package's parts, nor the platform (psys), which includes packages.
+PACKAGE = re.compile(r"package-\d+(-die-\d+)?")
 MOST_WATTS = 1_000  # of a package. A counter is read so often that it cannot wrap twice between.
 SLACK = 10  # joules by which ticks may be late
 

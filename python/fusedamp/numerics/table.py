@@ -90,7 +90,7 @@ def render(records: Sequence[Record], limit: int = 20, color: bool | None = None
     ]
     over = [row.name for row in rows if row.overflows]
     near = [row.name for row in rows if not row.overflows and row.headroom < NEAR]
-    lines = [(f"{_title(records)}. {_parameters(rows)}, the worst first.", "bold"), ("", "")]
+    lines = [(f"{_title(records)}. {_parameters(rows)}, worst first.", "bold"), ("", "")]
     lines += _grid(heads, cells, [row.style for row in rows])
     lines += [(f"... and {len(rows) - limit:,} more", "")] * (len(rows) > limit)
     lines += [(line, "dim") for line in LEGEND.split("\n")]

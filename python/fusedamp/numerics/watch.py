@@ -240,8 +240,10 @@ def watch(
 
     Args:
         optimizer: any torch optimizer. Those of fusedamp also count updates, except Adafactor, Muon and
-            Offloaded.
-        scaler: the scaler that steps it: fusedamp's, torch's, or None. It need not be enabled.
+            Offloaded. A wrapper is replaced by its attribute ``optimizer``, as of Accelerate's and
+            Lightning's.
+        scaler: the scaler that steps it: fusedamp's, torch's, or None. It need not be enabled. Without
+            torch's scaler here, a watch sees gradients that it has unscaled, and no skipped step.
         every: distance of due steps.
         history: how many records are kept, on the device and on the host.
         updates: whether to count updates; False costs less.
@@ -258,6 +260,8 @@ def watch(
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{_WHERE} optimizer is {optimizer!r}; expected a torch.optim.Optimizer")
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(
             f"{_WHERE} scaler is {scaler!r}; expected fusedamp's or torch's GradScaler, or None. Pass the "
