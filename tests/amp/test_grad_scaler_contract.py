@@ -12,7 +12,10 @@ import torch
 from fusedamp import GradScaler, optim
 from on_device import DEVICE
 
-LIMITS = {"process_group", "min_scale", "max_scale", "hysteresis", "hysteresis_refill", "on_floor"}
+LIMITS = {
+    *("process_group", "min_scale", "max_scale", "hysteresis", "hysteresis_refill", "on_floor"),
+    *("policy", "headroom_bits"),
+}
 
 
 def iterate(scaler, optimizer, factor=1.0):

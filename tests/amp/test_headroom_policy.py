@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
+from counted import Loop
 from fusedamp import GradScaler, numerics
-from headroom_model import INF, follow, fused, give_gradients, headroom, params_of
+from headroom_model import INF, exponent_of_quotient, follow, fused, give_gradients, headroom, params_of
 from torch import nn
 
 
@@ -98,6 +99,20 @@ def test_zeros_and_missing_gradients_leave_the_scale():
     scaler.step(optimizer)
     scaler.update()
     assert (scaler.get_scale(), scaler._headroom.save()) == (512.0, [0, 1, 0, 64])
+
+
+@pytest.mark.parametrize("make", [fused, MAKERS["torch's fused"]])
+def test_gradients_of_an_earlier_step_do_not_count(make):
+    params = params_of()
+    optimizers, scaler = [make(params[:1]), make(params[1:])], headroom(init_scale=1.0)
+    scaler.scale(torch.ones(()))
+    for step in range(4):
+        params[0].grad = None if step % 2 else torch.full_like(params[0], 8.0 * scaler.get_scale())
+        params[1].grad = torch.full_like(params[1], 2.0 * scaler.get_scale())
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+    assert scaler._headroom.save()[4:] == [3, 1, 3, 1]
 
 
 def test_unknown_gradients_are_not_kept():
@@ -229,6 +244,23 @@ def test_a_watch_of_activations_bounds_the_scale():
     scales, kept = watched_scales(True)
     assert kept == [4] * 4
     assert scales == [2.0**9] * 4  # 15 - 4 - 2
+
+
+@pytest.mark.parametrize("drive", ["fused", "clip", "unscale", "hook"])
+def test_watch_and_policy_read_in_the_same_checks(drive):
+    loop = Loop(drive, fused, [torch.float16, torch.float32, torch.bfloat16], bad=(4, 5))
+    loop.scaler = headroom(init_scale=8.0, growth_interval=3)
+    with numerics.watch(loop.optimizer, loop.scaler, every=2, model=loop.model) as watch:
+        for _ in range(9):
+            loop.step()
+        records, rows = watch.poll(), watch.trajectory().tolist()
+    assert [record.step for record in records] == [2, 4, 6, 8]
+    for record in records:
+        loop.check(record)
+    good = [(largest, scale) for _, scale, skipped, largest in rows if not skipped]
+    kept = [exponent_of_quotient(largest, scale) for largest, scale in good]
+    assert loop.scaler._headroom.save()[4:] == kept
+    assert len(kept) == 7
 
 
 def test_activations_of_other_ranks_need_a_group(monkeypatch):
