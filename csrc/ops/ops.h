@@ -102,11 +102,12 @@ struct Ops {
   }
 
   static Stats packed_grad_numerics(Tensor packed, Tensor like, Tensor extremes, Tensor histogram, Tensor due,
-                                    OptionalTensor inv_scale, double norm_type) {
+                                    OptionalTensor inv_scale, double norm_type, bool only_due) {
     const char* op = "grad_numerics";
     const std::vector<GradRow> rows = packed_grad_rows(op, packed);
-    return stats_of(op, rows, like, inv_scale, norm_type,
-                    numerics_of(op, rows, like, extremes, histogram, due, {{"inv_scale", inv_scale}}));
+    Numerics numerics = numerics_of(op, rows, like, extremes, histogram, due, {{"inv_scale", inv_scale}});
+    numerics.only_due = only_due;
+    return stats_of(op, rows, like, inv_scale, norm_type, numerics);
   }
 
   using Check = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -241,3 +241,22 @@ def test_orders_of_magnitude_of_neighbors():
     values = torch.tensor([0.0, *(1.5 * 2.0**e for e in range(-41, 21)), torch.inf])
     pairs = torch.tensor(list(itertools.product(values.tolist(), repeat=2)))
     check([pairs.flatten(), pairs.t().flatten(), pairs.flatten().bfloat16(), pairs.t().flatten().double()])
+
+
+def test_without_a_scaler_gradients_are_read_only_where_it_is_due():
+    """The private op that a watch uses: results of other steps are undefined, and its buffers untouched."""
+    grads = [torch.tensor([0.0, 3.0, 2.0**-20], device=DEVICE)]
+    rows = addresses.rows(addresses.read(grads))
+    for due in (0, 1):
+        extremes = torch.full((1, 3), -1.0, dtype=torch.float64, device=DEVICE)
+        histogram = torch.full((1, 64), -1, device=DEVICE)
+        flag = torch.full((), due, dtype=torch.int32, device=DEVICE)
+        run = torch.ops.fusedamp._packed_grad_numerics
+        found = run(rows, grads[0], extremes, histogram, flag, None, 2.0, only_due=True)
+        if due:
+            assert extremes.tolist() == [[3.0, 1.0, 1.0]]
+            assert histogram.sum() == 3
+            assert found[2].item() == pytest.approx(9.0)
+        else:
+            assert (extremes == -1).all()
+            assert (histogram == -1).all()

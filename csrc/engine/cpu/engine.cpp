@@ -141,6 +141,7 @@ void measure(const StepTable& table, const StepGroups& groups, const StepScalars
 
 void grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_type, const StatsOutputs& out,
                 const Numerics& numerics, const Parallel& parallel) {
+  if (numerics.only_due && *numerics.due == 0) return;
   const StatsJob job = {inv_scale, norm_of(norm_type), norm_type};
   const Kernels& run = kernels();
   const Plan p = plan(rows.data(), rows.size());

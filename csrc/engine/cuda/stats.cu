@@ -167,6 +167,9 @@ __global__ void __launch_bounds__(kBlock) stats_kernel(const Table<GradRow> tabl
   }
 }
 
+__device__ __forceinline__ bool is_idle(const NoNumerics&) { return false; }
+__device__ __forceinline__ bool is_idle(const NumericsPass& pass) { return pass.out.only_due && *pass.out.due == 0; }
+
 // The same with numerics, and with as many blocks per multiprocessor: without the second bound, some architectures get
 // more registers.
 template <bool kGeneral>
@@ -174,6 +177,7 @@ __global__ void __launch_bounds__(kBlock, kGeneral ? 4 : 6)
     numerics_kernel(const Table<GradRow> table, const Factor factor, const Job job, ChunkStats* records,
                     unsigned* finished, const NumericsPass pass) {
   reset(finished);
+  if (is_idle(pass)) return;
   const float inv_scale = factor.value();
   int64_t r = -1;
   for (int64_t chunk = blockIdx.x; chunk < table.chunk_count; chunk += gridDim.x) {
@@ -196,6 +200,7 @@ template <class Pass>
 __global__ void __launch_bounds__(kBlock)
     combine_kernel(const Table<GradRow> table, const Norm norm, const ChunkStats* records, unsigned* finished,
                    const StatsOutputs out, const GradCheck check, const Pass pass) {
+  if (is_idle(pass)) return;
   constexpr int kAhead = 8;
   const Combine combine = {norm};
   for (int64_t r = blockIdx.x; r < table.row_count; r += gridDim.x) {

@@ -254,16 +254,23 @@ class Gradients:
         return tuple(dict.fromkeys(dim for layout in self._all_layouts for dim in layout.sharded))
 
     def stats(
-        self, inv_scale: Tensor | None, norm_type: float = 2.0, reader: Reader | None = None
+        self,
+        inv_scale: Tensor | None,
+        norm_type: float = 2.0,
+        reader: Reader | None = None,
+        only_due: bool = False,
     ) -> dict[torch.device, ops.GradStats]:
-        """Check the gradients with one op per device; devices without gradients on this rank are omitted."""
+        """Check the gradients with one op per device; devices without gradients on this rank are omitted.
+
+        ``only_due``: only ``reader`` needs the results, and only where it is due.
+        """
         found = {}
         for device, bucket in self.by_device.items():
             if not bucket.tensors:
                 continue
             inverse = None if inv_scale is None else on(inv_scale, device)
             numerics = None if reader is None else reader.numerics(device, bucket.positions)
-            stat = ops._grad_stats(bucket.tensors, inverse, norm_type, bucket.fields, numerics)
+            stat = ops._grad_stats(bucket.tensors, inverse, norm_type, bucket.fields, numerics, only_due)
             found[device] = stat
             if reader is not None:
                 reader.checked(device, partial(_squares, stat, bucket, inverse, norm_type))

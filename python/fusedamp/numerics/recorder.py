@@ -129,7 +129,7 @@ class Recorder:
             if bucket.tensors:
                 self._clock_of(device)
         if self._number % self._every == 0 or self._is_captured or is_capturing():
-            gradients.stats(None, reader=self)
+            gradients.stats(None, reader=self, only_due=True)
             self._only_due = True
 
     def _clock_of(self, device: torch.device) -> Clock:

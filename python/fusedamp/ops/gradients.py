@@ -137,10 +137,11 @@ def _grad_stats(
     norm_type: float,
     fields: addresses.Fields | None = None,
     numerics: Numerics | None = None,
+    only_due: bool = False,
 ) -> GradStats:
     """:func:`grad_stats`, or with ``numerics`` :func:`grad_numerics`. ``fields``: what
     ``addresses.read(grads)`` returned just now, to spare reading them again; addresses, which can not be
-    checked."""
+    checked. ``only_due``: where numerics are not due, results may be undefined, and gradients not read."""
     op = "grad_stats" if numerics is None else "grad_numerics"
     checks.need_lists(op, grads=grads)
     if not grads:
@@ -155,7 +156,8 @@ def _grad_stats(
             return GradStats(*call(f"_packed_{op}", addresses.rows(fields), grads[0], inv_scale, norm_type))
         return GradStats(*call(op, grads, inv_scale, norm_type))
     if fields is not None:
-        found = call(f"_packed_{op}", addresses.rows(fields), grads[0], *numerics, inv_scale, norm_type)
+        rows = addresses.rows(fields)
+        found = call(f"_packed_{op}", rows, grads[0], *numerics, inv_scale, norm_type, only_due)
     else:
         found = call(op, grads, *numerics, inv_scale=inv_scale, norm_type=norm_type)
     bump(numerics[:2])
