@@ -280,7 +280,8 @@ def test_wandbs_own_run(tmp_path, monkeypatch):
     """All rows arrive, although the run is at a later step, and the user's own rows stay."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for folder in ("DIR", "CONFIG_DIR", "CACHE_DIR", "DATA_DIR", "ARTIFACT_DIR"):
+        monkeypatch.setenv(f"WANDB_{folder}", str(tmp_path))
     records, _ = run("healthy", records=4)
     with wandb.init(mode="offline", project="test", dir=str(tmp_path)) as theirs:
         log = loggers.wandb(theirs)

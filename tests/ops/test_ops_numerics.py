@@ -13,6 +13,7 @@ import torch
 from fusedamp import ops
 from fusedamp.ops import gradients
 from fusedamp.tensors import addresses
+from on_device import DEVICE
 from op_calls import BORDERS, DTYPES, HALVES, Unchanged, guarded, same_bits, scalar
 from test_ops_stats import NORMS
 

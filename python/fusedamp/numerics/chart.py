@@ -64,9 +64,8 @@ def draw(
 
     Args:
         records: one or more, in order of their steps.
-        trajectory: FP64 ``[m, 4]``: step, scale, skipped, largest magnitude of the scaled gradients, of
-        each step; or
-            None. Steps before the first record are not drawn.
+        trajectory: FP64 ``[m, 4]``: step, scale, skipped, largest magnitude of the scaled gradients, of each
+            step; or None. Steps long before the first record are not drawn.
         path: the file; its suffix is a format that matplotlib writes, such as ``.png`` or ``.svg``.
         step: the step of one of the records.
 
@@ -148,12 +147,12 @@ def _over_steps(records: Sequence[Record], trajectory: Tensor | None) -> Any:
         bins, percents = _percents(record.histogram.sum(0, keepdim=True))
         top.pcolormesh([left, right], _binades(record, bins), percents.T, norm=NORM, cmap=COLORS)
     start = 2 * edges[0] - numbers[0]  # where the first record's steps begin
-    path = None if trajectory is None else trajectory[trajectory[:, 0] >= start]
-    if path is None or not len(path):
-        path = _path_of(records)
-    steps, scales, skipped, largest = path.unbind(1)
-    right = max(edges[-1], *steps.tolist())
-    left = min(edges[0], *steps.tolist())
+    if trajectory is not None:
+        trajectory = trajectory[trajectory[:, 0] >= start]
+    if trajectory is None or not len(trajectory):
+        trajectory = _trajectory_of(records)
+    steps, scales, skipped, largest = trajectory.unbind(1)
+    left, right = min(edges[0], *steps.tolist()), max(edges[-1], *steps.tolist())
     _limits(top, steps, _log2(scales), left, right)
     values = (_log2(largest) - _log2(scales)).tolist()
     top.plot(steps.tolist(), values, ".-", color=RED, lw=0.7, ms=2.5, label="largest gradient of each step")
@@ -173,7 +172,7 @@ def _over_steps(records: Sequence[Record], trajectory: Tensor | None) -> Any:
     return figure
 
 
-def _path_of(records: Sequence[Record]) -> Tensor:
+def _trajectory_of(records: Sequence[Record]) -> Tensor:
     """Return the trajectory of the records alone."""
     rows = [[r.step, r.scale, r.skipped, max(r.largest.tolist(), default=0.0)] for r in records]
     return torch.tensor(rows, dtype=torch.float64, device="cpu")

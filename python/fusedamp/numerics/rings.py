@@ -23,7 +23,8 @@ class Clock:
         """``like``: that of another device, which may know better (replays of a CUDA graph)."""
         with lasting():
             if like is None:
-                self.now = torch.tensor([number, 0], dtype=torch.int64, device=device)
+                self.now = torch.full((2,), number, dtype=torch.int64, device=device)
+                self.now[1].zero_()
                 self.due = torch.full((), int(number % every == 0), dtype=torch.int32, device=device)
             else:
                 self.now, self.due = on(like.now, device).clone(), on(like.due, device).clone()
