@@ -23,8 +23,8 @@ class Clock:
         """``like``: that of another device, which may know better (replays of a CUDA graph)."""
         with lasting():
             if like is None:
-                self.now = torch.full((2,), number, dtype=torch.int64, device=device)
-                self.now[1].zero_()
+                # [number, 0], made on the device.
+                self.now = torch.arange(number, -1, -number, dtype=torch.int64, device=device)
                 self.due = torch.full((), int(number % every == 0), dtype=torch.int32, device=device)
             else:
                 self.now, self.due = on(like.now, device).clone(), on(like.due, device).clone()
@@ -72,7 +72,7 @@ class Rows:
         rows = [self._row_of.get(position, -1) for position in positions]
         self._counted += len(rows) - rows.count(-1)
         if rows and rows == list(range(rows[0], rows[0] + len(rows))) and rows[0] >= 0:
-            return self.updates[rows[0] : rows[-1] + 1]
+            return self.updates.narrow(0, rows[0], len(rows))
         part = torch.empty(len(rows), _UPDATES, dtype=torch.float64, device=self.updates.device)
         self._parts.append((rows, part))
         return part
@@ -91,7 +91,9 @@ class Rows:
         ``is_main``: whether these are the optimizer's gradients, of which the trajectory is.
         """
         for rows, part in self._parts:
-            pairs = [(self.updates[row], part[i]) for i, row in enumerate(rows) if row >= 0]
+            pairs = [
+                (self.updates.select(0, row), part.select(0, i)) for i, row in enumerate(rows) if row >= 0
+            ]
             if pairs:
                 torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
         has_updates = self._counted == len(self.positions) > 0
