@@ -40,6 +40,11 @@ FUSEDAMP_FN uint64_t bits_of(double x) {
   return u;
 }
 FUSEDAMP_FN uint32_t bin_of(float x) { return Single::bin(bits_of(x)); }
+// The same of a number that FP16 has: 0, or not below 2^-24 and, where finite, below 2^16.
+FUSEDAMP_FN uint32_t bin_of_half(float x) {
+  const uint32_t exponent = bits_of(x) << 1 >> 24, above = (exponent > 85u ? exponent : 85u) - 85u;
+  return above < 63u ? above : 63u;
+}
 FUSEDAMP_FN uint32_t bin_of(double x) { return static_cast<uint32_t>(Double::bin(bits_of(x))); }
 
 }  // namespace FUSEDAMP_TARGET

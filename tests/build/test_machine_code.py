@@ -88,8 +88,15 @@ def test_reads_and_unscale_move_16_bytes_at_a_time(instructions: dict) -> None:
     for key, counts in kernels(instructions, "unscale_kernel").items():
         assert accesses(counts, "LDG") >= 3, key
         assert accesses(counts, "STG") >= 3, key
-    for key, counts in kernels(instructions, "stats_kernelILb0E").items():
-        assert accesses(counts, "LDG") >= 3 * 3 * 4, key  # norms, types, loads under way
+    for name in ("stats_kernelILb0E", "numerics_kernelILb0E"):
+        for key, counts in kernels(instructions, name).items():
+            assert accesses(counts, "LDG") >= 3 * 3 * 4, key  # norms, types, loads under way
+
+
+def test_histograms_increment_shared_memory(instructions: dict) -> None:
+    """By the instruction that adds up equal addresses of a warp."""
+    for key, counts in kernels(instructions, "numerics_kernel").items():
+        assert counts["ATOMS.POPC.INC.32"] >= 4, key  # dtypes
 
 
 def test_nothing_spills(instructions: dict) -> None:
@@ -105,6 +112,16 @@ def test_fp32_steps_compute_nothing_in_fp64(instructions: dict) -> None:
     for key, counts in kernels(instructions, "step_kernel").items():
         if re.search(r"EfEEv", key[1]):
             assert not [i for i in counts if re.match(r"D(FMA|ADD|MUL|SETP)|MUFU\.R(CP|SQ)64H", i)], key
+
+
+def test_numerics_take_no_blocks_from_a_check() -> None:
+    """As many blocks per multiprocessor as without, of any architecture."""
+    usage = re.findall(r"Function (\S*(?:stats|numerics)_kernelILb\dE\S*):\s+REG:(\d+)", dump("-res-usage"))
+    assert sum("numerics" in kernel for kernel, _ in usage) >= 2
+    for kernel, registers in usage:
+        assert int(registers) * THREADS <= REGISTERS / (
+            6 if "ILb0E" in kernel and "numerics" in kernel else 4
+        )
 
 
 def test_registers_leave_room_for_several_blocks() -> None:

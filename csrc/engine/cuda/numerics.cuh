@@ -75,7 +75,8 @@ __device__ __forceinline__ void count_bins(const GradRow& row, Span span, uint32
   for (int i = threadIdx.x; i < span.count; i += blockDim.x) atomicAdd(table + bin_of(widen<V>(grads[i], kDType)), 1u);
 }
 
-// Counts a chunk, which was just read, from the cache. A table per warp keeps atomics of different warps apart.
+// Counts a chunk, which was just read, from the cache. A table per warp keeps atomics of different warps apart. A block
+// reduces something between two calls, so the tables are not cleared before all are read.
 __device__ __forceinline__ void chunk_bins(const GradRow& row, Span span, ChunkBins* record) {
   FUSEDAMP_SHARED(uint32_t, tables, kBlock / 32 * kBins);
   const int lane = threadIdx.x % 32;
@@ -99,7 +100,6 @@ __device__ __forceinline__ void chunk_bins(const GradRow& row, Span span, ChunkB
     record->counts[lane] = static_cast<uint16_t>(one);
     record->counts[lane + 32] = static_cast<uint16_t>(two);
   }
-  __syncthreads();  // before the tables are cleared for the next chunk
 }
 
 // Tensor r from its chunks first .. end - 1; all threads of a block call it.
@@ -138,8 +138,7 @@ __device__ __forceinline__ void combine_numerics(const NumericsPass& pass, int64
   for (int j = 0; j < 2; ++j) atomicAdd(bins + 2 * lane + j, sums[j]);
   __syncthreads();
   for (int b = threadIdx.x; b < kBins; b += blockDim.x)
-    pass.out.histogram[kBins * r + b] = static_cast<int64_t>(bins[b]);
-  __syncthreads();  // before the bins are cleared for the next tensor
+    pass.out.histogram[kBins * r + b] = static_cast<int64_t>(bins[b]);  // the next tensor's reductions follow
 }
 
 __device__ __forceinline__ void combine_numerics(NoNumerics, int64_t, int64_t, int64_t) {}
