@@ -11,10 +11,10 @@ template <DType kHalf, class V>
 FUSEDAMP_FN void tally_element(V old, V now, float half, double& update, double& weight, uint32_t& moved,
                                uint32_t& lost) {
   const V change = now - old;
-  const uint32_t moves = !(now == old);  // also where one of them is NaN
+  const bool moves = !(now == old);  // also where one of them is NaN
   moved += moves;
-  if constexpr (kHalf == DType::f16) lost += moves & static_cast<uint32_t>(f16_absorbs(half, change));
-  if constexpr (kHalf == DType::bf16) lost += moves & static_cast<uint32_t>(bf16_absorbs(half, change));
+  if constexpr (kHalf == DType::f16) lost += moves & f16_absorbs(half, change);
+  if constexpr (kHalf == DType::bf16) lost += moves & bf16_absorbs(half, change);
   // In double, so that no square of a float overflows or underflows.
   const double by = change, from = old;
   update = fma(by, by, update);

@@ -10,7 +10,7 @@ inline namespace FUSEDAMP_TARGET {
 FUSEDAMP_FN bool bf16_absorbs(float half, float update) {
   const float sum = half + update;
   const uint32_t u = bits_of(sum), nearest = u + 0x7fffu + ((u >> 16) & 1u);
-  return ((nearest ^ bits_of(half)) < 0x10000u) & (sum == sum);
+  return ((nearest & 0xffff0000u) == bits_of(half)) & (sum == sum);
 }
 
 // Adding 1.5 * 2^23 units in the last place of the sum as FP16 rounds it to a whole number of them. If the sum is

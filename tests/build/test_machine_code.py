@@ -79,7 +79,7 @@ def accesses(counts: Counter[str], kind: str, bits: int = 128) -> int:
 
 
 def test_steps_move_16_bytes_at_a_time(instructions: dict) -> None:
-    for key, counts in kernels(instructions, "step_kernel").items():
+    for key, counts in (kernels(instructions, "step_kernel") | kernels(instructions, "tally_kernel")).items():
         assert accesses(counts, "LDG") >= 2, key
         assert accesses(counts, "STG") >= 2, key
 
@@ -110,6 +110,10 @@ def test_fp32_steps_compute_nothing_in_fp64(instructions: dict) -> None:
 def test_registers_leave_room_for_several_blocks() -> None:
     usage = re.findall(r"Function (\S*step_kernel\S*):\s+REG:(\d+)", dump("-res-usage"))
     assert usage
+    tallies = re.findall(r"Function (\S*tally_kernel\S*):\s+REG:(\d+)", dump("-res-usage"))
+    assert tallies
+    for kernel, registers in tallies:
+        assert int(registers) * THREADS <= REGISTERS / 2, (kernel, registers)
     for kernel, registers in usage:
         many = bool(re.search(r"(Adam|RmsProp)RuleILb\dELb1E|NAdamELNS0_4KindE1", kernel))
         blocks = 2 if re.search("EdEEv|4KindE3E", kernel) else (4 if "4KindE1E" in kernel else 3) - many

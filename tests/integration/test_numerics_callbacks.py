@@ -196,7 +196,7 @@ def test_a_factory_makes_the_watch(make, tmp_path):
     callback = make(every=3, factory=Fake, logger=(memory := Memory()), history=2)
     (fit if make is lightnings else train)(tmp_path, callback, steps=2)
     (optimizer, scaler), options = calls[0]
-    assert type(optimizer) is optim.AdamW
+    assert type(getattr(optimizer, "optimizer", optimizer)) is optim.AdamW, "the optimizer, or its wrapper"
     assert isinstance(scaler, GradScaler)
     assert options["every"] == 3
     assert options["history"] == 2

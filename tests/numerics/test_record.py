@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fusedamp.numerics import bins
-from fusedamp.numerics.record import SUMMARY, Record
+from fusedamp.numerics.record import SUMMARY, Record, percent
 from gradient_records import histogram, record, run
 
 
@@ -130,8 +130,8 @@ def test_one_line():
     r = record(
         [[0.0, 1.0, 2.0**-15], [8.0]], step=100, scale=1024.0, updates=[(2, 1, 1.0, 100.0), (1, 1, 0, 1.0)]
     )
-    expected = "step 100: scale 1024, 25 % zeros, 0 % subnormal, headroom 3.0 bits (layer1.weight), "
-    assert str(r) == expected + "67 % of updates lost without masters, update / weight 1.0e-02"
+    expected = "step 100: scale 1024, 25.0 % zeros, 0 % subnormal, headroom 3.0 bits (layer1.weight), "
+    assert str(r) == expected + "66.7 % of updates lost without masters, update / weight 1.0e-02"
     assert repr(r) == f"<Record of 2 parameters, {r}>"
 
 
@@ -216,3 +216,22 @@ def test_below_refuses(exponent):
 
 def test_fields():
     assert [f.name for f in dataclasses.fields(Record)][:4] == ["step", "scale", "skipped", "names"]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, "0"),
+        (1e-9, "<.01"),
+        (0.0001, "0.01"),
+        (0.09994, "9.99"),
+        (0.09999, "10.0"),
+        (0.5, "50.0"),
+        (0.9999, ">99"),
+        (1.0, "100"),
+        (None, ""),
+        (math.nan, ""),
+    ],
+)
+def test_percent(share, text):
+    assert percent(share) == text

@@ -152,7 +152,7 @@ def test_nothing_to_show():
         ([record([[1.0]])], "Nothing to do: 16.0 bits of headroom"),
         (
             [record([[np.inf], [np.nan]], skipped=True, names=["a", "b"])],
-            "2 parameters overflowed: a, b. The scaler skips such steps",
+            "2 parameters overflowed: a, b. A scaler skips such steps",
         ),
         ([record([[np.inf]] * 5, skipped=True)], "layer2.weight and 2 more"),
         ([record([[60000.0]])], "1 parameter with less than 1 bit of headroom: layer0.weight."),
@@ -245,22 +245,3 @@ def test_plain_without_rich(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert "\x1b" not in table.render(run("overflow")[0], color=True)
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [
-        (0.0, "0"),
-        (1e-9, "<.01"),
-        (0.0001, "0.01"),
-        (0.09994, "9.99"),
-        (0.09999, "10.0"),
-        (0.5, "50.0"),
-        (0.9999, ">99"),
-        (1.0, "100"),
-        (None, ""),
-        (math.nan, ""),
-    ],
-)
-def test_percent(share, text):
-    assert table._percent(share) == text

@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "../../csrc/engine/cpu/storage.h"
+#include "../../csrc/math/absorb.h"
 
 using namespace fusedamp;
 
@@ -42,6 +43,17 @@ static inline bool good_f16(uint32_t bits) {
   const bool nan = back != back, infinite = bits_of(back) == infinity, exact = bits_of(back) == bits;
   const bool near = (off <= most) & (off >= -most);
   return magnitude > 0x7f800000u ? nan : magnitude >= 0x477ff000u ? infinite : magnitude >= 0x37800000u ? exact : near;
+}
+
+// An update from the value's rounding, and from that one's neighbor, to the value: absorbed where it rounds back.
+static inline bool good_absorption(uint32_t bits, uint32_t neighbor) {
+  const float x = float_of(bits);
+  const auto half = static_cast<uint16_t>(float_to_f16(x) + neighbor),
+             brain = static_cast<uint16_t>(float_to_bf16(x) + neighbor);
+  const float a = f16_to_float(half), b = bf16_to_float(brain), to_a = a + (x - a), to_b = b + (x - b);
+  const bool of_half = (float_to_f16(to_a) == half) & (to_a == to_a);
+  const bool of_brain = (float_to_bf16(to_b) == brain) & (to_b == to_b);
+  return (f16_absorbs(a, x - a) == of_half) & (bf16_absorbs(b, x - b) == of_brain);
 }
 
 // How often a value is rounded away from zero, out of 2^16: its distance from the value below, exactly.
@@ -114,6 +126,11 @@ int main(int argc, char** argv) {
 #pragma omp simd reduction(+ : bad)
     for (uint32_t i = 0; i < 4096; ++i) bad += !good_f16(static_cast<uint32_t>(at) + i);
     expect(bad == 0, "split masters from", static_cast<uint32_t>(at));
+    bad = 0;
+#pragma omp simd reduction(+ : bad)
+    for (uint32_t i = 0; i < 4096; ++i)
+      bad += !good_absorption(static_cast<uint32_t>(at) + i, 0) + !good_absorption(static_cast<uint32_t>(at) + i, 1);
+    expect(bad == 0, "absorbed updates from", static_cast<uint32_t>(at));
     for (uint32_t i = 0; i < 4096; i += 64) check_vectors(static_cast<uint32_t>(at) + i, false);
     check_vectors(static_cast<uint32_t>(at), true);
     check_vectors(static_cast<uint32_t>(at) ^ 0x80000000u, true);  // of the other half of all values, some

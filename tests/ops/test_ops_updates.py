@@ -5,15 +5,19 @@ it is.
 """
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from fusedamp import ops
 from fusedamp.ops import recode
+from fusedamp.ops.inputs import DeviceInputs
 from fusedamp.ops.step import HYPER
+from fusedamp.ops.table import StepTable
 from op_calls import BORDERS, HALVES, VARIANTS, StepCall, bits, same_bits, scalar, step_call
-from update_oracle import FORMATS, before_and_after, call_in, check, wanted
+from update_oracle import FORMATS, before_and_after, call_in, check, values, wanted
 
+RENAMED = ("params", "grads", "masters", "steps")
 SHAPES = [(5,), (), (0,), (15,), (16,), (17,), (127,), (3, 43), (700,), (33_000,)]
 
 
@@ -283,6 +287,33 @@ def test_the_version_of_updates_moves():
     before = updates._version
     told.run()
     assert updates._version > before
+
+
+def test_step_tables():
+    """A table of calls: a row of updates for each of its parameters, and none of its arguments without."""
+    calls = [call_in("masters", "sgd", [(300,), (5,)]), call_in("masters", "adamw", [(70,)])]
+    names = [{name: one for name, one in c.lists().items() if name not in RENAMED and one} for c in calls]
+    hyper = [[0.0] * 4, [0.9, 0.99, 1e-8, 0.1]]
+    table = StepTable(
+        [
+            ops.StepCall(c.op, c.params, c.grads, c.masters, states, c.steps, ops.step_scalars(
+                c.op, torch.device("cpu"), 1e-3, dict(zip(HYPER[c.op], numbers, strict=True))))
+            for c, states, numbers in zip(calls, names, hyper, strict=True)
+        ]
+    )  # fmt: skip
+    updates = tally(3)
+    before = updates._version
+    table.step(table.params, DeviceInputs(), updates, due(0))
+    assert (updates == -7.0).all()
+    old = [value for c in calls for value in values(c)]
+    found = [p.clone() for c in calls for p in c.params]
+    table.step(table.params, DeviceInputs(), updates=updates, due=due(1))
+    assert updates._version > before
+    for row, weight, a, b in zip(updates, found, old, [v for c in calls for v in values(c)], strict=True):
+        assert row[:2].tolist() == wanted(weight, a, b)[:2]
+    with mock.patch.object(table, "_do") as do:
+        table.step(table.params, DeviceInputs())
+    assert not do.call_args.kwargs.keys() & {"updates", "due"}
 
 
 def test_no_parameters():

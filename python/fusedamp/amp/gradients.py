@@ -84,7 +84,11 @@ def combine(flags: Iterable[Tensor], device: torch.device) -> Tensor:
     moved = [on(flag, device).reshape(()).float() for flag in flags]
     if not moved:
         return no_overflow(device)
-    return moved[0] if len(moved) == 1 else torch.stack(moved).amax()
+    return _largest(moved)
+
+
+def _largest(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).amax()
 
 
 def largest_of(found: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -93,7 +97,7 @@ def largest_of(found: Iterable[Tensor], device: torch.device) -> Tensor:
     if not moved:
         with lasting():
             return torch.zeros((), dtype=torch.float64, device=device)
-    return moved[0] if len(moved) == 1 else torch.stack(moved).amax()
+    return _largest(moved)
 
 
 def reduced(

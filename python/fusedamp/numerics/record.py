@@ -99,8 +99,8 @@ class Record:
 
     @property
     def subnormal(self) -> Tensor:
-        """FP64 ``[n]``: the share of elements with 0 < |s| < 2^-14, FP16's least normal number, for every
-        dtype; 0 for a parameter without elements."""
+        """FP64 ``[n]``: the share of elements that are not 0 and below 2^-14, FP16's least normal number, for
+        every dtype; 0 for a parameter without elements."""
         return share(self.histogram[:, TINY : bin_of(NORMAL)].sum(1), self.numel)
 
     @property
@@ -123,7 +123,8 @@ class Record:
         return share(self.update_norm, self.weight_norm)
 
     def below(self, exponent: int) -> Tensor:
-        """Return the share of non-zero elements with |s| < 2^exponent, FP64 ``[n]``; 0 if there are none.
+        """Return the share of non-zero elements whose magnitude is below 2^exponent, FP64 ``[n]``; 0 if there
+        are none.
 
         For FP32 and BF16 gradients, ``below(-25)`` is the share that FP16 would flush to zero.
 
@@ -155,8 +156,9 @@ class Record:
 
     def __str__(self) -> str:
         at, found = f"step {self.step}: ", self.summary()
-        shares = f"{found['zeros_percent']:.2g} % zeros, {found['subnormal_percent']:.2g} % subnormal"
-        text = f"scale {self.scale:g}, {shares}"
+        percents = {name: percent(value / 100) for name, value in found.items() if name.endswith("percent")}
+        text = f"scale {self.scale:g}, {percents['zeros_percent']} % zeros"
+        text += f", {percents['subnormal_percent']} % subnormal"
         if culprits := [name for name, n in zip(self.names, self.overflows.tolist(), strict=True) if n]:
             more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""
             text = f"inf or NaN in {culprits[0]}{more}, {text}"
@@ -164,7 +166,7 @@ class Record:
             least = self.names[int(self.headroom_bits.argmin())]
             text += f", headroom {found['headroom_bits']:.1f} bits ({least})"
         if "update_ratio" in found:
-            text += f", {found['lost_updates_percent']:.2g} % of updates lost without masters"
+            text += f", {percents['lost_updates_percent']} % of updates lost without masters"
             text += f", update / weight {found['update_ratio']:.1e}"
         return at + ("skipped, " if self.skipped else "") + text
 
@@ -181,6 +183,18 @@ def share(part: Tensor, whole: Tensor) -> Tensor:
 def headroom(largest: Tensor) -> Tensor:
     """Return log2(65504 / largest); inf for 0, -inf for inf. The quotient itself may overflow."""
     return math.log2(LARGEST) - largest.log2()
+
+
+def percent(part: float | None) -> str:
+    """Return a share in percent, in at most 4 characters. Only 0 is shown as 0, and only all as 100."""
+    if part is None or math.isnan(part):
+        return ""
+    value = 100 * part
+    if value in (0, 100):
+        return f"{value:.0f}"
+    if value < 0.01:
+        return "<.01"
+    return ">99" if value > 99.9 else f"{value:.2f}" if value < 9.995 else f"{value:.1f}"
 
 
 def _check(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:

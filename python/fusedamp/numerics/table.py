@@ -12,7 +12,7 @@ import torch
 
 from ..ops.checks import count
 from .bins import BINS, CEILING, FLOOR, HUGE, NORMAL, NOT_FINITE, TINY, ZERO, bin_of
-from .record import Record, headroom, share
+from .record import Record, headroom, percent, share
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 COLUMNS = 20  # of the histogram, two binades each
@@ -54,7 +54,7 @@ class Row:
 
     def cells(self) -> list[str]:
         """Return the texts of `FIGURES`."""
-        shares = [_percent(value) for value in (self.zeros, self.subnormal, self.lost)]
+        shares = [percent(value) for value in (self.zeros, self.subnormal, self.lost)]
         return [_bits(self.headroom), *shares, "" if self.ratio is None else f"{self.ratio:.1e}"]
 
 
@@ -81,8 +81,7 @@ def render(records: Sequence[Record], limit: int = 20, color: bool | None = None
     rows = sorted(rows_of(records), key=lambda row: row.badness)
     if not rows:
         return f"{_title(records)}. No parameter had a gradient."
-    updates = any(row.lost is not None for row in rows)
-    shown = len(FIGURES) if updates else len(FIGURES) - 2
+    shown = _columns(rows)
     heads = ["parameter", "inf,\nNaN", *FIGURES[:shown], RULER]
     cells = [
         [row.name, str(row.overflows or ""), *row.cells()[:shown], blocks(row.histogram)]
@@ -117,13 +116,14 @@ def over_time(rows: Sequence[dict[str, float]], limit: int = 20, color: bool | N
     size = math.ceil(len(rows) / limit)
     chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
     lines = [_line(chunk) for chunk in chunks]
+    shown = _columns(lines)
     cells = [
-        [line.name, _scale(chunk[-1]["scale"]), str(line.overflows or ""), *line.cells()]
+        [line.name, _scale(chunk[-1]["scale"]), str(line.overflows or ""), *line.cells()[:shown]]
         for chunk, line in zip(chunks, lines, strict=True)
     ]
     skipped = sum(row["skipped"] for row in rows)
     title = f"{len(rows):,} records" + (f", {skipped:.0f} of them skipped" if skipped else "")
-    grid = _grid(["steps", "scale", "skipped", *FIGURES], cells, [line.style for line in lines])
+    grid = _grid(["steps", "scale", "skipped", *FIGURES[:shown]], cells, [line.style for line in lines])
     last = [(text, "bold") for text in advice(lines[-1])]
     return _colored([(title, "bold"), ("", ""), *grid, ("", ""), *last], color)
 
@@ -188,7 +188,7 @@ def advice(total: Row, over: Sequence[str] = (), near: Sequence[str] = ()) -> li
     """
     found = []
     if over:
-        what = "The scaler skips such steps, and lowers the scale."
+        what = "A scaler skips such steps, and lowers the scale."
         found.append(f"{_parameters(over)} overflowed: {_listed(over)}. {what}")
     if near:
         found.append(
@@ -199,7 +199,7 @@ def advice(total: Row, over: Sequence[str] = (), near: Sequence[str] = ()) -> li
     if total.headroom == math.inf:
         found.append("All gradients are 0.")
     if total.subnormal >= MANY and not over:
-        text = f"{_percent(total.subnormal)} % of all elements are subnormal in FP16"
+        text = f"{percent(total.subnormal)} % of all elements are subnormal in FP16"
         spare = math.floor(total.headroom) - MARGIN
         if spare > 0:
             text += (
@@ -211,13 +211,18 @@ def advice(total: Row, over: Sequence[str] = (), near: Sequence[str] = ()) -> li
         found.append(text)
     if total.lost is not None and total.lost >= MANY:
         what = "16-bit weights need FP32 master weights."
-        found.append(f"Updates lost without masters: {_percent(total.lost)} %. {what}")
+        found.append(f"Updates lost without masters: {percent(total.lost)} %. {what}")
     return found or [f"Nothing to do: {total.headroom:.1f} bits of headroom, few subnormal elements."]
 
 
 def shorten(name: str, width: int) -> str:
     """Return a name of at most ``width`` characters; its end stays, as it tells parameters apart."""
     return name if len(name) <= width else "…" + name[len(name) - width + 1 :]
+
+
+def _columns(rows: Sequence[Row]) -> int:
+    """Return how many of `FIGURES` are known: the last two are of updates."""
+    return len(FIGURES) - 2 * all(row.lost is None for row in rows)
 
 
 def _now(records: Sequence[Record]) -> Row:
@@ -266,18 +271,6 @@ def _parameters(some: Sequence[object]) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-
-
-def _percent(part: float | None) -> str:
-    """Return a share in percent, in at most 4 characters. Only 0 is shown as 0, and only all as 100."""
-    if part is None or math.isnan(part):
-        return ""
-    value = 100 * part
-    if value in (0, 100):
-        return f"{value:.0f}"
-    if value < 0.01:
-        return "<.01"
-    return ">99" if value > 99.9 else f"{value:.2f}" if value < 9.995 else f"{value:.1f}"
 
 
 def _bits(value: float) -> str:

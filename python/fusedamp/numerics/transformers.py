@@ -41,9 +41,10 @@ class NumericsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
-        inner = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's wrapper
         options = {"model": kwargs.get("model"), **self._options}
-        self.watch = self._factory(inner, getattr(optimizer, "scaler", None), **options)
+        self.watch = self._factory(
+            optimizer, getattr(optimizer, "scaler", None), **options
+        )  # Accelerate's wrapper
         logger = _History(state) if self._logger is None else self._logger
         self.watch.log_to(Continued(logger, state.global_step))
 

@@ -75,7 +75,7 @@ class Watch(Recorder):
 
     def trajectory(self) -> Tensor:
         """Return FP64 ``[m, 4]`` on the CPU: number, scale, whether it was skipped (0 or 1) and the largest
-        |scaled gradient| of each of the last 4,096 steps. Waits for the device.
+        magnitude of the scaled gradients of each of the last 4,096 steps. Waits for the device.
 
         The largest gradient is NaN where no gradients were read: without a scaler, in steps that are not due.
         """
@@ -88,7 +88,7 @@ class Watch(Recorder):
         return torch.tensor(kept, dtype=torch.float64, device="cpu").reshape(-1, 4)
 
     def table(self, limit: int = 20) -> str:
-        """Return a table of the latest record, worst parameters first. Waits for the device.
+        """Return a table of the records that are still kept, worst parameters first. Waits for the device.
 
         Args:
             limit: the number of parameters.

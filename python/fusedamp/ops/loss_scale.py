@@ -90,8 +90,8 @@ def update_scale_headroom_(
 
         want = 15 - b - headroom_bits
 
-    b is the largest floor(log2 ``|gradient|``), unscaled, that more than floor(2 n / 512) of the n kept steps
-    reached; it is limited to -40..23. With k = ``want`` the gradients of such a step are below
+    b is the largest floor(log2(magnitude)) of unscaled gradients that more than floor(2 n / 512) of the n
+    kept steps reached; it is limited to -40..23. With k = ``want`` the gradients of such a step are below
     2^(16 - headroom_bits), and FP16 overflows at 2^16. 2 outliers in 512 steps don't lower the scale. A step
     whose gradients are all 0, or whose largest is unknown, is not kept; while none is kept, good steps leave
     the scale as it is.
@@ -106,8 +106,8 @@ def update_scale_headroom_(
             Then n, the place of the next entry, two zeros, how many entries have each of the 64 exponents
             from -40, and the 512 entries: exponents plus 40.
         found_inf (1 element, fp32): read only.
-        largest (1 element, fp64): the largest ``|gradient|`` of the step as stored, that is times the scale.
-            Read only. 0, infinity, NaN: none is known.
+        largest (1 element, fp64): the largest magnitude of the step's gradients as stored, that is times the
+            scale. Read only. 0, infinity, NaN: none is known.
         headroom_bits: a whole number from 0 to 14. growth_interval: from 1 to 2^31 - 1.
         min_scale, max_scale: not NaN and not negative; between them must be a power of two, and only those
             from 2^-126 to 2^127 are used. The scale always stays within them.
