@@ -215,6 +215,22 @@ def test_a_scale_made_while_capturing_is_refused(fake_cuda):
     scaler.scale(loss)
 
 
+@pytest.mark.parametrize("tail", ["step", "unscale_"])
+def test_the_policy_asks_all_devices(tail, fake_cuda):
+    params = [torch.nn.Parameter(torch.ones(3, device=f"cuda:{i}")) for i in (1, 0)]
+    optimizer, scaler = optim.SGD(params, lr=0.1), GradScaler("cuda", policy="headroom")
+    scaler.scale(torch.ones((), device="cuda:1"))
+    give_gradients(params)
+    with Watch():
+        getattr(scaler, tail)(optimizer)
+        largest = scaler._per_optimizer_states[id(optimizer)]["largest"]
+        assert {value.device for value in largest.values()} == {param.device for param in params}
+        if tail != "step":
+            scaler.step(optimizer)
+        scaler.update()
+    assert scaler._headroom._state.device == params[0].device
+
+
 def test_the_state_of_the_policy_is_made_with_the_scale(fake_cuda):
     """While capturing, each replay would set it to zeros again."""
     scaler = GradScaler("cuda", policy="headroom")

@@ -8,6 +8,7 @@ import torch
 from counted import Loop
 from fusedamp import GradScaler, numerics
 from headroom_model import INF, exponent_of_quotient, follow, fused, give_gradients, headroom, params_of
+from on_device import DEVICE
 from torch import nn
 
 
@@ -121,10 +122,10 @@ def test_unknown_gradients_are_not_kept():
     class Own(GradScaler):
         def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
             torch._foreach_mul_([p.grad for g in optimizer.param_groups for p in g["params"]], inv_scale)
-            return {torch.device("cpu"): found_inf}
+            return {found_inf.device: found_inf}
 
     params = params_of()
-    optimizer, scaler = fused(params), Own("cpu", policy="headroom")
+    optimizer, scaler = fused(params), Own(DEVICE, policy="headroom")
     scaler.scale(torch.ones(()))
     give_gradients(random.Random(0), params, scaler.get_scale(), 0.1)
     scaler.step(optimizer)
@@ -181,7 +182,7 @@ def test_three_ops_and_the_maximum():
 def test_weights_have_the_bits_of_the_same_scales():
     """The policy changes scales, and nothing else: in FP32 any power of two gives the same weights."""
     found = []
-    for make in (headroom, lambda: GradScaler("cpu")):
+    for make in (headroom, lambda: GradScaler(DEVICE)):
         params = params_of()
         optimizer, scaler = fused(params, master_weights="auto"), make()
         scaler.scale(torch.ones(()))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fusedamp import GradScaler, amp
 from headroom_model import INF, follow, fused, give_gradients, headroom, maxima, params_of
+from on_device import DEVICE
 
 
 def step(scaler, optimizer):
@@ -69,20 +70,20 @@ def test_resumed_scalers_go_on_alike(way, steps):
 
 def test_the_state_is_torchs_and_a_list():
     state = trained().state_dict()
-    theirs = torch.amp.GradScaler("cpu").state_dict()
+    theirs = torch.amp.GradScaler(DEVICE).state_dict()
     assert list(state) == [*theirs, "_headroom"]
     assert all(type(number) is int for number in state["_headroom"])
     assert len(state["_headroom"]) <= 516
-    assert "_headroom" not in GradScaler("cpu").state_dict()
+    assert "_headroom" not in GradScaler(DEVICE).state_dict()
     assert headroom(enabled=False).state_dict() == {}
 
 
 def test_torchs_scaler_loads_it_and_the_other_way():
-    ours, theirs = trained(), torch.amp.GradScaler("cpu", init_scale=1000.0, growth_factor=3.0)
+    ours, theirs = trained(), torch.amp.GradScaler(DEVICE, init_scale=1000.0, growth_factor=3.0)
     before = theirs.state_dict()
     theirs.load_state_dict(ours.state_dict())
     assert theirs.state_dict() == {k: v for k, v in ours.state_dict().items() if k != "_headroom"}
-    plain = GradScaler("cpu")
+    plain = GradScaler(DEVICE)
     plain.load_state_dict(ours.state_dict())
     assert plain.get_scale() == ours.get_scale()
     ours.load_state_dict(before)
@@ -142,7 +143,7 @@ def test_states_that_are_none_are_refused(saved, text):
 )  # fmt: skip
 def test_arguments_that_do_not_fit_are_refused(options, text):
     with pytest.raises(ValueError, match=r"^\[GradScaler\] ") as caught:
-        GradScaler("cpu", **{"policy": "headroom", **options})
+        GradScaler(DEVICE, **{"policy": "headroom", **options})
     assert text in str(caught.value)
 
 
@@ -150,7 +151,7 @@ def test_kinds_of_arguments():
     with pytest.raises(TypeError, match=r"headroom_bits is 'two'; expected a number"):
         headroom(headroom_bits="two")
     with pytest.raises(TypeError):
-        GradScaler("cpu", 1.0, 2.0, 0.5, 100, True, "headroom")  # keyword-only
+        GradScaler(DEVICE, 1.0, 2.0, 0.5, 100, True, "headroom")  # keyword-only
     assert amp.cpu.GradScaler(policy="headroom", headroom_bits=1)._headroom.bits == 1
 
 
@@ -176,7 +177,7 @@ def test_the_floor_is_noticed():
             scaler.update()
             scales.append(scaler.get_scale())
     assert scales[:3] == [2.0**9, 2.0**7, 2.0**3]
-    assert len(scales) <= 5
+    assert len(scales) <= (5 if DEVICE == "cpu" else 8)  # elsewhere a later update reads it
 
 
 def test_a_scale_set_by_hand_is_rounded_down_at_the_next_update():

@@ -6,6 +6,7 @@ from collections import Counter, deque
 
 import torch
 from fusedamp import GradScaler, optim
+from on_device import DEVICE
 from torch import nn
 
 INF = math.inf
@@ -85,7 +86,7 @@ class Model:
 
 
 def headroom(**options):
-    return GradScaler("cpu", policy="headroom", **options)
+    return GradScaler(DEVICE, policy="headroom", **options)
 
 
 def params_of(dtypes=(torch.float32,) * 3):
