@@ -117,6 +117,8 @@ class LossScale(torch.amp.GradScaler):
         with lasting():
             self._scale = torch.full((), self._init_scale, dtype=torch.float32, device=dev)
             self._growth_tracker = torch.full((), self._init_growth_tracker, dtype=torch.int32, device=dev)
+        # A graph that captured their creation would reset them in each replay.
+        self._hysteresis_budget(torch.device(dev))
         if self._headroom is not None:
             self._headroom.place(dev)
 
