@@ -244,6 +244,25 @@ REPEATED = [
 ]
 
 
+@pytest.mark.parametrize("options", [{"hysteresis": 2}, {"policy": "headroom"}], ids=str)
+def test_an_update_makes_nothing_that_it_keeps(options, fake_cuda):
+    """Each replay of a graph that captured the update would set it to its first value again."""
+    scaler = GradScaler("cuda", **options)
+    scaler.scale(torch.ones((), device="cuda"))
+    params = [torch.nn.Parameter(torch.ones(3, device="cuda"))]
+    optimizer = optim.SGD(params)
+    give_gradients(params)
+    scaler.step(optimizer)
+
+    def kept():
+        holders = [vars(scaler), vars(scaler._headroom or object)]
+        return {id(value) for held in holders for value in held.values() if isinstance(value, torch.Tensor)}
+
+    before, fake_cuda.capturing = kept(), True
+    scaler.update()
+    assert kept() == before
+
+
 @pytest.mark.parametrize(("make", "storage", "policy"), REPEATED)
 def test_repeated_steps_read_nothing(make, storage, policy):
     """The replayed step, which passes addresses; good and skipped steps alike, as backward makes them."""
