@@ -13,6 +13,8 @@ namespace emulation {
 
 enum State { kReady, kAtBarrier, kAtWarpOp, kExited };
 
+constexpr unsigned kMostAtomics = 80;  // a table of 64 bins, and what else there is
+
 struct Fiber : Thread {
   void* stack_pointer;
   char* stack;
@@ -27,8 +29,8 @@ struct Fiber : Thread {
   uint64_t value, result;
   void *asan_stack, *tsan;
   bool fenced;             // whether it executed a fence
-  unsigned pending_count;  // atomics since its last fence
-  void* pending[8];
+  unsigned pending_count;  // addresses of atomics since its last fence
+  void* pending[kMostAtomics];
 };
 
 constexpr unsigned kMaxWarps = 32;

@@ -78,7 +78,7 @@ void after_atomic(void* address) {
   if (f->fenced) release(address);
   for (unsigned i = 0; i < f->pending_count; ++i)
     if (f->pending[i] == address) return;
-  if (f->pending_count == 8) fail("more than 8 atomics between two fences");
+  if (f->pending_count == kMostAtomics) fail("atomics on more than %u addresses between two fences", kMostAtomics);
   f->pending[f->pending_count++] = address;
 }
 
