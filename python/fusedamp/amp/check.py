@@ -15,7 +15,8 @@ from ..ops.inputs import GradientTable
 from ..ops.observers import Reader
 from ..tensors.addresses import grads_of
 from .clip import clip_coefficient
-from .gradients import Gradients, Stamp, lasting
+from .flags import lasting
+from .gradients import Gradients, Stamp
 
 
 class Clip(NamedTuple):

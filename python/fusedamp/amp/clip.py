@@ -16,7 +16,8 @@ from ..ops import checks
 from ..ops.inputs import refuse_freed, stepping_in_backward
 from ..tensors.addresses import rows
 from ..tensors.shards import local, need_no_replicas, refuse_flattened
-from .gradients import Gradients, on
+from .flags import on
+from .gradients import Gradients
 from .limits import need_group
 
 

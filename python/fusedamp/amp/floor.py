@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gradients import has_value
+from .flags import has_value
 
 
 class FloorWatch:

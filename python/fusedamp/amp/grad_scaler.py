@@ -15,8 +15,9 @@ from ..tensors.shards import is_distributed, local, refuse_flattened
 from . import routes
 from .check import Check, CheckByParts, Clip
 from .clip import check_norm, check_ranks, clip_grad_norm_
+from .flags import combine, has_value, no_overflow, on
 from .gradient_checks import ByHand, GradientChecks
-from .gradients import Gradients, combine, has_value, no_overflow, on
+from .gradients import Gradients
 from .limits import need_group
 from .overflow import params_of
 

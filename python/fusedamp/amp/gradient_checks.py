@@ -15,7 +15,8 @@ from ..ops.inputs import Number, divided, flag_on
 from ..ops.observers import Reader, observer_of
 from ..tensors.shards import is_distributed, reduce_
 from .check import Check, CheckByParts, Clip, check
-from .gradients import Gradients, PerDevice, Stamp, combine, gradients_of, lasting, on
+from .flags import PerDevice, combine, lasting, on
+from .gradients import Gradients, Stamp, gradients_of
 from .headroom import LargestGradient
 from .loss_scale import LossScale
 from .overflow import OverflowLog, OverflowReport, params_of

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..ops import checks
 from ..ops.observers import Observer, Reader
-from .gradients import PerDevice, lasting
+from .flags import PerDevice, lasting
 
 _HEAD, _COUNTS, _RING = 8, 64, 512  # csrc/math/headroom.h
 _LEAST = -40  # exponent of the first count

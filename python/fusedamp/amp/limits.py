@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import checks
-from .gradients import has_value
+from .flags import has_value
 
 # The smallest normal FP32 number. Its reciprocal is finite; from 2**-128 on it would be inf.
 MIN_SCALE = 2.0**-126

@@ -18,8 +18,8 @@ from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 from .. import ops
 from ..tensors.shards import all_reduce_, reduce_
 from . import limits
+from .flags import PerDevice, combine, largest_of, lasting, on, reduced
 from .floor import FloorWatch
-from .gradients import PerDevice, combine, largest_of, lasting, on, reduced
 from .headroom import Headroom, checked_saved
 from .limits import MIN_SCALE
 

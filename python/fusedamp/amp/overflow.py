@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from ..ops import GradStats
 from ..ops.inputs import StepLog
-from .gradients import Gradients, Stamp, lasting, on
+from .flags import lasting, on
+from .gradients import Gradients, Stamp
 
 _MAX_RECORDS = (
     16  # distinct sets of parameters with gradients; bounds memory if the set changes at every step

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import ops
-from ..amp.gradients import lasting, on
+from ..amp.flags import lasting, on
 from ..ops import Numerics
 from ..tensors.layout import is_dense
 from ..tensors.shards import local

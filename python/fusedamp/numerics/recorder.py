@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..amp import routes
-from ..amp.gradients import Gradients, combine
+from ..amp.flags import combine
+from ..amp.gradients import Gradients
 from ..amp.overflow import params_of
 from ..ops import Numerics
 from ..ops.inputs import flag_on

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..amp.gradients import lasting, on
+from ..amp.flags import lasting, on
 from ..ops import Numerics
 from ..ops.numerics import record
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..amp.gradients import combine
+from ..amp.flags import combine
 from ..ops.observers import observer_of
 
 # Each step of torch's scaler calls it once: to unscale, or to check gradients of torch's fused optimizers.
