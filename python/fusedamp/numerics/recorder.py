@@ -22,10 +22,6 @@ from .rings import Clock, Rows
 _MAX_SETS = 16  # of parameters with gradients; bounds memory if the set changes at every step
 
 
-def is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
 class Recorder:
     """An observer of ``optimizer`` (:class:`fusedamp.ops.observers.Observer`): counts every step, and the
     gradients and updates of due ones. It never waits for the device.
@@ -40,7 +36,7 @@ class Recorder:
         self._every, self._history, self._counts_updates = every, history, updates
         self._number = number  # of the current step, as the host knows it
         self._clocks: dict[torch.device, Clock] = {}
-        self._sets: dict[tuple[torch.device, tuple[int, ...]], Rows] = {}
+        self._sets: dict[tuple[torch.device, Sequence[int]], Rows] = {}
         self._now: dict[torch.device, Rows] = {}  # with gradients of the current step
         self._is_open = False  # whether the current step has begun
         self._ends_with_step = False  # whether the optimizer's step ends it, not a scaler
@@ -77,7 +73,7 @@ class Recorder:
         if not self._is_open:
             return
         self._record(found_inf, scale, advance=True)
-        self._is_captured |= (captures := is_capturing())
+        self._is_captured |= (captures := self._captures())
         if self._number % self._every == 0 and self._now and not captures:
             self._recorded()
         self._number += not captures
@@ -125,13 +121,21 @@ class Recorder:
 
     def _read_unscaled(self, optimizer: Optimizer) -> None:
         """Read gradients that no scaler has seen: in due steps only, as nothing else needs them."""
+        is_due = self._number % self._every == 0 or self._is_captured
+        if self._clocks and not is_due and not self._captures():
+            return
         gradients = Gradients(params_of(optimizer))
         for device, bucket in gradients.by_device.items():
             if bucket.tensors:
                 self._clock_of(device)
-        if self._number % self._every == 0 or self._is_captured or is_capturing():
+        if is_due or self._captures():
             gradients.stats(None, reader=self, only_due=True)
             self._only_due = True
+
+    def _captures(self) -> bool:
+        """True if a CUDA graph is being captured."""
+        on_cuda = any(device.type == "cuda" for device in self._clocks)
+        return on_cuda and torch.cuda.is_current_stream_capturing()
 
     def _clock_of(self, device: torch.device) -> Clock:
         if device not in self._clocks:
@@ -140,11 +144,11 @@ class Recorder:
         return self._clocks[device]
 
     def _rows_of(self, device: torch.device, positions: Sequence[int]) -> Rows:
-        key = (device, tuple(positions))
+        key = (device, positions if isinstance(positions, range) else tuple(positions))
         if key not in self._sets:
             while len(self._sets) >= _MAX_SETS:
                 del self._sets[next(iter(self._sets))]
-            self._sets[key] = Rows(positions, self._clock_of(device), self._history)
+            self._sets[key] = Rows(key[1], self._clock_of(device), self._history)
         return self._sets[key]
 
     def _all_rows(self) -> Sequence[Rows]:

@@ -35,7 +35,7 @@ class Rows:
     """Counters of some tensors on one device, one row each, and their rings.
 
     Args:
-        positions: of the tensors, in the order of the rows.
+        positions: of the tensors, in the order of the rows: a range or a tuple, which compare quickly.
         clock: of the device.
         history: slots of the rings.
         names: by position, of tensors that are not the optimizer's parameters.
@@ -46,7 +46,7 @@ class Rows:
     ) -> None:
         self.names = names
         n, device = len(positions), clock.now.device
-        self.positions, self.clock = tuple(positions), clock
+        self.positions, self.clock = positions, clock
         self._row_of = {position: row for row, position in enumerate(self.positions)}
         with lasting():
             self.numerics = Numerics(
@@ -66,7 +66,7 @@ class Rows:
 
     def part(self, positions: Sequence[int]) -> Tensor:
         """Return where a step op counts the updates of ``positions``; :meth:`record` collects them."""
-        if self.positions == tuple(positions):
+        if self.positions == positions:
             self._counted = len(self.positions)
             return self.updates
         rows = [self._row_of.get(position, -1) for position in positions]

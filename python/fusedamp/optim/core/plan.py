@@ -46,7 +46,7 @@ class Plan:
         by_device: dict[Any, list[Batch]] = {}
         for batch in batches:
             by_device.setdefault(batch.slots[0].source.device, []).append(batch)
-        self._tables: list[tuple[StepTable, list[int]]] = []  # with its rows' positions in the groups
+        self._tables: list[tuple[StepTable, Sequence[int]]] = []  # with its rows' positions in the groups
         self._calls: list[list[tuple[int, int]]] = [[] for _ in groups]  # per group: table, and call in it
         self._entries: list[tuple[int, int, list[int], Columns, list[int]]] = []
         columns, kinds = [0] * len(places), [(0, 0)] * len(places)
@@ -63,7 +63,8 @@ class Plan:
                 at = [in_state[id(slot.param)] for slot in batch.slots]
                 sizes = [len(slot.entry) for slot in batch.slots]
                 self._entries.append((len(self._tables), c, at, _columns_of(batch.slots), sizes))
-            self._tables.append((table, positions))
+            in_order = range(len(positions))  # which compares quickly
+            self._tables.append((table, in_order if positions == list(in_order) else tuple(positions)))
         rates = [[self._tables[t][0].rate_address(c) for t, c in calls] for calls in self._calls]
         self._walk = _C.Plan(groups, columns, kinds, rates)
         self._written = _C.spans(list(chain.from_iterable(table.written() for table, _ in self._tables)))
@@ -142,12 +143,11 @@ class Plan:
         if len(self._tables) != 1:
             return None
         table, positions = self._tables[0]
-        in_order: Sequence[int] = range(len(positions))
         return GradientTable(
             table.fields,
             holds_float64(table.grads),
             table.device,
-            in_order if positions == list(in_order) else tuple(positions),
+            positions,
             self._walk.mark,
             self._walk.is_as_marked,
         )
