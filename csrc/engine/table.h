@@ -108,6 +108,7 @@ struct Numerics {
   double* extremes;    // three per tensor: the largest |s| (infinity if one is not finite), zeros, 0 < |s| < 2^-14
   int64_t* histogram;  // kBins per tensor (math/bins.h); rewritten where *due is not 0
   const int32_t* due;
+  bool lean;      // where *due is 0, zeros and small ones need not be counted
   bool only_due;  // where *due is 0, nothing is read, and no result is written
 };
 

@@ -102,10 +102,11 @@ struct Ops {
   }
 
   static Stats packed_grad_numerics(Tensor packed, Tensor like, Tensor extremes, Tensor histogram, Tensor due,
-                                    OptionalTensor inv_scale, double norm_type, bool only_due) {
+                                    OptionalTensor inv_scale, double norm_type, bool lean, bool only_due) {
     const char* op = "grad_numerics";
     const std::vector<GradRow> rows = packed_grad_rows(op, packed);
     Numerics numerics = numerics_of(op, rows, like, extremes, histogram, due, {{"inv_scale", inv_scale}});
+    numerics.lean = lean;
     numerics.only_due = only_due;
     return stats_of(op, rows, like, inv_scale, norm_type, numerics);
   }
@@ -124,7 +125,8 @@ struct Ops {
     const char* op = "_check_numerics";
     const std::vector<GradRow> rows = packed_grad_rows(op, packed);
     const Reads reads = {{"scale", scale}, {"max_norm", max_norm_tensor}};
-    const Numerics numerics = numerics_of(op, rows, scale, extremes, histogram, due, reads);
+    Numerics numerics = numerics_of(op, rows, scale, extremes, histogram, due, reads);
+    numerics.lean = true;
     const Tensor per_tensor = torch::stable::new_empty(scale, {static_cast<int64_t>(rows.size())}, ScalarType::Double);
     return std::tuple_cat(
         check_of(op, rows, scale, norm_type, max_norm, max_norm_tensor, wide, data<double>(per_tensor), numerics),

@@ -213,7 +213,7 @@ Numerics numerics_of(const std::string& op, const std::vector<GradRow>& rows, co
   };
   const Numerics numerics = {static_cast<double*>(table("extremes", extremes, ScalarType::Double, 3)),
                              static_cast<int64_t*>(table("histogram", histogram, ScalarType::Long, kBins)),
-                             int_scalar_at(op, "due", due, like), false};
+                             int_scalar_at(op, "due", due, like), false, false};
   std::vector<Span> spans;
   add_span(spans, true, {"extremes"}, extremes, numerics.extremes, sizeof(double));
   add_span(spans, true, {"histogram"}, histogram, numerics.histogram, sizeof(int64_t));

@@ -60,7 +60,8 @@ constexpr const char* kGradNumericsSchema =
     ", *, Tensor? inv_scale=None, float norm_type=2.0) -> (Tensor, Tensor, Tensor, Tensor)";
 constexpr const char* kPackedGradNumericsSchema =
     "_packed_grad_numerics(Tensor rows, Tensor like, " FUSEDAMP_NUMERICS
-    ", Tensor? inv_scale=None, float norm_type=2.0, bool only_due=False) -> (Tensor, Tensor, Tensor, Tensor)";
+    ", Tensor? inv_scale=None, float norm_type=2.0, bool lean=False, bool only_due=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor)";
 
 // A step of all groups at once, from tables that the caller keeps: rows, gradients' addresses and groups as the engines
 // have them (engine/table.h, packed.h). _check_plan checks each row, once; _planned_step_ checks what the tables say

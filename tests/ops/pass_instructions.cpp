@@ -41,7 +41,7 @@ int main(int argc, char** argv) {
   const int32_t due = kind == "due";
   double extremes[3], updates[kTallies];
   int64_t histogram[kBins];
-  const Numerics numerics = {extremes, histogram, &due};
+  Numerics numerics = {extremes, histogram, &due, true, false};
   const Tally tally = {updates, &due};
   const bool counts = kind != "plain";
 

@@ -261,3 +261,31 @@ def test_without_a_scaler_gradients_are_read_only_where_it_is_due():
         else:
             assert (extremes == -1).all()
             assert (histogram == -1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_lean_check_has_the_largest_of_every_step(dtype):
+    """As scalers and watches call it; the public op counts all extremes in every step."""
+    grads = [
+        torch.tensor([0.0, -3.0, 2.0**-20] * size, dtype=dtype, device=DEVICE) for size in (1, 21, 64, 5000)
+    ]
+    rows = addresses.rows(addresses.read(grads))
+    scale = torch.ones((), device=DEVICE)
+    for due in (0, 1):
+        flag = torch.full((), due, dtype=torch.int32, device=DEVICE)
+        found = []
+        for lean in (False, True):
+            extremes = torch.full((4, 3), -1.0, dtype=torch.float64, device=DEVICE)
+            histogram = torch.full((4, 64), -1, device=DEVICE)
+            counted = ops.Numerics(extremes, histogram, flag)
+            if lean:
+                ops.check_grads(rows, dtype == torch.float64, scale, 2.0, 1.0, counted)
+            else:
+                ops.grad_numerics(grads, *counted)
+            found.append(counted)
+        assert torch.equal(found[0].extremes[:, 0], found[1].extremes[:, 0])
+        assert torch.equal(found[0].histogram, found[1].histogram)
+        assert found[0].extremes[:, 1].tolist() == [1, 21, 64, 5000]
+        assert found[0].extremes[:, 2].tolist() == [1, 21, 64, 5000]
+        if due:
+            assert torch.equal(found[0].extremes, found[1].extremes)

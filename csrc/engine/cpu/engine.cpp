@@ -153,7 +153,7 @@ void grad_stats(const std::vector<GradRow>& rows, float inv_scale, double norm_t
     for (int64_t c = p.units[u]; c < p.units[u + 1]; ++c) {
       const Chunk& chunk = p.chunks[c];
       if (numerics.extremes) {
-        run.stats_with_extremes(rows.data(), chunk, job, &found[c], &extremes[c]);
+        run.stats_with_extremes(rows.data(), chunk, job, &found[c], due || !numerics.lean, &extremes[c]);
       } else {
         run.stats(rows.data(), chunk, job, &found[c]);
       }

@@ -55,8 +55,8 @@ struct Kernels {
   // Updates step counts and scalars of rows after their step.
   void (*advance[kRuleCount])(const StepPass& pass, const double* squares);
   void (*stats)(const GradRow* rows, const Chunk& chunk, const StatsJob& job, ChunkStats* out);
-  void (*stats_with_extremes)(const GradRow* rows, const Chunk& chunk, const StatsJob& job, ChunkStats* out,
-                              ChunkExtremes* extremes);
+  void (*stats_with_extremes)(const GradRow* rows, const Chunk& chunk, const StatsJob& job, ChunkStats* out, bool all,
+                              ChunkExtremes* extremes);                       // not `all`: the largest alone
   void (*histogram)(const GradRow* rows, const Chunk& chunk, int64_t* bins);  // adds to kBins numbers
   bool (*unscale)(const GradRow* rows, const Chunk& chunk, float inv_scale);  // true: an element is not finite
   void (*recode)(const Recoding& job, int64_t first, int64_t count);          // `first`: a multiple of a scale block

@@ -195,7 +195,9 @@ class Gradients:
                 continue
             inverse = None if inv_scale is None else on(inv_scale, device)
             numerics = None if reader is None else reader.numerics(device, bucket.positions)
-            stat = ops._grad_stats(bucket.tensors, inverse, norm_type, bucket.fields, numerics, only_due)
+            stat = ops._grad_stats(
+                bucket.tensors, inverse, norm_type, bucket.fields, numerics, True, only_due
+            )
             found[device] = stat
             if reader is not None:
                 reader.checked(device, partial(_squares, stat, bucket, inverse, norm_type))

@@ -69,7 +69,8 @@ def check_grads(
         scale (1 element, fp32): the loss scale, on the gradients' device.
         norm_type: the p of the norm, 0 to inf.
         max_norm: a number, or 1 element (fp32|fp64) on the same device.
-        numerics: rewritten as by :func:`grad_numerics`, of the gradients before unscaling.
+        numerics: rewritten as by :func:`grad_numerics`, of the gradients before unscaling; where it is not
+            due, of the extremes only the largest is valid.
     Cost: reads each gradient once; one op, no host sync.
     """
     tensor = max_norm if isinstance(max_norm, Tensor) else None
@@ -137,11 +138,13 @@ def _grad_stats(
     norm_type: float,
     fields: addresses.Fields | None = None,
     numerics: Numerics | None = None,
+    lean: bool = False,
     only_due: bool = False,
 ) -> GradStats:
     """:func:`grad_stats`, or with ``numerics`` :func:`grad_numerics`. ``fields``: what
     ``addresses.read(grads)`` returned just now, to spare reading them again; addresses, which can not be
-    checked. ``only_due``: where numerics are not due, results may be undefined, and gradients not read."""
+    checked. Where numerics are not due: ``lean``: only the largest of the
+    extremes is needed; ``only_due``: nothing is, and results may be undefined."""
     op = "grad_stats" if numerics is None else "grad_numerics"
     checks.need_lists(op, grads=grads)
     if not grads:
@@ -157,7 +160,7 @@ def _grad_stats(
         return GradStats(*call(op, grads, inv_scale, norm_type))
     if fields is not None:
         rows = addresses.rows(fields)
-        found = call(f"_packed_{op}", rows, grads[0], *numerics, inv_scale, norm_type, only_due)
+        found = call(f"_packed_{op}", rows, grads[0], *numerics, inv_scale, norm_type, lean, only_due)
     else:
         found = call(op, grads, *numerics, inv_scale=inv_scale, norm_type=norm_type)
     bump(numerics[:2])
