@@ -27,6 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 H200 = RESULTS / "nvidia-h200-2026-11-26.json"
 EPYC = RESULTS / "amd-epyc-avx512-2-cores.csv"
 POLICIES = RESULTS / "scale-policies.csv"
+EPYC_NUMERICS = RESULTS / "amd-epyc-avx512-2-cores-numerics.csv"
 EPYC_STORAGE = RESULTS / "amd-epyc-avx512-2-cores-storage.csv"
 PARITY = ROOT / "docs" / "parity.md"  # a result that is a page
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -230,6 +231,22 @@ def scale_policies() -> str:
     return markdown(heads, ((name, *found) for name, found in cells.items()))
 
 
+def cost_of_a_watch() -> str:
+    names = {"W1": "one tensor of 4 * 10^7 elements", "W3": "2,000 small tensors"}
+    found = rows(EPYC_NUMERICS)
+    body = []
+    for first in (row for row in found if row["step"] == "not due"):
+        same = [row for row in found if all(row[k] == first[k] for k in ("workload", "dtype", "scaler"))]
+        cost = {row["step"]: float(row["cost_p50"]) for row in same}
+        means = [(99 * cost["not due"] + cost["due, without updates"]) / 100]
+        means.append((49 * cost["not due"] + cost["due"]) / 50)
+        scaler = "scaler" if first["scaler"] == "True" else "no scaler"
+        title = f"{names[first['workload']]}, {first['dtype']}, {scaler}"
+        body.append([title, *(f"{cost[step]:.2f}" for step in cost), *(f"{mean:.2f}" for mean in means)])
+    heads = ("AdamW with masters, one thread of an AMD EPYC", "not due", "due, `updates=False`", "due")
+    return markdown((*heads, "`every=100, updates=False`", "`every=50`"), body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed-gpu": speed_on_the_gpu,
     "speed-cpu": speed_on_the_cpu,
@@ -238,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "storage-speed": speed_of_storage,
     "optimizers": optimizers,
     "scale-policies": scale_policies,
+    "watch-cost": cost_of_a_watch,
     "badges": badges,
 }
 
