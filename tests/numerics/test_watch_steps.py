@@ -5,11 +5,14 @@ import copy
 import gc
 import io
 import itertools
+import math
+import warnings
 import weakref
 
 import pytest
 import torch
 from fusedamp import GradScaler, numerics, optim
+from fusedamp.optim.core.batch import Batch
 from torch import nn
 
 STORED = 4.0  # of a scaled gradient
@@ -143,6 +146,29 @@ def test_steps_go_on_by_hand_after_one_of_the_scaler_raised():
     assert largest(watch) == expected([1.0])
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_step_that_is_tried_again_has_updates(by_hand, monkeypatch):
+    """The first of two batches was counted before the error."""
+    params, calls = params_of(4), itertools.count(1)
+    optimizer, scaler = optim.AdamW([{"params": params[::2]}, {"params": params[1::2]}], lr=1e-3), scaler_of()
+    watch = numerics.watch(optimizer, scaler, every=1)
+    launch = Batch.launch
+
+    def out_of_memory_at_first(*args):
+        if next(calls) == 2:
+            raise RuntimeError("out of memory")
+        launch(*args)
+
+    monkeypatch.setattr(Batch, "launch", out_of_memory_at_first)
+    give(params, STORED)
+    step = optimizer.step if by_hand else lambda: scaler.step(optimizer)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step()
+    step()
+    (record,) = watch.poll()
+    assert record.moved.tolist() == [5] * 4
+
+
 def test_a_step_without_gradients_keeps_the_scale():
     params = params_of()
     optimizer, scaler = optim.AdamW(params, lr=1e-3), scaler_of()
@@ -212,3 +238,28 @@ def test_a_removed_watch_is_free():
     alive = weakref.ref(watch)
     del watch
     assert alive() is None
+
+
+@pytest.mark.parametrize("scale", [math.inf, math.nan])
+def test_a_scale_that_is_not_finite_stops_no_training(scale):
+    class Logger:
+        def log(self, step, values):
+            steps.append(step)
+
+    params, steps = params_of(), []
+    optimizer, scaler = torch.optim.SGD(params, lr=1e-3), torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    watch = numerics.watch(optimizer, scaler, every=1, updates=False).log_to(Logger())
+    for value in (4.0, scale, 4.0):
+        scaler._scale.fill_(value)
+        give(params, STORED)
+        with (
+            warnings.catch_warnings()
+            if value == 4
+            else pytest.warns(UserWarning, match=f"loss scale of step 2 is {scale}; expected a finite number")
+        ):
+            scaler.step(optimizer)
+        scaler.update(4.0)
+    assert steps == [1, 3]
+    with pytest.warns(UserWarning, match="loss scale of step 2"):
+        assert "loss scale 4" in watch.table()
