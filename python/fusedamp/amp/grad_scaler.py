@@ -188,8 +188,21 @@ class GradScaler(GradientChecks):
                     "one may skip without asking other ranks. Remove the argument."
                 )
             return super().step(optimizer, *args, **kwargs)
-        if (observer := observer_of(optimizer)) is not None:
-            observer.begin()
+        observer = observer_of(optimizer)
+        if observer is None:
+            return self._step_on_route(optimizer, state, args, kwargs)
+        observer.begin()
+        try:
+            result = self._step_on_route(optimizer, state, args, kwargs)
+        except BaseException:
+            observer.abort()
+            raise
+        observer.end(self._last_found_inf, self._scale)
+        return result
+
+    def _step_on_route(
+        self, optimizer: Optimizer, state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> float | None:
         by_hand = routes.by_hand(optimizer)
         if self._is_fused(optimizer):
             result = self._step_fused(optimizer, state, by_hand, args, kwargs)
@@ -207,8 +220,6 @@ class GradScaler(GradientChecks):
             result = self._maybe_opt_step(optimizer, state, *args, **kwargs)
         state["stage"] = OptState.STEPPED
         state["read"] = None
-        if observer is not None:
-            observer.end(self._last_found_inf, self._scale)
         return result
 
     def _refuse_freed(self, method: str, optimizer: Optimizer) -> None:

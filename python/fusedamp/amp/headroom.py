@@ -140,8 +140,9 @@ class LargestGradient(Reader):
         """
         found = {device: extremes.select(1, 0).amax() for device, extremes in self._extremes.items()}
         self._extremes.clear()
+        watch, self.watch = self.watch, None  # until the next check
         for device in list(found)[:1]:
-            activations = None if self.watch is None else self.watch.activations(device)
+            activations = None if watch is None else watch.activations(device)
             if activations is not None and alone:
                 raise RuntimeError(
                     '[GradScaler] policy="headroom" and a watch of activations, which differ over ranks; '

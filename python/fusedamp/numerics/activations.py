@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -35,8 +36,7 @@ class Activations:
         self._names = tuple(f"{name or type(module).__name__} (activation)" for name, module in leaves)
         # Backward hooks of modules would forbid in-place operations on their outputs.
         self._hooks = [
-            module.register_forward_hook(partial(self._follow, index))
-            for index, (_, module) in enumerate(leaves)
+            module.register_forward_hook(_Hook(self, index)) for index, (_, module) in enumerate(leaves)
         ]
 
     def remove(self) -> None:
@@ -65,7 +65,7 @@ class Activations:
         self._seen.clear()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _follow(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+    def follow(self, index: int, output: Any) -> None:
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad and self._hooks:
                 tensor.register_hook(partial(self._arrive, index))  # type: ignore[no-untyped-call]
@@ -95,6 +95,24 @@ class Activations:
                 extremes[row, 0] = torch.maximum(extremes[row, 0], here.extremes[:, 0])
                 extremes[row, 1:] += here.extremes[:, 1:]
                 histogram[row] += here.histogram
+
+
+class _Hook:
+    """A forward hook, which does nothing in a pickle or copy of its module."""
+
+    def __init__(self, activations: Activations, index: int) -> None:
+        self._activations, self._index = weakref.ref(activations), index
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if (activations := self._activations()) is not None:
+            activations.follow(self._index, output)
+
+    def __reduce__(self) -> Any:
+        return partial, (_nothing,)
+
+
+def _nothing(module: nn.Module, inputs: Any, output: Any) -> None:
+    pass
 
 
 def _readable(grad: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +14,10 @@ from ..amp.overflow import named
 from .record import Record
 from .rings import Fetch, Rows
 
+_NO_SCALE = (
+    "[Watch] the loss scale of step {} is {}; expected a finite number. This step has no record. Set another "
+    "scale by the scaler's update(new_scale)."
+)
 _Part = tuple[Rows, Tensor, Tensor, Tensor]  # rows, and one slot of their rings
 
 
@@ -29,8 +35,10 @@ def assembled(fetch: Fetch, names: list[str]) -> list[Record]:
     """Return the records in ``fetch``, oldest first."""
     by_step: dict[int, list[_Part]] = {}
     for rows, (steps, numbers, bins) in zip(fetch.rows, fetch.tensors, strict=True):
-        for slot, step in enumerate(steps[:, 0].tolist()):
-            if step > 0 and (rows.positions or rows.names):
+        for slot, (step, scale, *_) in enumerate(steps.tolist()):
+            if step > 0 and not math.isfinite(scale):
+                warnings.warn(_NO_SCALE.format(int(step), scale), stacklevel=4)
+            elif step > 0 and (rows.positions or rows.names):
                 by_step.setdefault(int(step), []).append((rows, steps[slot], numbers[slot], bins[slot]))
     return [_record(step, by_step[step], names) for step in sorted(by_step)]
 

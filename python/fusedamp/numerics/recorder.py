@@ -39,6 +39,7 @@ class Recorder:
         self._sets: dict[tuple[torch.device, Sequence[int]], Rows] = {}
         self._now: dict[torch.device, Rows] = {}  # with gradients of the current step
         self._is_open = False  # whether the current step has begun
+        self._in_scaler = False  # whether a scaler's step has begun, which ends it
         self._ends_with_step = False  # whether the optimizer's step ends it, not a scaler
         self._only_due = False  # whether gradients are read in due steps only
         self._given: tuple[Tensor | None, Tensor | None] = (None, None)  # overflow flag and scale
@@ -50,10 +51,13 @@ class Recorder:
         raise NotImplementedError
 
     def begin(self) -> None:
-        self._is_open = True
+        self._is_open = self._in_scaler = True
+
+    def abort(self) -> None:
+        self._in_scaler = False
 
     def numerics(self, device: torch.device, positions: Sequence[int]) -> Numerics:
-        self._is_open, self._only_due = True, False
+        self._is_open, self._only_due, self._ends_with_step = True, False, False
         self._now[device] = rows = self._rows_of(device, positions)
         return rows.numerics
 
@@ -78,19 +82,20 @@ class Recorder:
             self._recorded()
         self._number += not captures
         self._now.clear()
-        self._is_open = self._ends_with_step = self._only_due = False
+        self._is_open = self._in_scaler = self._ends_with_step = self._only_due = False
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def before_step(self) -> None:
-        if self._now and not self._only_due:  # a scaler has read them
+        is_scalers = self._in_scaler or self._ends_with_step
+        if is_scalers and self._now and not self._only_due:  # a scaler has read them
             return
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        self._ends_with_step |= not self._is_open
-        self._is_open = self._only_due = True
-        self._given = (None, None)
+        self._now.clear()  # of a step that was not made, or was made without the scaler
+        self._is_open, self._given = True, (None, None)
         self._read_unscaled(optimizer)
+        self._ends_with_step = not self._in_scaler
 
     def after_step(self) -> None:
         optimizer = self._optimizer()
@@ -125,12 +130,12 @@ class Recorder:
         if self._clocks and not is_due and not self._captures():
             return
         gradients = Gradients(params_of(optimizer))
-        for device, bucket in gradients.by_device.items():
-            if bucket.tensors:
-                self._clock_of(device)
+        devices = [device for device, bucket in gradients.by_device.items() if bucket.tensors]
+        for device in devices:
+            self._clock_of(device)
         if is_due or self._captures():
             gradients.stats(None, reader=self, only_due=True)
-            self._only_due = True
+        self._only_due = bool(devices)
 
     def _captures(self) -> bool:
         """True if a CUDA graph is being captured."""

@@ -13,6 +13,7 @@ from ..ops.numerics import record
 
 TRAJECTORY = 4096  # steps
 _BINS, _EXTREMES, _UPDATES, _NUMBERS = 64, 3, 4, 6  # csrc/engine/record.h
+_NONE: frozenset[int] = frozenset()
 
 
 class Clock:
@@ -61,20 +62,22 @@ class Rows:
                 torch.zeros(history, n, _NUMBERS, dtype=torch.float64, device=device),
                 torch.zeros(history, n, _BINS, dtype=torch.int64, device=device),
             )
-        self._parts: list[tuple[list[int], Tensor]] = []
-        self._counted = 0  # rows with updates of the current step
+        # Of the current step, which may be tried again after an error: updates by rows, rows with updates.
+        self._parts: dict[tuple[int, ...], Tensor] = {}
+        self._counted: frozenset[int] = _NONE
+        self._everything = frozenset(range(n))
 
     def part(self, positions: Sequence[int]) -> Tensor:
         """Return where a step op counts the updates of ``positions``; :meth:`record` collects them."""
         if self.positions == positions:
-            self._counted = len(self.positions)
+            self._parts, self._counted = {}, self._everything
             return self.updates
-        rows = [self._row_of.get(position, -1) for position in positions]
-        self._counted += len(rows) - rows.count(-1)
-        if rows and rows == list(range(rows[0], rows[0] + len(rows))) and rows[0] >= 0:
+        rows = tuple(self._row_of.get(position, -1) for position in positions)
+        self._counted |= {*rows} - {-1}
+        if rows and rows == tuple(range(rows[0], rows[0] + len(rows))) and rows[0] >= 0:
             return self.updates.narrow(0, rows[0], len(rows))
         part = torch.empty(len(rows), _UPDATES, dtype=torch.float64, device=self.updates.device)
-        self._parts.append((rows, part))
+        self._parts[rows] = part
         return part
 
     def record(
@@ -90,13 +93,13 @@ class Rows:
 
         ``is_main``: whether these are the optimizer's gradients, of which the trajectory is.
         """
-        for rows, part in self._parts:
+        for rows, part in self._parts.items():
             pairs = [
                 (self.updates.select(0, row), part.select(0, i)) for i, row in enumerate(rows) if row >= 0
             ]
             if pairs:
                 torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
-        has_updates = self._counted == len(self.positions) > 0
+        has_updates = bool(self.positions) and self._counted == self._everything
         device, clock = self.updates.device, self.clock
         record(
             (clock.now, clock.due),
@@ -112,7 +115,7 @@ class Rows:
             advance=advance,
         )
         if advance:
-            self._parts, self._counted = [], 0
+            self._parts, self._counted = {}, _NONE
 
     def forget(self) -> None:
         """Start to count from 0, where several tensors are added up in a row."""

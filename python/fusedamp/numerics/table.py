@@ -309,6 +309,7 @@ def _colored(lines: list[tuple[str, str]], color: bool | None) -> str:
 
     console = Console(force_terminal=color)
     with console.capture() as captured:
-        for text, style in lines:
-            console.print(Text(text, style), soft_wrap=True)
-    return captured.get().removesuffix("\n")
+        for line, style in lines:
+            console.print(Text(line, style), soft_wrap=True)
+    text: str = captured.get()
+    return text.removesuffix("\n")

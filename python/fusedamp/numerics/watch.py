@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ class Watch(Recorder):
         self._in_flight: deque[Fetch] = deque()
         self._rings: Fetch | None = None
         self._arrived: deque[Record] = deque()
+        self._kept: deque[Record] = deque(maxlen=history)  # also those whose rings are gone
         self._newest = 0  # the last step that arrived
         self._loggers: list[Any] = []
         self._handles: list[Any] = []
@@ -69,9 +72,12 @@ class Watch(Recorder):
 
     def collect(self) -> list[Record]:
         """Return all records that are still kept, at most ``history``, oldest first. Waits for the device."""
-        fetch = Fetch(list(self._all_rows()))
-        fetch.wait()
-        return self._records_in(fetch)[-self._history :]
+        found: dict[int, Record] = {}
+        for fetch in (Fetch(self._all_rows()), *self._in_flight):
+            fetch.wait()
+            found |= {record.step: record for record in self._records_in(fetch)}
+        found |= {record.step: record for record in self._kept}
+        return [found[step] for step in sorted(found)][-self._history :]
 
     def trajectory(self) -> Tensor:
         """Return FP64 ``[m, 4]`` on the CPU: number, scale, whether it was skipped (0 or 1) and the largest
@@ -149,8 +155,8 @@ class Watch(Recorder):
         if not routes.is_fusedamps(optimizer) and not is_ours:
             me = weakref.ref(self)
             pre, post = Optimizer.register_step_pre_hook, Optimizer.register_step_post_hook
-            self._handles.append(pre(optimizer, lambda *_: _call(me, "before_step")))
-            self._handles.append(post(optimizer, lambda *_: _call(me, "after_step")))
+            self._handles.append(pre(optimizer, partial(_before, me)))
+            self._handles.append(post(optimizer, partial(_after, me)))
         if activations is not None:
             self._activations = Activations(activations, self._clock_of, self._history)
             self._handles.append(self._activations)
@@ -189,6 +195,7 @@ class Watch(Recorder):
             if self._is_captured and self._newest:
                 self.dropped += (record.step - self._newest) // self._every - 1
             self._newest = record.step
+            self._kept.append(record)
             if len(self._arrived) >= self._history:
                 self._arrived.popleft()
                 self.dropped += not self._loggers
@@ -213,9 +220,21 @@ class Watch(Recorder):
                 )
 
 
-def _call(watch: weakref.ref[Watch], name: str) -> None:
-    if (alive := watch()) is not None:
-        getattr(alive, name)()
+def _before(me: weakref.ref[Watch], _: Optimizer, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    if (watch := me()) is not None and not _has_closure(args, kwargs):
+        watch.before_step()
+
+
+def _after(me: weakref.ref[Watch], _: Optimizer, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    if (watch := me()) is not None:
+        if _has_closure(args, kwargs):
+            watch.before_step()
+        watch.after_step()
+
+
+def _has_closure(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether the gradients of a step come from a closure, after the step's pre-hooks."""
+    return any(callable(value) for value in (*args, *kwargs.values()))
 
 
 def watch(
@@ -256,7 +275,8 @@ def watch(
         takes the scaler itself; then nothing is changed.
     Warns: if ``updates`` is True and the optimizer does not count them.
     Cost: on the device 568 bytes per parameter tensor and kept record. Time: see the page on numerics.
-        Without a scaler, due steps read the gradients once more.
+        Without a scaler, due steps read the gradients once more: before the step, or after it, if another
+        optimizer than fusedamp's gets a closure.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{_WHERE} optimizer is {optimizer!r}; expected a torch.optim.Optimizer")

@@ -130,9 +130,9 @@ def begin_step(optimizer: Any) -> None:
     Raises: RuntimeError if inputs wait for another optimizer with one of its parameters, whose gradients are
         therefore still scaled.
     """
-    if (observer := observer_of(optimizer)) is not None:
-        observer.before_step()
     inputs = getattr(_handed, "inputs", None)
+    if (observer := observer_of(optimizer)) is not None and not _is_scaled(optimizer, inputs):
+        observer.before_step()
     if inputs is None or inputs.consumed:
         return
     if inputs.optimizer is optimizer:
@@ -146,6 +146,13 @@ def begin_step(optimizer: Any) -> None:
             "scaled; expected the optimizer that steps them. Give scaler.step this optimizer, or call "
             "scaler.unscale_ and step it yourself."
         )
+
+
+def _is_scaled(optimizer: Any, inputs: AmpInputs | None) -> bool:
+    """Whether the scaler left the gradients of ``optimizer`` scaled in this step."""
+    if inputs is None or inputs.consumed or inputs.optimizer is not optimizer:
+        return False
+    return any(here.inv_scale is not None for here in inputs.per_device.values())
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]

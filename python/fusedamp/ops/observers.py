@@ -38,7 +38,10 @@ class Reader(Protocol):
 
 class Observer(Reader, Protocol):
     def begin(self) -> None:
-        """A scaler begins a step, which it will :meth:`end`."""
+        """A scaler begins a step, which it will :meth:`end` or :meth:`abort`."""
+
+    def abort(self) -> None:
+        """The scaler's step raised an error."""
 
     def activations(self, device: torch.device) -> Tensor | None:
         """Return the largest |scaled gradient| of activations in the current step: float64, 0-dim, on
@@ -51,7 +54,7 @@ class Observer(Reader, Protocol):
         """The step is over, skipped if ``found_inf`` is not 0."""
 
     def before_step(self) -> None:
-        """The optimizer begins its step, called by a scaler or not."""
+        """The optimizer begins its step with unscaled gradients, called by a scaler or not."""
 
     def after_step(self) -> None:
         """The optimizer's step is over."""
