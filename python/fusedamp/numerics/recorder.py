@@ -128,6 +128,7 @@ class Recorder:
         """Read gradients that no scaler has seen: in due steps only, as nothing else needs them."""
         is_due = self._number % self._every == 0 or self._is_captured
         if self._clocks and not is_due and not self._captures():
+            self._only_due = True
             return
         gradients = Gradients(params_of(optimizer))
         devices = [device for device, bucket in gradients.by_device.items() if bucket.tensors]
