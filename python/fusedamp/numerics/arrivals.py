@@ -14,10 +14,6 @@ from ..amp.overflow import named
 from .record import Record
 from .rings import Fetch, Rows
 
-_NO_SCALE = (
-    "[Watch] the loss scale of step {} is {}; expected a finite number. This step has no record. Set another "
-    "scale by the scaler's update(new_scale)."
-)
 _Part = tuple[Rows, Tensor, Tensor, Tensor]  # rows, and one slot of their rings
 
 
@@ -37,7 +33,11 @@ def assembled(fetch: Fetch, names: list[str]) -> list[Record]:
     for rows, (steps, numbers, bins) in zip(fetch.rows, fetch.tensors, strict=True):
         for slot, (step, scale, *_) in enumerate(steps.tolist()):
             if step > 0 and not math.isfinite(scale):
-                warnings.warn(_NO_SCALE.format(int(step), scale), stacklevel=4)
+                warnings.warn(
+                    f"[Watch] the loss scale of step {int(step)} is {scale}; expected a finite number. This "
+                    "step has no record. Set another scale by the scaler's update(new_scale).",
+                    stacklevel=4,
+                )
             elif step > 0 and (rows.positions or rows.names):
                 by_step.setdefault(int(step), []).append((rows, steps[slot], numbers[slot], bins[slot]))
     return [_record(step, by_step[step], names) for step in sorted(by_step)]
