@@ -247,6 +247,22 @@ def test_a_watch_of_activations_bounds_the_scale():
     assert scales == [2.0**9] * 4  # 15 - 4 - 2
 
 
+def test_activations_that_overflow_alone_bring_the_scale_down():
+    """Other code repaired the gradient before it reached the weights: no step is skipped."""
+    model = nn.Linear(3, 1)
+    optimizer, scaler = fused(model.parameters()), headroom(init_scale=2.0**14)
+    numerics.watch(optimizer, scaler, updates=False, activations=model)
+    for expected in (2.0**11, 2.0**8):  # they count as 2^16: 15 - (16 - 14) - 2, 15 - (16 - 11) - 2
+        optimizer.zero_grad()
+        output = model(torch.ones(1, 3))
+        output.register_hook(lambda grad: grad.nan_to_num(posinf=1.0))
+        scaler.scale((output * torch.inf).sum()).backward()
+        scaler.step(optimizer)
+        assert not scaler.last_step_skipped
+        scaler.update()
+        assert scaler.get_scale() == expected
+
+
 @pytest.mark.parametrize("drive", ["fused", "clip", "unscale", "hook"])
 def test_watch_and_policy_read_in_the_same_checks(drive):
     loop = Loop(drive, fused, [torch.float16, torch.float32, torch.bfloat16], bad=(4, 5))

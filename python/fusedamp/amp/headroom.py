@@ -14,6 +14,7 @@ from ..ops.observers import Observer, Reader
 from .flags import PerDevice, lasting
 
 _HEAD, _COUNTS, _RING = 8, 64, 512  # csrc/math/headroom.h
+_OVERFLOW = 2.0**16  # what FP16 cannot hold
 _LEAST = -40  # exponent of the first count
 
 
@@ -149,6 +150,8 @@ class LargestGradient(Reader):
                     "expected a process_group, without which each rank would have its own scale. Pass it to "
                     "GradScaler, or watch without activations."
                 )
-            if activations is not None:
-                found[device] = torch.maximum(found[device], activations)
+            if (
+                activations is not None
+            ):  # those that overflowed, with finite weights' gradients, bring it down
+                found[device] = torch.maximum(found[device], activations.clamp(max=_OVERFLOW))
         return found
