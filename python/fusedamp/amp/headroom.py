@@ -153,5 +153,5 @@ class LargestGradient(Reader):
             if (
                 activations is not None
             ):  # those that overflowed, with finite weights' gradients, bring it down
-                found[device] = torch.maximum(found[device], activations.clamp(max=_OVERFLOW))
+                found[device] = torch.maximum(found[device], activations.nan_to_num(posinf=_OVERFLOW))
         return found
