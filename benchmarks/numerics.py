@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fusedamp import GradScaler, numerics, optim
+from fusedamp.ops.observers import observe, stop_observing
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -48,25 +49,35 @@ SETTINGS = [
 ]
 
 
-def side(setting: Setting, shapes: Shapes, watch: dict[str, Any] | None) -> Callable[[], None]:
-    """Return an iteration after the backward pass: gradient check, step and the scale's update."""
+def sides(setting: Setting, shapes: Shapes, options: dict[str, Any]) -> tuple[Callable[[], None], ...]:
+    """Return an iteration after the backward pass, with and without a watch: gradient check, step and the
+    scale's update. Both are of one optimizer, so that they use the same memory."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(setting.dtype)) for s in shapes]
     for param in params:
         param.grad = (torch.randn(param.shape, generator=generator) * 1e-3).to(setting.dtype)
     optimizer = optim.AdamW(params, lr=1e-4)
     scaler = GradScaler("cpu", init_scale=1.0, growth_interval=NEVER) if setting.scales else None
-    if watch is not None:
-        numerics.watch(optimizer, scaler, history=1, **watch)
-    if scaler is None:
-        return optimizer.step
-    scaler.scale(torch.ones(()))
+    watch = numerics.watch(optimizer, scaler, history=1, **options)
 
     def iterate() -> None:
-        scaler.step(optimizer)
-        scaler.update()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
 
-    return iterate
+    def watched() -> None:
+        observe(optimizer, watch)
+        iterate()
+
+    def plain() -> None:
+        stop_observing(optimizer, watch)
+        iterate()
+
+    if scaler is not None:
+        scaler.scale(torch.ones(()))
+    return watched, plain
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -74,7 +85,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for setting in SETTINGS:
         shapes = WORKLOADS[setting.workload].shapes(options.quick)
         for name, watch in STEPS.items():
-            ours, theirs = side(setting, shapes, watch), side(setting, shapes, None)
+            ours, theirs = sides(setting, shapes, watch)
             limits = Limits(options.samples, budget.share())
             timing = alternate(ours, theirs, lambda: torch.set_num_threads(1), None, 1, limits)
             costs = 1 / timing.ratios()
