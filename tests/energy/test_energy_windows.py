@@ -328,10 +328,12 @@ def test_a_warning_that_raises_leaves_nothing_open(clock, devices, meter):
 def test_import_loads_no_counter():
     """`import fusedamp` offers energy without NVML and without what only comparisons need."""
     code = (
-        "import fusedamp, sys\n"
+        "import sys, torch\n"
+        "before = 'statistics' in sys.modules  # torch 2.14 needs it\n"
+        "import fusedamp\n"
         "assert fusedamp.energy.window and fusedamp.energy.compare\n"
         "assert 'nvidia-ml' not in open('/proc/self/maps').read()\n"
-        "import torch; print('statistics' in sys.modules)"
+        "print(before or 'statistics' not in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
