@@ -6,7 +6,7 @@
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
-constexpr int64_t kExtremes = 3, kUpdates = 4, kNumbers = 2 + kUpdates;
+constexpr int64_t kExtremes = 3, kNumbers = 2 + kTallies;
 
 // The current step.
 struct RecordedStep {
@@ -30,7 +30,7 @@ FUSEDAMP_FN void record_tensors(const StepRecord& record, const RecordedStep& st
     double* numbers = record.numbers + (step.slot * record.count + i) * kNumbers;
     numbers[0] = record.extremes[kExtremes * i];
     numbers[1] = record.squares[i];
-    for (int64_t j = 0; j < kUpdates; ++j) numbers[2 + j] = has_updates ? record.updates[kUpdates * i + j] : 0.0;
+    for (int64_t j = 0; j < kTallies; ++j) numbers[2 + j] = has_updates ? record.updates[kTallies * i + j] : 0.0;
   }
 }
 

@@ -57,7 +57,7 @@ inline StepRecord checked_record(const Rings& rings, const Counted& counted, int
   r.histogram = static_cast<int64_t*>(list("histogram", counted.histogram, ScalarType::Long, {r.count, kBins}, false));
   r.squares = static_cast<double*>(list("squares", counted.squares, ScalarType::Double, {r.count}, false));
   if (counted.updates)
-    r.updates = static_cast<double*>(list("updates", *counted.updates, ScalarType::Double, {r.count, kUpdates}, false));
+    r.updates = static_cast<double*>(list("updates", *counted.updates, ScalarType::Double, {r.count, kTallies}, false));
   r.scale = one_element<float>(op, {"scale"}, counted.scale, clock, ScalarType::Float, "float32");
   r.found_inf = one_element<float>(op, {"found_inf"}, counted.found_inf, clock, ScalarType::Float, "float32");
   need_own_memory(op, spans);

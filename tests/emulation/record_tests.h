@@ -47,7 +47,7 @@ inline void test_record(Random& random, int64_t count) {
   record.only_due = below(random, 2);
   Rings on_cpu(count, record.history, record.length), on_cuda = on_cpu;
   const auto n = static_cast<size_t>(count);
-  std::vector<double> extremes(n * kExtremes), squares(n), updates(n * kUpdates);
+  std::vector<double> extremes(n * kExtremes), squares(n), updates(n * kTallies);
   std::vector<int64_t> histogram(n * kBins);
   on_cpu.due[0] = on_cuda.due[0] = record.every == 1;
   for (int64_t step = 1; step < 20; ++step) {
