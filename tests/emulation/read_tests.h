@@ -87,7 +87,8 @@ class Counted {
       for (void* side : {t->cpu(), t->cuda()}) memset(side, 0x5a, 8 * static_cast<size_t>(t->numel()));
   }
   Numerics on(void* (Twins::*side)() const) const {
-    return {static_cast<double*>((extremes_.*side)()), static_cast<int64_t*>((histogram_.*side)()), &due_};
+    return {static_cast<double*>((extremes_.*side)()), static_cast<int64_t*>((histogram_.*side)()), &due_, false,
+            false};
   }
   // tests/ops/test_ops_numerics.py compares the CPU's with numpy.
   void expect_equal() const {
