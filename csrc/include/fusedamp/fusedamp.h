@@ -1,0 +1,4 @@
+// fusedamp for C++ programs: all public headers.
+#pragma once
+
+#include "version.h"
