@@ -188,7 +188,6 @@ def test_torch_is_too_old(tmp_path):
     folder = fake_torch(tmp_path / "site/torch", version="2.10.2")
     assert f"torch 2.10.2 ({folder}) is too old; expected 2.11 or later." in refused(use(tmp_path / "site"))
     # Before 2.10 the numbers were in another header.
-    (folder / "include/torch/csrc/api/include/torch").mkdir(parents=True)
     (folder / "include/torch/headeronly/version.h").rename(
         folder / "include/torch/csrc/api/include/torch/version.h"
     )

@@ -12,7 +12,8 @@ from fusedamp.ops import library
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("include", "math", "engine", "ops", "python")  # each may include itself and those before it
 TABLES = (ROOT / "csrc/include/fusedamp/rows.h",)  # what programs share with the engines, without torch
-CODE = {f".{kind}" for kind in "h cuh cpp cu inc def py pyi toml cmake md sh yml yaml".split()}
+CPP = {".h", ".cuh", ".cpp", ".cu", ".inc", ".def"}
+CODE = CPP | {".py", ".pyi", ".toml", ".cmake", ".md", ".sh", ".yml", ".yaml"}
 
 
 def files(*folders: str, kinds: set[str] = CODE) -> list[Path]:

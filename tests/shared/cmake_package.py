@@ -38,7 +38,8 @@ def fake_torch(folder: Path, version="2.13.0", standard=201703, cuda=False, conf
     """Write files with the names of torch's; return its folder. Its TorchConfig.cmake stops, as torch's does
     if torch has CUDA and the machine no toolkit, or has the text ``config``."""
     include, cmake, lib = folder / "include", folder / "share/cmake/Torch", folder / "lib"
-    for path in (include / "torch/headeronly", include / "ATen", cmake, lib):
+    folders = ("torch/headeronly", "ATen", "torch/csrc/api/include/torch")
+    for path in (*(include / name for name in folders), cmake, lib):
         path.mkdir(parents=True)
     numbers = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
     text = "".join(f"#define TORCH_VERSION_{name} {number}\n" for name, number in numbers)
