@@ -22,6 +22,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
@@ -189,6 +190,18 @@ class Metadata(dist_info):
         super().run()
 
 
+class Files(build_py):
+    """Adds the C++ headers, which a wheel has next to its CMake package, and a checkout in csrc/."""
+
+    def run(self):
+        package = Path(self.build_lib) / "fusedamp"
+        for name in ("cmake", "include"):  # those of an earlier wheel
+            shutil.rmtree(package / name, ignore_errors=True)
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "csrc/include", package / "include", dirs_exist_ok=True)
+
+
 class Build(build_ext):
     """Compiles in parallel, recompiles only changed sources, and replaces objects atomically."""
 
@@ -247,8 +260,12 @@ class Build(build_ext):
         link = [self.cxx]
         if "cuda" in ext.name:  # symbols for debuggers name temporary files of nvcc, others in each build
             link = [self.nvcc, "-cudart", "static", "-Xlinker=--strip-all"]
-        libraries = [*self.torch_stubs(link, ext.name), *old_glibc(), "-ldl"]
-        command = [*link, "-shared", *objects, *libraries, "-o", str(part)]
+        to_linker = "-Wl," if link[0] == self.cxx else "-Xlinker="
+        soname = (
+            [] if ext.name.endswith("_C") else [f"{to_linker}-soname={target.name}"]
+        )  # programs record it
+        libraries = [*self.torch_stubs(to_linker, ext.name), *old_glibc(), "-ldl"]
+        command = [*link, "-shared", *soname, *objects, *libraries, "-o", str(part)]
         newest = max(Path(o).stat().st_mtime for o in objects)
         if target.exists() and target.stat().st_mtime > newest and is_text(stamp, "\n".join(command)):
             return
@@ -256,7 +273,7 @@ class Build(build_ext):
         stamp.write_text("\n".join(command))
         os.replace(part, target)
 
-    def torch_stubs(self, link, name):
+    def torch_stubs(self, to_linker, name):
         """Build empty stand-ins with the names of torch's libraries: the loader finds the real ones that
         `import torch` loaded, and a CPU-only torch is enough to build for CUDA."""
         if name.endswith("_C"):
@@ -269,8 +286,7 @@ class Build(build_ext):
             self.call(
                 [self.cxx, "-shared", soname, "-x", "c", "/dev/null", "-o", str(stub)], f"linking {stub.name}"
             )
-        as_needed = "-Wl,--no-as-needed" if link[0] == self.cxx else "-Xlinker=--no-as-needed"
-        return [as_needed, f"-L{folder}", *(f"-l{library}" for library in libraries)]
+        return [f"{to_linker}--no-as-needed", f"-L{folder}", *(f"-l{library}" for library in libraries)]
 
     # Each job: source, name of its object, command without input and output.
     def origin_job(self):
@@ -287,7 +303,7 @@ class Build(build_ext):
             for target, flags in targets.items():
                 define = [f"-DFUSEDAMP_TARGET={target}"] if target else []
                 yield source, f"{source.stem}_{target}", [self.cxx, *CXX_FLAGS, *flags, *define]
-        for name in ("rows", "packed", "library", "cpu", "cpu_linear"):
+        for name in ("rows", "packed", "library", "cpu", "cpu_linear", "version"):
             yield ROOT / f"csrc/ops/{name}.cpp", name, [self.cxx, *CXX_FLAGS, *self.torch_flags()]
 
     def jobs_for_cuda(self):
@@ -363,5 +379,5 @@ class Build(build_ext):
 check_system()
 setup(
     ext_modules=[Extension(f"fusedamp.{name}", []) for name in ("libfusedamp_cpu", "libfusedamp_cuda", "_C")],
-    cmdclass={"build_ext": Build, "dist_info": Metadata},
+    cmdclass={"build_ext": Build, "build_py": Files, "dist_info": Metadata},
 )

@@ -30,6 +30,7 @@ import matrix
 from matrix import DIST, ROOT, VERSION, Environment, Failed
 
 PLATFORM = "manylinux_2_28_x86_64"
+EXPORTS = {"_C": {"PyInit__C"}, "libfusedamp_cpu": {"fusedamp_version"}}
 TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_cuda.so")
 # Symbols without a version: of Python, of torch's C interface. Others would be of a newer system than the
 # platform's, and no audit shows them.
@@ -134,11 +135,12 @@ def check_contents(wheel: Path, sdist: Path, cuda: bool) -> None:
     need(objects == wanted, f"wheel: {len(wanted)} objects", f"found {objects}; expected {wanted}")
     with tarfile.open(sdist) as file:
         inside = {name.partition("/")[2] for name in file.getnames()}
-    python = {name for name in contents if name.startswith("fusedamp/") and name not in objects}
+    files = {name for name in contents if name.startswith("fusedamp/") and name not in objects}
     source = {
-        n.removeprefix("python/") for n in inside if re.match(r"python/fusedamp/.*(\.py|py\.typed)$", n)
+        n.removeprefix("python/") for n in inside if re.match(r"python/fusedamp/.*[.](py|typed|cmake)$", n)
     }
-    need(python == source, "wheel: Python files of the sdist", f"these differ: {sorted(python ^ source)}")
+    source |= {n.replace("csrc", "fusedamp", 1) for n in inside if re.match(r"csrc/include/.*[.]h$", n)}
+    need(files == source, "wheel: files of the sdist", f"these differ: {sorted(files ^ source)}")
     pattern = re.escape(wheel.name.split("-")[1]).encode() + rb", sources [0-9a-f]{12}"
     origins = [set(re.findall(pattern, contents[name])) for name in objects]
     need(
@@ -154,10 +156,11 @@ def check_symbols(wheel: Path, folder: Path) -> None:
     for path in sorted(folder.rglob("*.so")):
         exported = [line.split()[1:] for line in output("nm", "-D", "--defined-only", path).splitlines()]
         strong = {name for kind, name in exported if kind not in "WVu"}
-        need(strong <= {"PyInit__C"}, f"{path.name.partition('.')[0]}: exports", f"it exports {strong}")
+        name = path.name.partition(".")[0]
+        need(strong == EXPORTS.get(name, set()), f"{name}: exports", f"it exports {strong}")
         undefined = [line.split() for line in output("nm", "-D", "--undefined-only", path).splitlines()]
         wild = {n for kind, n in undefined if kind == "U" and "@" not in n and not UNVERSIONED.fullmatch(n)}
-        need(not wild, f"{path.name.partition('.')[0]}: imports", f"symbols without a version: {wild}")
+        need(not wild, f"{name}: imports", f"symbols without a version: {wild}")
 
 
 def try_sdist(python: str, torch: str, folder: Path) -> None:

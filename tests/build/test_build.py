@@ -3,6 +3,7 @@
 And what the installed build says of itself and links to.
 """
 
+import ctypes
 import importlib.metadata
 import os
 import re
@@ -89,6 +90,7 @@ def test_a_wheel_holds_what_its_build_made(tmp_path):
     assert sandbox.build()[0] == 0
     for name in ("libfusedamp_old.so", "_C.cpython-39-x86_64-linux-gnu.so"):
         (tmp_path / "python/fusedamp" / name).touch()
+    (gone := tmp_path / "csrc/include/fusedamp/gone.h").touch()
     for cuda in ("1", "0"):
         code, text = sandbox.run(*wheel, FUSEDAMP_CUDA=cuda)
         assert code == 0, text
@@ -96,6 +98,9 @@ def test_a_wheel_holds_what_its_build_made(tmp_path):
         objects = {name.partition(".")[0] for name in ZipFile(path).namelist() if name.endswith(".so")}
         assert objects == {f"fusedamp/{name}" for name in OBJECT_NAMES[: 2 + int(cuda)]}
         assert sum(name.endswith(".so") for name in ZipFile(path).namelist()) == len(objects)
+        headers = {f"fusedamp/include/fusedamp/{p.name}" for p in gone.parent.iterdir()}
+        assert headers == {name for name in ZipFile(path).namelist() if "/include/" in name}
+        gone.unlink(missing_ok=True)  # a header of the first wheel
     assert (tmp_path / "python/fusedamp/libfusedamp_cuda.so").exists(), "a wheel changes no editable install"
 
 
@@ -230,6 +235,19 @@ def test_build_info():
     assert re.fullmatch(rf"{re.escape(info['version'])}, sources [0-9a-f]{{12}}", info["origin"])
 
 
+def test_the_version_for_programs():
+    """The headers' numbers, and the one symbol that a library exports."""
+    text = (ROOT / "csrc/include/fusedamp/version.h").read_text()
+    macros = dict(re.findall(r"#define FUSEDAMP_VERSION(\w*) (\S+)", text))
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", fusedamp.__version__).groups()
+    assert macros == dict(zip(("_MAJOR", "_MINOR", "_PATCH"), numbers, strict=True)) | {
+        "": f'"{fusedamp.__version__}"'
+    }
+    function = ctypes.CDLL(str(PACKAGE / "libfusedamp_cpu.so")).fusedamp_version
+    function.restype = ctypes.c_char_p
+    assert function().decode() == fusedamp.__version__
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_objects_of_different_builds_are_refused(known, monkeypatch):
     """The error has both versions and the way out. The objects of this build agree."""
@@ -284,11 +302,23 @@ def test_objects_need_torchs_stable_abi_only(path):
     dynamic = output_of("readelf", "-d", path)
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
+    soname = [] if path.name.startswith("_C") else [path.name]  # which programs record, and not a path
+    assert re.findall(r"\(SONAME\).*\[(.*)\]", dynamic) == soname
     for name in ("libc10", "libtorch_python", "libpython", "libcudart"):
         assert name not in dynamic
     paths = rb"/site-packages|/(?:torch|pybind11)/include/"
     paths += b"" if "cuda" in path.name else rb"|/tmp/"  # nvcc names its temporary files in what it links
     assert not re.search(paths, path.read_bytes())
+
+
+@needs_binutils
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda p: p.name)
+def test_objects_export_one_symbol_or_none(path):
+    """Others could take the place of a program's own, or of another library's."""
+    symbols = output_of("nm", "-D", "--defined-only", path).splitlines()
+    strong = [line.split()[-1] for line in symbols if line.split()[-2] not in "WVu"]
+    wanted = {"_C": ["PyInit__C"], "libfusedamp_cpu": ["fusedamp_version"]}
+    assert strong == wanted.get(path.name.partition(".")[0], [])
 
 
 @needs_binutils

@@ -84,25 +84,31 @@ CASES = {
     "no CUDA object": ({OBJECTS[2]: None}, "libfusedamp_cuda"),
     "a forgotten file": ({"fusedamp/ops/a.py": None}, "fusedamp/ops/a.py"),
     "a removed file": ({"fusedamp/gone.py": b""}, "fusedamp/gone.py"),
+    "a forgotten header": ({"fusedamp/include/fusedamp/a.h": None}, "fusedamp/include/fusedamp/a.h"),
+    "a removed header": ({"fusedamp/include/fusedamp/gone.h": b""}, "fusedamp/include/fusedamp/gone.h"),
+    "no CMake package": ({"fusedamp/cmake/a.cmake": None}, "fusedamp/cmake/a.cmake"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_contents_of_the_wheel(name, release, tmp_path, capsys):
     changed, problem = CASES[name]
-    python = dict.fromkeys(("fusedamp/__init__.py", "fusedamp/ops/a.py", "fusedamp/py.typed"), b"")
+    names = ("__init__.py", "ops/a.py", "py.typed", "cmake/a.cmake", "include/fusedamp/a.h")
+    files = dict.fromkeys((f"fusedamp/{name}" for name in names), b"")
     wheel, sdist = (
         tmp_path / f"fusedamp-0.1.0-{TAG}-{TAG}-linux_x86_64.whl",
         tmp_path / "fusedamp-0.1.0.tar.gz",
     )
     with ZipFile(wheel, "w") as file:
         file.writestr("fusedamp/", b"")  # auditwheel adds folders
-        for path, content in (python | dict.fromkeys(OBJECTS, ORIGIN) | changed).items():
+        for path, content in (files | dict.fromkeys(OBJECTS, ORIGIN) | changed).items():
             if content is not None:
                 file.writestr(path, content)
     with tarfile.open(sdist, "w:gz") as file:
-        for path in python:
-            file.addfile(tarfile.TarInfo(f"fusedamp-0.1.0/python/{path}"))
+        for path in files:
+            source = path.replace("fusedamp", "csrc", 1) if path.endswith(".h") else f"python/{path}"
+            file.addfile(tarfile.TarInfo(f"fusedamp-0.1.0/{source}"))
+        file.addfile(tarfile.TarInfo("fusedamp-0.1.0/csrc/ops/ops.h"))  # not for programs
     if not problem:
         release["check_contents"](wheel, sdist, cuda=True)
         return

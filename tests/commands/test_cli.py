@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import fusedamp
 import pytest
@@ -30,6 +31,14 @@ def test_help(command, capsys):
         cli.main(command)
     assert stop.value.code == 0
     assert "usage: python -m fusedamp" in capsys.readouterr().out
+
+
+def test_cmake_dir(capsys):
+    """The folder alone, for `$(python -m fusedamp --cmake-dir)`."""
+    assert cli.main(["--cmake-dir"]) == 0
+    folder = Path(capsys.readouterr().out.removesuffix("\n"))
+    assert folder == Path(fusedamp.__file__).resolve().parent / "cmake"
+    assert (folder / "fusedampConfig.cmake").exists()
 
 
 def test_no_command_shows_all(capsys):

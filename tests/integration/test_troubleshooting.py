@@ -68,12 +68,23 @@ def of_cpp(path: Path) -> list[str]:
     return found
 
 
+def of_cmake(path: Path) -> list[str]:
+    """What the package sets as its problem, and its warnings: their texts, {} for variables."""
+    literals = r'((?:\s*"(?:[^"\\]|\\.)*")+)'
+    pattern = r"(?:set\((?:\$\{problem\}|_fusedamp_problem)|message\(WARNING)" + literals
+    found = [
+        "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text)) for text in re.findall(pattern, path.read_text())
+    ]
+    return [re.sub(r"\$\{\w+\}", "{}", text).replace('\\"', '"') for text in found]
+
+
 def messages() -> list[tuple[str, str]]:
-    """Return (file, message) of all errors and warnings that a program which imports fusedamp can see."""
+    """Return (file, message) of all errors and warnings that a program with fusedamp can see."""
     python = [p for p in sorted(PACKAGE.rglob("*.py")) if "commands" not in p.parts]
     cpp = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cpp", ".h", ".cu")]
     found = [(p, text) for p in python for text in of_python(p)]
     found += [(p, text) for p in cpp for text in of_cpp(p)]
+    found += [(p, text) for p in sorted((PACKAGE / "cmake").glob("*.cmake")) for text in of_cmake(p)]
     plain = [(p.relative_to(ROOT).as_posix(), " ".join(text.split())) for p, text in found]
     return [(name, text) for name, text in plain if len(re.findall(r"[A-Za-z]{2,}", text)) > 2]
 
@@ -120,3 +131,4 @@ def test_messages_are_found():
     found = messages()
     assert sum(name.startswith("python/") for name, _ in found) > 100
     assert sum(name.startswith("csrc/") for name, _ in found) > 40
+    assert sum(name.endswith(".cmake") for name, _ in found) == 7

@@ -59,7 +59,7 @@ ALLOWED = (
 )
 
 NEVER = ("benchmarks/results", "benchmarks/partial", "tests/laws/test_words.py")
-TEXTS = {".py", ".h", ".cuh", ".cu", ".cpp", ".inc", ".def", ".md", ".toml"}
+TEXTS = {".py", ".h", ".cuh", ".cu", ".cpp", ".inc", ".def", ".cmake", ".md", ".toml"}
 FOLDERS = ("python/fusedamp", "csrc", "docs", "benchmarks", "tests")
 
 PATTERN = re.compile("|".join(rf"(?P<w{i}>\b(?:{word}))" for i, word in enumerate(WORDS)), re.I)

@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 success, 1 a claim was not confirmed, 2 invalid options."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.cmake_dir:
+        print(Path(__file__).resolve().parents[1] / "cmake")
+        return 0
     if args.command is None:
         parser.print_help()
         return 2
@@ -44,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     version = f"fusedamp {build_info()['version']}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
+    parser.add_argument(
+        "--cmake-dir", action="store_true", help="print the folder of the CMake package, for -Dfusedamp_DIR"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     info = commands.add_parser("info", help="versions, build, devices, and which 16-bit format to choose")
     info.add_argument("--json", action="store_true", help="machine-readable")
