@@ -244,7 +244,7 @@ inline void adapt_state(ParamState& state, size_t s, const Tensor& param, const 
     refuse_value(text("has state ", repr(std::string(spec.name)), " of dtype ", torch_name(value), " beside ",
                       repr(std::string(spec.name) + "_scale"),
                       ", the block scales of an 8-bit state; expected its int8 or uint8 values, or floats alone. ",
-                      "Quantized values are no numbers: load the checkpoint into an optimizer with "
+                      "Quantized values are not numbers: load the checkpoint into an optimizer with "
                       "state_dtype=\"float32\" first, or remove ",
                       repr(std::string(spec.name) + "_scale"), "."));
   } else if (!value.is_floating_point() && !value.is_complex()) {
