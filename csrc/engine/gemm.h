@@ -1,6 +1,6 @@
 // A matrix product in column-major terms, as BLAS has them, and the three products of a linear layer.
 #pragma once
-#include "dtype.h"
+#include "../include/fusedamp/rows.h"
 
 namespace fusedamp {
 

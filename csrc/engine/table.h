@@ -1,43 +1,8 @@
 // Input of an engine: rows of addresses, checked by ops/. Nothing here depends on torch.
 #pragma once
-#include "../math/random.h"
-#include "dtype.h"
+#include "../include/fusedamp/rows.h"
 
 namespace fusedamp {
-
-constexpr int kMaxStates = 3, kMaxHyper = 8;
-
-// One parameter tensor of a step. All its buffers have `numel` elements in the same order of memory.
-struct StepRow {
-  void* param;
-  void* master;               // null: `param` itself is stepped
-  void* states[kMaxStates];   // f64 where param is f64; then the rule's scalars, each one double
-  float* scales[kMaxStates];  // of 8-bit states: one for each block of kScaleBlock elements
-  float* step;                // one element: this tensor's step count (math/count.h)
-  double* squares;            // of a rule with norms: kMaxNorms sums over all ranks; null: those of this buffer
-  int64_t numel, seed;        // seed: of the tensor's random numbers
-  Placement place;            // of the buffers in the whole tensor
-  int32_t group;              // index of its StepGroup
-  DType grad_dtype, param_dtype;
-  DType master_dtype;      // f32, or i16: the remainder of a split master
-  DType state_dtype;       // f32, bf16 (rounded stochastically), f64, or i8: 8-bit values, signed according to the rule
-  bool maximize;           // of its group, like the next; stored here, so that element-wise kernels need no group
-  bool stochastic;         // rounding of 16-bit weights without masters
-  uint8_t unused[6] = {};  // in place of padding, so that equal rows have equal bytes
-};
-static_assert(sizeof(StepRow) == 17 * 8, "Python also builds rows, in words of 8 bytes");
-
-// Common parameters of the rows of one group. Rows are sorted by group.
-struct StepGroup {
-  double hyper[kMaxHyper];  // the rule's Hyper
-  double lr;
-  const void* lr_tensor;  // one element; null: `lr`
-  int64_t first, count;   // its rows
-  int32_t rule;           // a RuleId
-  DType lr_dtype;         // f32 or f64
-  uint8_t unused[3] = {};
-};
-static_assert(sizeof(StepGroup) == 13 * 8, "as for rows");
 
 // The rows of a step, and the address of each gradient in a separate table, because gradients move more often than rows
 // change.

@@ -1,7 +1,7 @@
 // The tally of one element (table.h, Tally), on every device.
 #pragma once
+#include "../include/fusedamp/rows.h"
 #include "../math/absorb.h"
-#include "dtype.h"
 
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {

@@ -20,8 +20,6 @@
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
-constexpr int64_t kScaleBlock = 128;
-
 template <bool kNonNegative>
 struct CodeType {
   using type = int8_t;

@@ -4,6 +4,7 @@
 // search (2018, "Prospecting for hash functions", public domain), keyed before and inside, so that two steps don't
 // permute each other's numbers.
 #pragma once
+#include "../include/fusedamp/rows.h"
 #include "vocab.h"
 
 namespace fusedamp {
@@ -34,12 +35,7 @@ FUSEDAMP_FN RandomKey random_key(uint64_t stream, int list, int64_t index) {
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
-// Where a buffer's elements are in a whole tensor, of which it may be one rank's shard: element i of the buffer is
-// element (i / run) * stride + first + i % run of the whole, or first + i if run is 0. Random numbers belong to the
-// whole tensor, so they do not depend on the number of ranks.
-struct Placement {
-  int64_t first, run, stride;
-};
+// What a Placement says.
 FUSEDAMP_FN bool is_whole(const Placement& place) { return (place.first | place.run) == 0; }
 FUSEDAMP_FN int64_t whole_index(const Placement& place, int64_t i) {
   return place.first + (place.run == 0 ? i : i / place.run * place.stride + i % place.run);

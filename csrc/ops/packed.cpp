@@ -1,5 +1,7 @@
 #include "packed.h"
 
+#include "../math/random.h"
+
 namespace fusedamp {
 namespace {
 

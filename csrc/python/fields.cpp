@@ -6,6 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "../include/fusedamp/rows.h"
+
 namespace py = pybind11;
 
 namespace fusedamp {
@@ -125,7 +127,7 @@ template <class Visit>
 void for_each_span(const Columns& fields, Visit visit) {
   for (Py_ssize_t i = 0; i < fields.n; ++i) {
     const int64_t begin = fields.words()[i], numel = fields.words()[fields.n + i];
-    if (numel > 0) visit(begin, begin + numel * kSizes[fields.words()[2 * fields.n + i]]);
+    if (numel > 0) visit(begin, begin + numel * size_of(static_cast<DType>(fields.words()[2 * fields.n + i])));
   }
 }
 

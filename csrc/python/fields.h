@@ -7,7 +7,7 @@
 
 namespace fusedamp {
 
-// A bytearray of int64 [3, n], addresses, numels and dtype codes (csrc/engine/dtype.h), for n plain contiguous
+// A bytearray of int64 [3, n], addresses, numels and dtype codes (csrc/include/fusedamp/rows.h), for n plain contiguous
 // floating-point tensors with memory on one device, CPU or CUDA; with `stored` also of int8, uint8 and int16, which
 // hold states and split masters. None if the list is empty or a tensor is of another kind.
 pybind11::object read_fields(pybind11::list tensors, bool stored);

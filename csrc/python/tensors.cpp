@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <exception>
 
+#include "../include/fusedamp/rows.h"
+
 namespace py = pybind11;
 
 namespace fusedamp {
@@ -39,14 +41,17 @@ PyTypeObject *tensor_type, *parameter_type;
 DLPackDLTensorFromPyObjectNoSync describe;
 Attribute grad_attribute, version_attribute;
 
-// Codes of csrc/engine/dtype.h; integers only as storage types.
+// A DType, or -1; integers only as storage types.
 int64_t dtype_code(const DLDataType& dtype, bool stored) {
+  const auto code = [](bool known, DType t) { return known ? static_cast<int64_t>(t) : -1; };
   if (dtype.lanes != 1) return -1;
-  if (stored && dtype.code == kDLInt) return dtype.bits == 8 ? 4 : dtype.bits == 16 ? 6 : -1;
-  if (stored && dtype.code == kDLUInt) return dtype.bits == 8 ? 5 : -1;
-  if (dtype.code == kDLBfloat) return dtype.bits == 16 ? 1 : -1;
+  if (stored && dtype.code == kDLInt)
+    return dtype.bits == 8 ? code(true, DType::i8) : code(dtype.bits == 16, DType::i16);
+  if (stored && dtype.code == kDLUInt) return code(dtype.bits == 8, DType::u8);
+  if (dtype.code == kDLBfloat) return code(dtype.bits == 16, DType::bf16);
   if (dtype.code != kDLFloat) return -1;
-  return dtype.bits == 16 ? 0 : dtype.bits == 32 ? 2 : dtype.bits == 64 ? 3 : -1;
+  if (dtype.bits == 16) return code(true, DType::f16);
+  return dtype.bits == 32 ? code(true, DType::f32) : code(dtype.bits == 64, DType::f64);
 }
 
 // Number of elements, or -1 if they are not contiguous.

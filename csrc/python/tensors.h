@@ -18,12 +18,11 @@ bool reads_directly();
 void read_directly(bool wanted);  // for tests, if they were found
 
 struct Plain {
-  int64_t address, numel, dtype;  // dtype: its code in csrc/engine/dtype.h
+  int64_t address, numel, dtype;  // dtype: its code in csrc/include/fusedamp/rows.h
   bool operator==(const Plain& other) const {
     return address == other.address && numel == other.numel && dtype == other.dtype;
   }
 };
-constexpr int64_t kSizes[] = {2, 2, 4, 8, 1, 1, 2};  // bytes of an element, by the code of its dtype
 
 // True for exactly torch.Tensor or torch.nn.Parameter; subclasses may behave differently.
 bool is_plain_type(PyObject* item);

@@ -19,7 +19,7 @@ pytestmark = [
 FIND = "find_package(fusedamp CONFIG REQUIRED)\n"
 PROGRAM = "add_executable(program main.cpp)\ntarget_link_libraries(program PRIVATE fusedamp::fusedamp)\n"
 # Ends with 0 if headers and library agree, and with 3 and the message if not.
-CHECKS = """#include <fusedamp/fusedamp.h>
+CHECKS = """#include <fusedamp/version.h>
 #include <cstdio>
 int main() {
   try {
@@ -31,7 +31,7 @@ int main() {
 """
 # Two translation units include the headers; one calls an op by name.
 CALLS = """#include <ATen/core/dispatch/Dispatcher.h>
-#include <fusedamp/fusedamp.h>
+#include <fusedamp/version.h>
 std::string call(const char* op) {
   fusedamp::check_version();
   torch::jit::Stack stack;
@@ -39,7 +39,7 @@ std::string call(const char* op) {
   return stack.at(0).toStringRef();
 }
 """
-PRINTS = """#include <fusedamp/fusedamp.h>
+PRINTS = """#include <fusedamp/version.h>
 #include <cstdio>
 std::string call(const char* op);
 int main() { std::printf("%s %s\\n", call("fusedamp::cpu_target").c_str(), fusedamp::library_version); }
@@ -138,7 +138,7 @@ def test_the_version_header_alone_keeps_the_library(site):
             "-o",
             program,
         ]
-        (site.parent / "program/main.cpp").write_text("#include <fusedamp/fusedamp.h>\nint main() {}\n")
+        (site.parent / "program/main.cpp").write_text("#include <fusedamp/version.h>\nint main() {}\n")
         subprocess.run([*map(str, command), "-o", program], check=True)
         assert "libfusedamp_cpu.so" in needed(program)
         assert run(program).returncode == 0

@@ -2,7 +2,7 @@
 // target has them; the rest is plain code that the compiler vectorizes. Results are bitwise equal on every target.
 #pragma once
 #include "../../math/rounding.h"
-#include "../dtype.h"
+#include "../../include/fusedamp/rows.h"
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif

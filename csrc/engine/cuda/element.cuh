@@ -8,7 +8,7 @@
 
 #include "../../math/follow.h"
 #include "../../math/rounding.h"
-#include "../dtype.h"
+#include "../../include/fusedamp/rows.h"
 
 namespace fusedamp::cuda {
 

@@ -19,7 +19,7 @@ from . import checks
 from .inputs import DeviceInputs
 from .step import StepCall
 
-_INT8, _UINT8, _FLOAT32, _FLOAT64 = 4, 5, 2, 3  # csrc/engine/dtype.h
+_INT8, _UINT8, _FLOAT32, _FLOAT64 = 4, 5, 2, 3  # csrc/include/fusedamp/rows.h
 _GROUP_WORDS = 13  # of a StepGroup: hyper [8], lr, lr_tensor, first, count, rule and dtype of lr
 _LR, _LR_TENSOR, _FIRST, _COUNT, _RULE = range(8, _GROUP_WORDS)
 

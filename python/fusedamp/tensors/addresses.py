@@ -17,7 +17,8 @@ from torch.nn import Parameter
 
 from .. import _C
 
-# int64 [3, n]: addresses, numels and dtype codes (csrc/engine/dtype.h) of n plain tensors on one device.
+# int64 [3, n]: addresses, numels and dtype codes (csrc/include/fusedamp/rows.h) of n plain tensors on one
+# device.
 Fields = bytearray
 
 WORD = 8  # bytes

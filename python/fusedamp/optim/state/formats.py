@@ -141,7 +141,7 @@ def adapted(entry: Entry, name: str, like: Tensor, dtype: torch.dtype) -> Tensor
     elif not isinstance(entry.get(scale_name(name)), Scales | None):
         raise ValueError(
             f"has state {name!r} of dtype {value.dtype} beside {scale_name(name)!r}, the block scales of an "
-            "8-bit state; expected its int8 or uint8 values, or floats alone. Quantized values are no "
+            "8-bit state; expected its int8 or uint8 values, or floats alone. Quantized values are not "
             'numbers: load the checkpoint into an optimizer with state_dtype="float32" first, or remove '
             f"{scale_name(name)!r}."
         )

@@ -1,0 +1,232 @@
+// State dicts of optimizers: Python's structure, as plain values.
+#pragma once
+#include "optimizer.h"
+#include "saved.h"
+
+namespace fusedamp::optim {
+namespace detail {
+
+// Writes fields into a dict.
+struct Writing {
+  Dict& group;
+  template <class Value>
+  void operator()(const char* name, Value& value) const {
+    group.insert(name, value);
+  }
+  void operator()(const char* name, Betas& value) const {
+    group.insert(name, c10::ivalue::Tuple::create({value.first, value.second}));
+  }
+  void operator()(const char* name, std::optional<int64_t>& value) const {
+    group.insert(name, value ? c10::IValue(*value) : c10::IValue());
+  }
+};
+
+// Reads fields from a dict; those that it lacks, and storage formats, stay.
+struct Reading {
+  const std::string& where;
+  const Dict& group;
+
+  [[noreturn]] void refuse_kind(const std::string& name, const c10::IValue& value, const char* wanted) const {
+    refuse_type(text(where, " ", name, " is ", repr(value), "; expected ", wanted, ". Load an intact checkpoint."));
+  }
+  double number(const std::string& name, const c10::IValue& value) const {
+    if (value.isTensor() && value.toTensor().numel() == 1) return value.toTensor().item<double>();
+    if (!is_number(value)) refuse_kind(name, value, "a number");
+    return number_of(value);
+  }
+  void operator()(const char* name, double& value) const {
+    if (const auto found = find(group, name)) value = number(name, *found);
+  }
+  void operator()(const char* name, bool& value) const {
+    const auto found = find(group, name);
+    if (!found) return;
+    if (!found->isBool() && !found->isInt()) refuse_kind(name, *found, "True or False");
+    value = found->isBool() ? found->toBool() : found->toInt() != 0;
+  }
+  void operator()(const char* name, Betas& value) const {
+    const auto found = find(group, name);
+    if (!found) return;
+    const auto items = items_of(*found);
+    if (!items || items->size() != 2) refuse_kind(name, *found, "2 numbers");
+    value = {number(text(name, "[0]"), (*items)[0]), number(text(name, "[1]"), (*items)[1])};
+  }
+  void operator()(const char*, std::string&) const {}  // master_weights, state_dtype
+  void operator()(const char* name, std::optional<int64_t>& value) const {
+    const auto found = find(group, name);
+    if (!found || found->isNone()) return;
+    if (!found->isInt()) refuse_kind(name, *found, "a whole number from 0 to 2**31 - 1");
+    value = found->toInt();
+  }
+};
+
+// Whether an option of a checkpoint that these options lack would change the steps. Python's optim/state/foreign.py has
+// the same lists.
+inline bool is_rule(const std::string& name, const c10::IValue& value) {
+  static const std::unordered_set<std::string> none = {
+      "params",       "param_names",   "name",           "initial_lr",      "max_lr",
+      "min_lr",       "base_lr",       "swa_lr",         "lr_scale",        "max_momentum",
+      "min_momentum", "base_momentum", "step",           "use_orig_params", "foreach",
+      "fused",        "capturable",    "differentiable", "maximize",        "bias_correction_on"};
+  static const std::unordered_map<std::string, std::vector<double>> neutral = {
+      {"bias_correction", {1}},   {"correct_bias", {1}}, {"decouple_lr", {0}}, {"amsgrad", {0}},
+      {"nesterov", {0}},          {"momentum", {0}},     {"dampening", {0}},   {"max_grad_norm", {0, HUGE_VAL}},
+      {"max_norm", {0, HUGE_VAL}}};
+  if (none.count(name) || !is_number(value)) return false;
+  const auto found = neutral.find(name);
+  if (found == neutral.end()) return true;
+  return std::find(found->second.begin(), found->second.end(), number_of(value)) == found->second.end();
+}
+
+// Reads a saved group. A learning rate goes into `lr`; load_state_dict() writes it into `lr_tensor` if there is one.
+inline void read_options(Options& options, const std::string& where, const std::string& optimizer, const Dict& group) {
+  std::unordered_set<std::string> own = {"params"};
+  for_each_field(options, [&](const char* name, auto&) { own.insert(name); });
+  options.others.clear();
+  std::string ignored;
+  for (const auto& item : group) {
+    const std::string& name = item.key().toStringRef();
+    if (own.count(name)) continue;
+    options.others.emplace_back(name, item.value());
+    if (is_rule(name, item.value())) ignored += (ignored.empty() ? "" : ", ") + name + "=" + repr(item.value());
+  }
+  for_each_field(options, Reading{where, group});
+  options.settle();
+  options.check(where);
+  if (!ignored.empty())
+    TORCH_WARN(where, " the checkpoint has ", ignored, ", which ", optimizer,
+               " does not have: kept in the group and ignored by its steps. Set this optimizer's own options to the "
+               "same effect.");
+}
+
+}  // namespace detail
+
+inline c10::IValue FusedOptimizer::state_dict() const {
+  detail::List groups = detail::new_list();
+  detail::Dict states = detail::new_dict(c10::IntType::get());
+  int64_t index = 0;
+  for (size_t g = 0; g < param_groups_.size(); ++g) {
+    Options& now = options(g);
+    detail::Dict group = detail::new_dict();
+    for (const auto& [name, value] : now.others) group.insert(name, value);
+    detail::for_each_field(now, detail::Writing{group});
+    if (now.rate_tensor().defined()) group.insert_or_assign("lr", now.rate_tensor());
+    detail::List params = detail::new_list();
+    for (const auto& param : param_groups_[g].params()) {
+      if (const auto* state = find_state(param))
+        states.insert(index, detail::saved_state(*state, now.states(), now.storage().states == "int8"));
+      params.push_back(index++);
+    }
+    group.insert_or_assign("params", params);
+    groups.push_back(group);
+  }
+  detail::Dict all = detail::new_dict();
+  all.insert("state", states);
+  all.insert("param_groups", groups);
+  return all;
+}
+
+inline void FusedOptimizer::load_state_dict(const c10::IValue& state_dict) {
+  const detail::StepMode mode;
+  const std::string at_load = "[" + name_ + ".load_state_dict]";
+  const auto need_dict = [&](const std::string& what, const c10::IValue& value) {
+    if (!value.isGenericDict())
+      detail::refuse_value(detail::text(at_load, " ", what, " is ", detail::repr(value),
+                                        "; expected a dict. Pass what an optimizer's state_dict() returned."));
+    return value.toGenericDict();
+  };
+  const detail::Dict all = need_dict("the state dict", state_dict);
+  const auto saved_states = detail::find(all, "state"), saved_groups = detail::find(all, "param_groups");
+  if (!saved_states || !saved_groups) {
+    std::vector<std::string> keys;
+    for (const auto& item : all)
+      keys.push_back(item.key().isString() ? item.key().toStringRef() : detail::repr(item.key()));
+    std::sort(keys.begin(), keys.end());
+    detail::refuse_value(detail::text(at_load, " got a dict with keys ", detail::texts(keys),
+                                      "; expected 'state' and 'param_groups'. Pass what an optimizer's state_dict() "
+                                      "returned."));
+  }
+  const auto groups = detail::items_of(*saved_groups).value_or(std::vector<c10::IValue>());
+  if (groups.size() != param_groups_.size())
+    detail::refuse_value("loaded state dict has a different number of parameter groups");
+
+  // Groups, and each saved index's parameter.
+  std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> new_options;
+  std::map<int64_t, std::tuple<at::Tensor, size_t, bool>> owners;  // parameter, group, whether saved in 8 bits
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const std::string where = detail::text(at_load, " group ", g, ":");
+    const detail::Dict saved = need_dict(detail::text("group ", g), groups[g]);
+    const auto indices = detail::items_of(detail::find(saved, "params").value_or(c10::IValue()));
+    const auto& params = param_groups_[g].params();
+    if (!indices || indices->size() != params.size())
+      detail::refuse_value(
+          "loaded state dict contains a parameter group that doesn't match the size of optimizer's group");
+    new_options.push_back(options(g).clone());
+    detail::read_options(static_cast<Options&>(*new_options.back()), where, name_, saved);
+    const auto dtype = detail::find(saved, "state_dtype");
+    const bool in_8_bits = dtype && dtype->isString() && detail::storage_name(dtype->toStringRef()) == "int8";
+    for (size_t i = 0; i < params.size(); ++i) {
+      if (!(*indices)[i].isInt()) detail::refuse_value(where + " params are no list of whole numbers; expected one.");
+      owners[(*indices)[i].toInt()] = {params[i], g, in_8_bits};
+    }
+  }
+
+  // The states of all parameters, and then the same one of each after another, as the steps read them.
+  struct Entry {
+    std::string where;
+    at::Tensor param;
+    const Options* group;
+    detail::Format format;
+    std::unique_ptr<detail::ParamState> state;
+  };
+  std::vector<Entry> entries;
+  const auto& specs = own_defaults().states();
+  for (const auto& item : need_dict("state", *saved_states)) {
+    if (!item.key().isInt() || !owners.count(item.key().toInt())) continue;
+    const auto& [param, g, in_8_bits] = owners[item.key().toInt()];
+    const auto& group = static_cast<const Options&>(*new_options[g]);
+    const std::string where = detail::text(at_load, " state[", item.key().toInt(), "]");
+    const detail::Dict saved = need_dict(detail::text("state[", item.key().toInt(), "]"), item.value());
+    detail::within([&] { return where; },
+                   [&, param = param, in_8_bits = in_8_bits] {
+                     const auto format = detail::format_of(param, group.storage(), detail::mode_of(group).tensors > 0);
+                     entries.push_back(
+                         {where, param, &group, format, detail::SavedState(saved, specs, param, in_8_bits).result()});
+                   });
+  }
+  const auto each = [&](const auto& body) {
+    for (Entry& entry : entries) detail::within([&] { return entry.where; }, [&] { body(entry); });
+  };
+  each([&](Entry& entry) {
+    if (!entry.state->step.defined()) return;
+    detail::keep_step(*entry.state, entry.param);
+    entry.state->step = entry.state->step.clone();
+  });
+  for (size_t s = 0; s < specs.size(); ++s)
+    each([&](Entry& entry) {
+      at::Tensor &state = entry.state->states[s], &scales = entry.state->scales[s];
+      if (!state.defined()) return;
+      const at::Tensor saved = state, saved_scales = scales;
+      detail::adapt_state(*entry.state, s, entry.param, specs[s], entry.format);
+      if (state.is_same(saved)) state = detail::memory_like(saved, saved.scalar_type()).copy_(saved);
+      if (scales.defined() && scales.is_same(saved_scales)) scales = saved_scales.clone();
+    });
+  each([&](Entry& entry) {  // its weight may be loaded later: the step brings it into the format
+    at::Tensor& master = entry.state->master;
+    if (!entry.format.has_master) master.reset();
+    if (!master.defined()) return;
+    detail::check_master(master, entry.param);
+    const auto dtype = master.scalar_type() == c10::kShort ? c10::kShort : entry.format.wide;
+    master = detail::fitted(master, entry.param, dtype);
+  });
+
+  plan_.forget();
+  state_.clear();
+  for (size_t g = 0; g < groups.size(); ++g) {
+    auto& now = static_cast<Options&>(*new_options[g]);
+    if (now.rate_tensor().defined()) now.rate_tensor().detach().fill_(now.rate());
+    param_groups_[g].set_options(std::move(new_options[g]));
+  }
+  for (Entry& entry : entries) state_[entry.param.unsafeGetTensorImpl()] = std::move(entry.state);
+}
+
+}  // namespace fusedamp::optim

@@ -1,0 +1,53 @@
+// Files that C++ and Python share.
+#pragma once
+#include <ATen/core/ivalue.h>
+#include <caffe2/serialize/inline_container.h>
+#include <torch/csrc/jit/serialization/import_read.h>
+#include <torch/csrc/jit/serialization/pickler.h>
+
+#include <cstdio>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "text.h"
+
+namespace fusedamp {
+
+// Writes a value, such as a state dict, into a file that Python's torch.load(path) reads with weights_only=True:
+// tensors, numbers, texts, dicts, lists, tuples and None. The file appears whole, or not at all.
+inline void save(const c10::IValue& value, const std::string& path) {
+  const std::string part = path + ".part";
+  {
+    caffe2::serialize::PyTorchStreamWriter file(part);
+    std::string data;
+    // torch::pickle_save tags lists and dicts with types, which weights_only=True rejects.
+    torch::jit::Pickler pickler([&](const char* bytes, size_t size) { data.append(bytes, size); }, nullptr, nullptr,
+                                nullptr, nullptr, /*tag_aggregates=*/false);
+    pickler.protocol();
+    pickler.pushIValue(value);
+    pickler.stop();
+    file.writeRecord("data.pkl", data.data(), data.size());
+    size_t number = 0;
+    for (const at::Tensor& tensor : pickler.tensorData()) {
+      const at::Tensor here = tensor.cpu().contiguous();
+      file.writeRecord("data/" + std::to_string(number++), here.data_ptr(), here.nbytes());
+    }
+    file.writeEndOfFile();
+  }
+  if (std::rename(part.c_str(), path.c_str()) != 0) {
+    std::remove(part.c_str());
+    detail::refuse(detail::text("[save] ", path,
+                                " could not be written; expected a path in a folder that exists and "
+                                "may be written."));
+  }
+}
+
+// Reads a file of save(), or of Python's torch.save() that holds such values; an OrderedDict, as of model.state_dict(),
+// only as dict(model.state_dict()). device: where tensors go; by default where they were.
+inline c10::IValue load(const std::string& path, std::optional<c10::Device> device = std::nullopt) {
+  caffe2::serialize::PyTorchStreamReader file(path);
+  return torch::jit::readArchiveAndTensors("data", "", "data/", std::nullopt, std::nullopt, device, file);
+}
+
+}  // namespace fusedamp

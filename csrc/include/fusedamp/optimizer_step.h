@@ -1,0 +1,276 @@
+// What a step of FusedOptimizer does: look, prepare if anything has changed, launch. Part of optimizer.h.
+#pragma once
+#include "optimizer.h"
+
+namespace fusedamp::optim {
+namespace detail {
+
+// Names and rules of ops do not change in a process.
+inline const std::vector<std::string>& known_hyper_names(const std::string& op) {
+  thread_local std::unordered_map<std::string, std::vector<std::string>> known;
+  auto found = known.find(op);
+  if (found == known.end()) found = known.emplace(op, hyper_names(op)).first;
+  return found->second;
+}
+inline int64_t known_rule(const std::string& op, int64_t states) {
+  thread_local std::unordered_map<std::string, int64_t> known;
+  const std::string key = op + std::to_string(states);
+  auto found = known.find(key);
+  if (found == known.end()) found = known.emplace(key, rule_of(op, states)).first;
+  return found->second;
+}
+
+// The values of an op's hyper-parameters, in its order.
+inline std::vector<double> hyper_of(Options& options, const std::string& op) {
+  const auto& names = known_hyper_names(op);
+  std::vector<double> values(names.size(), std::nan(""));
+  const auto put = [&](const char* name, double value) {
+    for (size_t i = 0; i < names.size(); ++i)
+      if (names[i] == name) values[i] = value;
+  };
+  for_each_field(options, [&](const char* name, auto& value) {
+    using Value = std::decay_t<decltype(value)>;
+    if constexpr (std::is_same_v<Value, double>) {
+      const bool decays = std::strcmp(name, "momentum_decay") == 0;
+      put(decays ? "decay_base" : name, decays ? std::pow(0.96, value) : value);
+    } else if constexpr (std::is_same_v<Value, bool>) {
+      put(std::strcmp(name, "decoupled_weight_decay") == 0 ? "decoupled" : name, value);
+    } else if constexpr (std::is_same_v<Value, Betas>) {
+      put("beta1", value.first);
+      put("beta2", value.second);
+    }
+  });
+  return values;
+}
+
+inline GroupMode mode_of(const Options& options) {
+  GroupMode mode;
+  mode.op = options.op();
+  mode.storage = options.storage();
+  mode.maximize = options.maximizes();
+  const auto& specs = options.states();
+  for (size_t s = 0; s < specs.size(); ++s)
+    if (options.uses(s)) {
+      mode.used.push_back(s);
+      mode.tensors += !specs[s].scalar;
+    }
+  mode.rule = known_rule(mode.op, static_cast<int64_t>(mode.used.size()));
+  return mode;
+}
+
+// A learning rate that is a tensor, where the op can read it; undefined for a number, which goes to `lr`.
+inline Tensor rate_on(Options& options, c10::Device device, double& lr) {
+  const Tensor& rate = options.rate_tensor();
+  lr = 0.0;
+  if (!rate.defined()) lr = options.get_lr();
+  if (!rate.defined() || rate.device() == device) return rate.defined() ? rate.detach() : rate;
+  if (rate.is_cpu()) {
+    lr = rate.item<double>();  // waits for nothing
+    return {};
+  }
+  return rate.detach().to(device);
+}
+
+}  // namespace detail
+
+inline bool FusedOptimizer::step_with(const detail::DeviceInputs& inputs) {
+  const detail::StepMode mode;
+  const auto modes = check_options();
+  if (!plan_.matches(param_groups_, modes, state_)) {
+    plan_.forget();
+    drop_orphans();
+    auto slots = slots_of(modes, true);
+    prepare(slots, modes, inputs);
+    launch(modes, inputs);
+    for (const auto& slot : slots)
+      if (slot.is_copy()) slot.param.copy_(slot.dense);
+  } else {
+    launch(modes, inputs);
+  }
+  return inputs.size() == 1;
+}
+
+inline void FusedOptimizer::launch(const std::vector<detail::GroupMode>& modes, const detail::DeviceInputs& inputs) {
+  std::vector<detail::Tensor> rates;  // that are read on a device
+  plan_.set_numbers([&](size_t g, c10::Device device, StepGroup& group) {
+    Options& now = options(g);
+    const auto hyper = detail::hyper_of(now, modes[g].op);
+    std::copy(hyper.begin(), hyper.end(), group.hyper);
+    const detail::Tensor rate = detail::rate_on(now, device, group.lr);
+    if (rate.defined() && rate.scalar_type() != c10::kFloat && rate.scalar_type() != c10::kDouble)
+      detail::refuse_value(detail::text("[", modes[g].op, "] lr is ", detail::name_of(rate.scalar_type()), " of shape ",
+                                        detail::list_text(rate.sizes()), " on ", rate.device().str(),
+                                        "; expected one float32 or float64 element on ", device.str()));
+    group.lr_tensor = detail::address_of(rate);
+    group.lr_dtype = rate.defined() ? detail::dtype_code(rate.scalar_type()) : DType::f32;
+    if (rate.defined()) rates.push_back(rate);
+  });
+  std::vector<detail::StepInputs> here;
+  plan_.each([&](const auto&, const auto&, const auto&, const auto&, const auto&, c10::Device device) {
+    here.push_back(inputs_on(inputs, device));
+  });
+  size_t t = 0;
+  plan_.each([&](const std::string& op, const auto& rows, const auto& grads, const auto& groups, const auto& like,
+                 c10::Device) { detail::planned_step(op, rows, grads, groups, like, here[t++]); });
+  plan_.bump_versions();
+}
+
+inline detail::StepInputs FusedOptimizer::inputs_on(const detail::DeviceInputs& inputs, c10::Device device) const {
+  if (inputs.empty()) return {};
+  std::vector<std::string> known;
+  for (const auto& [where, found] : inputs) {
+    if (where == device) return found;
+    known.push_back("'" + where.str() + "'");
+  }
+  detail::refuse(detail::text("[GradScaler.step] the optimizer has gradients on ", device.str(), "; expected only ",
+                              detail::list_text(known),
+                              ", where the scaler looked for overflows. Don't add gradients between unscale_ and "
+                              "step."));
+}
+
+inline std::vector<detail::GroupMode> FusedOptimizer::check_options() {
+  std::vector<detail::GroupMode> modes;
+  modes.reserve(param_groups_.size());
+  for (size_t g = 0; g < param_groups_.size(); ++g) {
+    Options& now = options(g);
+    now.check(where(g));
+    seed(now);
+    modes.push_back(detail::mode_of(now));
+  }
+  return modes;
+}
+
+// Forgets the states of parameters that no longer exist.
+inline void FusedOptimizer::drop_orphans() {
+  for (auto it = state_.begin(); it != state_.end();) {
+    const auto* state = dynamic_cast<detail::ParamState*>(it->second.get());
+    it = state && state->owner.expired() ? state_.erase(it) : std::next(it);
+  }
+}
+
+// The parameters that take part, with their gradients if they have one.
+inline std::vector<detail::Slot> FusedOptimizer::slots_of(const std::vector<detail::GroupMode>& modes,
+                                                          bool only_with_gradient) const {
+  std::vector<detail::Slot> slots;
+  std::unordered_set<const c10::TensorImpl*> seen;
+  int64_t position = 0;  // of a group's first parameter in the optimizer
+  for (size_t g = 0; g < param_groups_.size(); ++g) {
+    const auto& params = param_groups_[g].params();
+    const Options& now = options(g);
+    for (size_t i = 0; i < params.size(); ++i) {
+      detail::Slot slot;
+      slot.param = params[i];
+      slot.group = g;
+      slot.index = static_cast<int64_t>(i);
+      slot.seed = (modes[g].storage.seed.value_or(0) << 32) + position + slot.index;
+      detail::Tensor grad = slot.param.grad();
+      if (!grad.defined() && only_with_gradient) continue;
+      detail::within(
+          [&] { return where(slot); },
+          [&] {
+            if (!seen.insert(slot.param.unsafeGetTensorImpl()).second)
+              detail::refuse_value("is in the optimizer twice; expected it once. Remove the second.");
+            if (grad.defined() && grad.layout() != c10::kStrided) {
+              if (!now.takes_sparse())
+                detail::refuse(name_ + " does not support sparse gradients, please consider SparseAdam instead");
+              grad = grad.to_dense();
+            }
+            detail::wide_dtype(slot.param);
+            detail::check_place(slot.param);
+            slot.format = detail::format_of(slot.param, modes[g].storage, modes[g].tensors > 0);
+            slot.grad = grad;
+          });
+      slots.push_back(std::move(slot));
+    }
+    position += static_cast<int64_t>(params.size());
+  }
+  return slots;
+}
+
+// Makes missing states, and brings others into the options' formats: the same one of all parameters after another, so
+// that what a step reads in turn lies side by side.
+inline void FusedOptimizer::complete(std::vector<detail::Slot>& slots) {
+  const auto& specs = own_defaults().states();
+  const auto each = [&](const auto& body) {
+    for (auto& slot : slots) detail::within([&] { return where(slot); }, [&] { body(slot); });
+  };
+  each([&](detail::Slot& slot) {
+    auto& entry = state_[slot.param.unsafeGetTensorImpl()];
+    auto* known = dynamic_cast<detail::ParamState*>(entry.get());
+    if (!known || known->owner.expired()) {
+      auto made = std::make_unique<detail::ParamState>(slot.param);
+      known = made.get();
+      entry = std::move(made);
+    }
+    slot.state = known;
+    detail::keep_step(*known, slot.param);
+  });
+  for (size_t s = 0; s < specs.size(); ++s)
+    each([&](detail::Slot& slot) {
+      if (!options(slot.group).uses(s)) return;
+      if (slot.state->states[s].defined()) {
+        detail::adapt_state(*slot.state, s, slot.param, specs[s], slot.format);
+        return;
+      }
+      if (specs[s].restarts) slot.state->step.zero_();
+      detail::fill_state(*slot.state, s, slot.param, specs[s], own_defaults().first(s), slot.format);
+    });
+  each([&](detail::Slot& slot) {
+    if (slot.format.has_master)
+      detail::keep_master(*slot.state, slot.param, slot.format);
+    else
+      slot.state->master.reset();
+  });
+}
+
+inline void FusedOptimizer::create_states() {
+  const detail::StepMode mode;
+  const auto modes = check_options();
+  std::vector<detail::Slot> slots;
+  for (size_t g = 0; g < param_groups_.size(); ++g)
+    for (const auto& param : param_groups_[g].params())
+      if (!param.is_cpu() && !param.is_cuda()) return;  // the first step refuses it, or it is moved until then
+  slots = slots_of(modes, false);
+  complete(slots);
+}
+
+inline std::vector<detail::Batch> FusedOptimizer::batches_of(const std::vector<detail::Slot>& slots) const {
+  std::vector<detail::Batch> batches;
+  for (const auto& slot : slots) {
+    const bool has_master = slot.format.has_master;
+    auto found = std::find_if(batches.begin(), batches.end(), [&](const detail::Batch& batch) {
+      return batch.group == slot.group && batch.has_masters == has_master &&
+             batch.slots[0]->param.device() == slot.param.device();
+    });
+    if (found == batches.end()) found = batches.insert(found, {slot.group, has_master, {}});
+    found->slots.push_back(&slot);
+  }
+  return batches;
+}
+
+// Checks everything, and makes the tables.
+inline void FusedOptimizer::prepare(std::vector<detail::Slot>& slots, const std::vector<detail::GroupMode>& modes,
+                                    const detail::DeviceInputs& inputs) {
+  complete(slots);
+  for (auto& slot : slots)
+    detail::within([&] { return where(slot); },
+                   [&] {
+                     slot.dense = slot.param.is_non_overlapping_and_dense()
+                                      ? slot.param
+                                      : at::empty_like(slot.param).copy_(slot.param);
+                     slot.target = detail::as_real(slot.dense);
+                     slot.grad = detail::paired(slot, slot.grad);
+                   });
+  detail::check_aliasing(name_, slots);
+  const auto batches = batches_of(slots);
+  const auto add_numbers = [&](const detail::Batch& batch, detail::StepLists& lists) {
+    Options& now = options(batch.group);
+    lists.hyper = detail::hyper_of(now, lists.op);
+    lists.lr_tensor = detail::rate_on(now, batch.slots[0]->param.device(), lists.lr);
+  };
+  detail::check_batches(batches, modes, own_defaults().states(), add_numbers,
+                        [&](c10::Device device) { return inputs_on(inputs, device); });
+  plan_.make(batches, modes, param_groups_);
+}
+
+}  // namespace fusedamp::optim
