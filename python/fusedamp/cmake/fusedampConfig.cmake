@@ -11,6 +11,7 @@
 function(_fusedamp_find_torch package result)
   set(places "${Torch_DIR}")
   if(NOT Torch_DIR)
+    set(places "$ENV{Torch_DIR}")
     file(TO_CMAKE_PATH "$ENV{Torch_ROOT}:$ENV{CMAKE_PREFIX_PATH}" environment)
     foreach(prefix IN LISTS Torch_ROOT CMAKE_PREFIX_PATH environment)
       list(APPEND places "${prefix}/Torch" "${prefix}/share/cmake/Torch" "${prefix}/torch/share/cmake/Torch")
