@@ -107,6 +107,9 @@ inline void planned_step(const std::string& op, const Tensor& rows, const Tensor
        optional(in.log_steps), OptionalTensor(), OptionalTensor());
 }
 
+// Whether what runs now on the device of `like` is recorded into a CUDA graph.
+inline bool is_capturing(const Tensor& like) { return like.is_cuda() && call("_is_capturing", "", like)[0].toBool(); }
+
 inline void recode(const Tensor& source, const Tensor& target, const Tensor& weight, const Tensor& scales) {
   call("_recode_", "", source, target, optional(weight), optional(scales));
 }
