@@ -50,6 +50,9 @@ std::string bits(const Tensor& tensor) {
   return text.str();
 }
 
+// Its arguments are evaluated before it prints.
+void say(const std::string& what, const std::string& of) { std::cout << what << " " << of << "\n"; }
+
 struct Program {
   std::unique_ptr<fusedamp::GradScaler> scaler = std::make_unique<fusedamp::GradScaler>();
   std::vector<Tensor> params;
@@ -179,22 +182,16 @@ struct Program {
     if (what == "drop") optimizers.clear();
     if (what == "grads") set_grads(words);
     if (what == "grad") change_grad(words);
-    if (what == "loss")
-      std::cout << "loss " << bits(scaler->scale(at::full({}, number(words[1])).to(dtype_of(words[2])))) << "\n";
+    if (what == "loss") say("loss", bits(scaler->scale(at::full({}, number(words[1])).to(dtype_of(words[2])))));
     if (what == "unscale") scaler->unscale_(optimizer(words, 1));
     if (what == "clip")
-      std::cout << "norm " << bits(scaler->clip_grad_norm_(optimizer(words, 3), number(words[1]), number(words[2])))
-                << "\n";
+      say("norm", bits(scaler->clip_grad_norm_(optimizer(words, 3), number(words[1]), number(words[2]))));
     if (what == "clip_by_tensor")
-      std::cout << "norm "
-                << bits(scaler->clip_grad_norm_(
-                       optimizer(words, 4), at::full({1}, number(words[1])).to(dtype_of(words[3])), number(words[2])))
-                << "\n";
+      say("norm", bits(scaler->clip_grad_norm_(
+                      optimizer(words, 4), at::full({1}, number(words[1])).to(dtype_of(words[3])), number(words[2]))));
     if (what == "clip_params")
-      std::cout << "norm "
-                << bits(fusedamp::clip_grad_norm_(params, number(words[1]), number(words[2]),
-                                                  words.size() > 3 && words[3] == "finite"))
-                << "\n";
+      say("norm", bits(fusedamp::clip_grad_norm_(params, number(words[1]), number(words[2]),
+                                                 words.size() > 3 && words[3] == "finite")));
     if (what == "step") scaler->step(optimizer(words, 1));
     if (what == "closure") scaler->step(optimizer(words, 1), [] { return Tensor(); });
     if (what == "update" && words.size() == 1) scaler->update();

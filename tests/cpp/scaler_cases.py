@@ -187,6 +187,9 @@ def run(commands):
         program.out.append("> " + " ".join(words))
         try:
             getattr(program, "do_" + words[0])(words)
+        except KeyError as error:
+            wanted = "expected all entries that state_dict() returns. Load a whole state."
+            program.out.append(f"ValueError: [GradScaler] state_dict has no {error}; {wanted}")
         except (ValueError, TypeError) as error:
             program.out += f"{type(error).__name__}: {error}".split("\n")
         except (RuntimeError, AssertionError) as error:

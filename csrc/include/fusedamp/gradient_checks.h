@@ -76,21 +76,19 @@ class GradientChecks {
   void unscale_now(const Optimizer& optimizer, PerOptimizer& its) {
     const Lasting guard;
     renew_parts(optimizer, its);
-    const Tensor coefficient = its.parts ? its.parts->clip_coef : Tensor();
-    its.forget_checks();
     const Tensor inv_scale = inverse_of(scale_.tensor());
     const Gradients gradients(params_of(optimizer));
     if (reader(its)) {
       gradients.stats(inv_scale, 2.0, reader(its));
       its.largest = its.reader.take();
     }
-    its.found_inf.clear();
-    for (const auto& [device, bucket] : gradients.by_device) {
-      Tensor& flag = its.found_inf.of(device) = no_overflow(device);
-      unscale_(bucket.tensors, on(inv_scale, device), flag);
-    }
+    PerDevice flags;
+    for (const auto& [device, bucket] : gradients.by_device)
+      unscale_(bucket.tensors, on(inv_scale, device), flags.of(device) = no_overflow(device));
     gradients.write_back();
-    if (coefficient.defined()) Gradients(params_of(optimizer)).multiply_(coefficient);
+    if (its.parts && its.parts->clip_coef.defined()) Gradients(params_of(optimizer)).multiply_(its.parts->clip_coef);
+    its.forget_checks();
+    its.found_inf = std::move(flags);
     its.stage = Stage::unscaled;
   }
 

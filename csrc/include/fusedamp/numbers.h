@@ -36,6 +36,8 @@ inline std::string shown(const c10::IValue& value) {
 // "str", as Python names the type.
 inline std::string kind_of(const c10::IValue& value) {
   return value.isNone()     ? "NoneType"
+         : value.isList()   ? "list"
+         : value.isTuple()  ? "tuple"
          : value.isTensor() ? "Tensor"
          : value.isBool()   ? "bool"
          : value.isInt()    ? "int"
