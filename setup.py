@@ -261,9 +261,8 @@ class Build(build_ext):
         if "cuda" in ext.name:  # symbols for debuggers name temporary files of nvcc, others in each build
             link = [self.nvcc, "-cudart", "static", "-Xlinker=--strip-all"]
         to_linker = "-Wl," if link[0] == self.cxx else "-Xlinker="
-        soname = (
-            [] if ext.name.endswith("_C") else [f"{to_linker}-soname={target.name}"]
-        )  # programs record it
+        # Programs record this name instead of a path.
+        soname = [] if ext.name.endswith("_C") else [f"{to_linker}-soname={target.name}"]
         libraries = [*self.torch_stubs(to_linker, ext.name), *old_glibc(), "-ldl"]
         command = [*link, "-shared", *soname, *objects, *libraries, "-o", str(part)]
         newest = max(Path(o).stat().st_mtime for o in objects)

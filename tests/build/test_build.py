@@ -110,6 +110,8 @@ def test_flags(tmp_path):
     sandbox = Sandbox(tmp_path)
     assert sandbox.build()[0] == 0
     compiled = [call for call in sandbox.calls() if " -c " in call]
+    sonames = re.findall(r"-Wl,-soname=(libfusedamp\S+)", "\n".join(sandbox.calls()))
+    assert sonames == ["libfusedamp_cpu.so"]
     assert all("-ffp-contract=off" in call and "fast-math" not in call for call in compiled)
     kernels = [call for call in compiled if "cpu/kernels.cpp" in call]
     assert len(kernels) == len(_C.build_info()["cpu_targets"])
@@ -139,6 +141,7 @@ def test_cuda_is_built_where_nvcc_is_found(asked, wanted, tmp_path):
         assert "--fmad=false" in call
         assert [a.removeprefix("-gencode=arch=") for a in call.split() if a.startswith("-gencode")] == wanted
     assert (tmp_path / "python/fusedamp/libfusedamp_cuda.so").exists()
+    assert sum(" -Xlinker=-soname=libfusedamp_cuda.so " in call for call in sandbox.calls()) == 1
 
 
 @pytest.mark.parametrize("name", ["plain", "a b #c"])

@@ -72,9 +72,8 @@ def of_cmake(path: Path) -> list[str]:
     """What the package sets as its problem, and its warnings: their texts, {} for variables."""
     literals = r'((?:\s*"(?:[^"\\]|\\.)*")+)'
     pattern = r"(?:set\((?:\$\{problem\}|_fusedamp_problem)|message\(WARNING)" + literals
-    found = [
-        "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text)) for text in re.findall(pattern, path.read_text())
-    ]
+    found = re.findall(pattern, path.read_text().replace("\\\n", ""))
+    found = ["".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text)) for text in found]
     return [re.sub(r"\$\{\w+\}", "{}", text).replace('\\"', '"') for text in found]
 
 

@@ -62,12 +62,13 @@ def configure(folder: Path, text: str, *options: object, language="NONE", **vari
     (folder / "CMakeLists.txt").write_text(start + text)
     unset = ("CMAKE_", "TORCH_", "Torch_", "LD_LIBRARY_PATH", "LDFLAGS", "CXXFLAGS")
     keep = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
-    command = [CMAKE, "-S", folder, "-B", folder / "build", f"-DCMAKE_CXX_COMPILER={CXX}", *options]
-    command += ["-DCMAKE_BUILD_TYPE=Debug", "--no-warn-unused-cli"]
+    command = [CMAKE, "-S", folder, "-B", folder / "build", *options]
+    if language == "CXX":
+        command += [f"-DCMAKE_CXX_COMPILER={CXX}", "-DCMAKE_BUILD_TYPE=Debug"]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, env=keep | variables)
 
 
-def build(folder: Path, *command: object) -> Path:
+def build(folder: Path) -> Path:
     """Build what was configured in ``folder``; return the folder with the programs."""
     done = subprocess.run([CMAKE, "--build", str(folder / "build"), "-v"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

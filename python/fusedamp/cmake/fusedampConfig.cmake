@@ -3,9 +3,9 @@
 #   find_package(fusedamp 0.1 REQUIRED CONFIG)
 #   target_link_libraries(train PRIVATE fusedamp::fusedamp)
 #
-# torch is the target `torch`, if the program called find_package(Torch) before. Otherwise it is found in Torch_DIR, Torch_ROOT
-# or CMAKE_PREFIX_PATH, or next to this package (site-packages/torch). This file does not call find_package(Torch), which
-# stops with an error if torch has CUDA and the machine has no CUDA toolkit.
+# torch is the target `torch`, if the program called find_package(Torch) before. Otherwise it is found in Torch_DIR,
+# Torch_ROOT or CMAKE_PREFIX_PATH, or next to this package (site-packages/torch). This file does not call
+# find_package(Torch), which stops with an error if torch has CUDA and the machine has no CUDA toolkit.
 
 # Sets `result` to the folder of torch's wheel or of LibTorch; empty if there is none.
 function(_fusedamp_find_torch package result)
@@ -83,7 +83,9 @@ function(_fusedamp_make_target problem)
         set(where "Torch_DIR (${Torch_DIR})")
       endif()
       set(${problem}
-          "torch was not found in ${where}. Pass -DCMAKE_PREFIX_PATH=\"$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')\" or the folder of LibTorch, or call find_package(Torch) before find_package(fusedamp)."
+          "torch was not found in ${where}. Pass -DCMAKE_PREFIX_PATH=\"$(python -c 'import torch; \
+print(torch.utils.cmake_prefix_path)')\" or the folder of LibTorch, or call find_package(Torch) before \
+find_package(fusedamp)."
           PARENT_SCOPE)
       return()
     endif()
@@ -97,7 +99,8 @@ function(_fusedamp_make_target problem)
       list(APPEND files "${torch}/lib/lib${name}.so")
       if(NOT EXISTS "${torch}/lib/lib${name}.so")
         set(${problem}
-            "torch in ${torch} has no lib/lib${name}.so. Call find_package(Torch) before find_package(fusedamp), or pass the folder of another torch in CMAKE_PREFIX_PATH."
+            "torch in ${torch} has no lib/lib${name}.so. Call find_package(Torch) before \
+find_package(fusedamp), or pass the folder of another torch in CMAKE_PREFIX_PATH."
             PARENT_SCOPE)
         return()
       endif()
@@ -107,7 +110,8 @@ function(_fusedamp_make_target problem)
   _fusedamp_read_torch("${torch_headers}" version standard)
   if(NOT version)
     set(${problem}
-        "${torch} has no torch/headeronly/version.h in its include folders; expected the headers of torch 2.11 or later."
+        "${torch} has no torch/headeronly/version.h in its include folders; expected the headers of torch \
+2.11 or later."
         PARENT_SCOPE)
     return()
   elseif(version VERSION_LESS 2.11)
@@ -127,9 +131,9 @@ function(_fusedamp_make_target problem)
   find_package_message(fusedamp "Found fusedamp: ${package} (version ${fusedamp_VERSION}, ${devices}), torch ${version}"
                        "[${package}][${torch}][${version}][${devices}]")
 
-  # Ops are registered when a library is loaded, and fusedamp's libraries find torch's only if the program loads them. So
-  # the linker must keep all, also those of which the program uses no symbol. It is one option because CMake drops
-  # repetitions; and it changes nothing for other libraries.
+  # Ops are registered when a library is loaded, and fusedamp's libraries find torch's only if the program loads them.
+  # So the linker must keep all, also those of which the program uses no symbol. It is one option because CMake drops
+  # repetitions; it changes nothing for other libraries.
   list(PREPEND files ${ops})
   list(JOIN files "," kept)
   list(APPEND files ${target})

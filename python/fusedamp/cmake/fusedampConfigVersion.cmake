@@ -1,5 +1,5 @@
-# The version is that of the headers. A request fits if it is not newer, and of the same major version; before 1.0, of the
-# same minor version. A range says itself what fits.
+# The version is that of the headers. A request fits if it is not newer, and of the same major version; before 1.0, of
+# the same minor version. A range says itself what fits.
 set(_header "${CMAKE_CURRENT_LIST_DIR}/../include/fusedamp/version.h")
 if(NOT EXISTS "${_header}") # a source checkout
   set(_header "${CMAKE_CURRENT_LIST_DIR}/../../../csrc/include/fusedamp/version.h")
