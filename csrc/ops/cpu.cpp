@@ -42,6 +42,7 @@ struct Cpu {
                    const Numerics& numerics) {
     cpu::check_grads(rows, check, per_tensor, numerics, parallel);
   }
+  bool is_capturing() const { return false; }
   void recode(const Recoding& job) { cpu::recode(job, parallel); }
   void record(const StepRecord& record) { cpu::record(record); }
   void update_scale(const LossScaleRule& rule, float* scale, int32_t* growth_tracker, int32_t* budget,

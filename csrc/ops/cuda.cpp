@@ -37,6 +37,7 @@ class Cuda {
                    const Numerics& numerics) {
     cuda::check_grads(device_, rows, check, per_tensor, numerics);
   }
+  bool is_capturing() const { return place_.is_capturing(); }
   void recode(const Recoding& job) { cuda::recode(device_, job); }
   void record(const StepRecord& record) { cuda::record(device_, record); }
   void update_scale(const LossScaleRule& rule, float* scale, int32_t* growth_tracker, int32_t* budget,

@@ -28,6 +28,11 @@ class CudaPlace {
     check(cudaDeviceGetAttribute(&value, name, index_));
     return value;
   }
+  bool is_capturing() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream_, &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
   void* scratch(int64_t bytes) { return keep(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte)); }
   void* keep(Tensor memory) {
     kept_.push_back(std::move(memory));

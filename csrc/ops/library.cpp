@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY(fusedamp, m) {
   m.def(fusedamp::kPlannedStepSchema);
   m.def(fusedamp::kCheckGradsSchema);
   m.def(fusedamp::kCheckNumericsSchema);
+  m.def(fusedamp::kIsCapturingSchema);
   m.def(fusedamp::kRecodeSchema);
   m.def(fusedamp::kRecordSchema);
   m.def(fusedamp::kLinearSchema);

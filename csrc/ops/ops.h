@@ -2,6 +2,7 @@
 //   Backend(like)                      on the device of a tensor `like`; made when nothing can be refused any more
 //   step, unscale, grad_stats, check_grads, update_scale, update_scale_headroom, recode, record: the passes, on
 //   addresses
+//   is_capturing                       whether its stream records a CUDA graph
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -42,6 +43,8 @@ struct Ops {
     const StepTable table = {checked.rows.rows.data(), checked.rows.grads.data(), checked.group.count};
     Backend(params[0]).step(table, {&checked.group, 1}, checked.scalars, {}, checked.tally);
   }
+
+  static bool is_capturing(Tensor like) { return Backend(like).is_capturing(); }
 
   static Tensor measure_(Tensors params, Tensors grads, Tensors masters, Tensors states, Tensors steps, Tensors scales,
                          std::string op, double lr, std::vector<double> hyper, bool maximize, OptionalTensor lr_tensor,
@@ -193,6 +196,7 @@ struct Ops {
     m.impl("_check_plan", TORCH_BOX(&check_plan));
     m.impl("_check_step", TORCH_BOX(&check_step));
     m.impl("_find_shared_memory", TORCH_BOX(&find_shared_memory));
+    m.impl("_is_capturing", TORCH_BOX(&Ops::is_capturing));
     m.impl("_measure_", TORCH_BOX(&Ops::measure_));
     m.impl("_packed_grad_numerics", TORCH_BOX(&Ops::packed_grad_numerics));
     m.impl("_packed_grad_stats", TORCH_BOX(&Ops::packed_grad_stats));

@@ -86,6 +86,10 @@ constexpr const char* kCheckNumericsSchema =
     ", Tensor scale, float norm_type, float max_norm, Tensor? max_norm_tensor=None, bool wide=False) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
 
+// Whether the current stream of like's device records a CUDA graph, whose replays would repeat what a first step does.
+// For fusedamp's C++ API only, as torch's own function is newer than the oldest torch.
+constexpr const char* kIsCapturingSchema = "_is_capturing(Tensor like) -> bool";
+
 // A master or state into another format (engine/table.h, Recoding), one tensor into another of its shape and order of
 // memory. weight: whose master source is; rewritten where target is int16, and else read only. scales: of source where
 // it is in 8 bits, and then read only, else of target. For fusedamp's own Python only.

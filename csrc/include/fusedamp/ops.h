@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "rows.h"
 #include "text.h"
 #include "version.h"
 
@@ -18,6 +19,17 @@ namespace fusedamp::detail {
 using at::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
+
+// The code of a gradient's dtype, if the ops have kernels for it.
+inline std::optional<DType> dtype_of(c10::ScalarType dtype) {
+  switch (dtype) {
+    case c10::kHalf: return DType::f16;
+    case c10::kBFloat16: return DType::bf16;
+    case c10::kFloat: return DType::f32;
+    case c10::kDouble: return DType::f64;
+    default: return std::nullopt;
+  }
+}
 
 // None for an undefined tensor.
 inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
@@ -54,6 +66,11 @@ torch::jit::Stack call(const char* name, const std::string& also, Args&&... args
     if (message.empty()) throw;
   }
   refuse_value(message);
+}
+
+// An op does not move the version counters of what it wrote; autograd must notice all the same.
+inline void bump(const Tensor& written) {
+  if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
 }
 
 // One parameter list of a step op, as its check takes it.
@@ -107,6 +124,9 @@ inline void planned_step(const std::string& op, const Tensor& rows, const Tensor
        optional(in.log_steps), OptionalTensor(), OptionalTensor());
 }
 
+// Whether what runs now on the device of `like` is recorded into a CUDA graph.
+inline bool is_capturing(const Tensor& like) { return like.is_cuda() && call("_is_capturing", "", like)[0].toBool(); }
+
 inline void recode(const Tensor& source, const Tensor& target, const Tensor& weight, const Tensor& scales) {
   call("_recode_", "", source, target, optional(weight), optional(scales));
 }
@@ -125,13 +145,36 @@ struct Numerics {
   Tensor extremes, histogram, due;
 };
 
-// rows: int64 [3, n] on the CPU, addresses, numbers of elements and DType codes. like: a tensor on their device.
-inline GradStats packed_grad_stats(const Tensor& rows, const Tensor& like, const Tensor& inv_scale, double norm_type,
-                                   const Numerics& numerics = {}) {
-  const auto found = numerics.due.defined()
-                         ? call("_packed_grad_numerics", "grad_numerics", rows, like, numerics.extremes,
-                                numerics.histogram, numerics.due, optional(inv_scale), norm_type, true, false)
-                         : call("_packed_grad_stats", "grad_stats", rows, like, optional(inv_scale), norm_type);
+// Addresses, numbers of elements and DType codes of dense tensors: int64 [3, n] on the CPU. Undefined if one of them
+// cannot be read by its address.
+inline Tensor grad_rows(const Tensors& grads) {
+  const auto n = static_cast<int64_t>(grads.size());
+  Tensor rows = at::empty({3, n}, at::kLong);
+  auto* words = rows.data_ptr<int64_t>();
+  for (int64_t i = 0; i < n; ++i) {
+    const Tensor& grad = grads[i];
+    const std::optional<DType> dtype = dtype_of(grad.scalar_type());
+    if (!dtype || grad.is_meta() || grad.is_neg() || !grad.has_storage()) return {};
+    const void* data = grad.const_data_ptr();
+    if (!data && grad.numel() > 0) return {};
+    words[i] = reinterpret_cast<int64_t>(data);
+    words[n + i] = grad.numel();
+    words[2 * n + i] = static_cast<int64_t>(*dtype);
+  }
+  return rows;
+}
+
+inline GradStats grad_stats(const Tensors& grads, const Tensor& inv_scale, double norm_type,
+                            const Numerics& numerics = {}) {
+  const Tensor rows = grad_rows(grads);
+  const bool counts = numerics.due.defined();
+  const OptionalTensor inverse = optional(inv_scale);
+  const auto found = !rows.defined() && !counts ? call("grad_stats", "", grads, inverse, norm_type)
+                     : !rows.defined() ? call("grad_numerics", "", grads, numerics.extremes, numerics.histogram,
+                                              numerics.due, inverse, norm_type)
+                     : !counts ? call("_packed_grad_stats", "grad_stats", rows, grads[0], inverse, norm_type)
+                               : call("_packed_grad_numerics", "grad_numerics", rows, grads[0], numerics.extremes,
+                                      numerics.histogram, numerics.due, inverse, norm_type, true, false);
   return {found[0].toTensor(), found[1].toTensor(), found[2].toTensor(), found[3].toTensor()};
 }
 
@@ -151,7 +194,10 @@ inline GradCheck check_grads(const Tensor& rows, const Tensor& scale, double nor
 }
 
 inline void unscale_(const Tensors& grads, const Tensor& inv_scale, const Tensor& found_inf) {
-  if (!grads.empty()) call("unscale_", "", grads, inv_scale, found_inf);
+  if (grads.empty()) return;
+  call("unscale_", "", grads, inv_scale, found_inf);
+  for (const Tensor& grad : grads) bump(grad);
+  bump(found_inf);
 }
 
 struct ScaleRule {
@@ -167,12 +213,17 @@ inline void update_scale_(const Tensor& scale, const Tensor& growth_tracker, con
   call("update_scale_", "", scale, growth_tracker, optional(hysteresis_tracker), found_inf, rule.growth_factor,
        rule.backoff_factor, rule.growth_interval, rule.min_scale, rule.max_scale, rule.hysteresis,
        rule.refill_on_good_step);
+  bump(scale);
+  bump(growth_tracker);
+  if (hysteresis_tracker.defined()) bump(hysteresis_tracker);
 }
 
 inline void update_scale_headroom_(const Tensor& scale, const Tensor& state, const Tensor& found_inf,
                                    const Tensor& largest, int64_t headroom_bits, const ScaleRule& rule) {
   call("update_scale_headroom_", "", scale, state, found_inf, largest, headroom_bits, rule.growth_interval,
        rule.min_scale, rule.max_scale);
+  bump(scale);
+  bump(state);
 }
 
 }  // namespace fusedamp::detail

@@ -203,6 +203,11 @@ inline void FusedOptimizer::complete(std::vector<detail::Slot>& slots) {
       entry = std::move(made);
     }
     slot.state = known;
+    if (!known->step.defined() && detail::is_capturing(slot.param))
+      detail::refuse(
+          "has no optimizer state yet; expected it before graph capture, as a replay would reset it. Run one step "
+          "before "
+          "capturing.");
     detail::keep_step(*known, slot.param);
   });
   for (size_t s = 0; s < specs.size(); ++s)
