@@ -1,6 +1,7 @@
 // Small tensors on devices: overflow flags, the largest gradient, and where they are made.
 #pragma once
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
 
 #include <utility>
