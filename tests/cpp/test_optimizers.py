@@ -28,9 +28,11 @@ def optimizer(case, groups=None, **options):
 @pytest.mark.parametrize("case", HERE, ids=str)
 def test_bits(case, dtype, program):
     """Each format works, or is refused in the same words."""
+    commands = []
     for mode in FORMATS:
         make = optimizer(case, rounding_seed=7, **mode)
-        same(program, [*params(SHAPES, dtype), make, *train(SHAPES, dtype)])
+        commands += [["reset"], *params(SHAPES, dtype), make, *train(SHAPES, dtype)]
+    same(program, commands)
 
 
 @pytest.mark.parametrize("case", MAIN, ids=str)

@@ -64,12 +64,11 @@ class Program:
 
     def __init__(self, path: Path, folder: Path) -> None:
         self._path, self._folder = path, folder
-        self.given = folder / "given.pt"  # the latest case
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, commands: list) -> list:
         """Return what the program saw when it carried out ``commands``."""
-        given, seen = self.given, self._folder / "seen.pt"
+        given, seen = self._folder / "given.pt", self._folder / "seen.pt"
         torch.save(commands, given)
         seen.unlink(missing_ok=True)
         if self._process is None:

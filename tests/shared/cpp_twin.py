@@ -3,6 +3,7 @@
 import inspect
 import re
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,11 +49,10 @@ class World:
     # Parameters and gradients
 
     def do_param(self, name, value):
-        self.tensors[name] = torch.nn.Parameter(value)
-        self.tensors[name].grad_dtype = None
+        self.tensors[name] = parameter(snapshot(value))
 
     def do_part(self, name, whole, begin, end):
-        self.do_param(name, self.tensors[whole].detach()[begin:end])
+        self.tensors[name] = parameter(self.tensors[whole].detach()[begin:end])
 
     def do_grads(self, grads):
         for name, grad in grads.items():
@@ -79,7 +79,10 @@ class World:
         self.tensors[name].copy_(value)
 
     def do_set_data(self, name, value):
-        self.tensors[name].data = value
+        self.tensors[name].data = snapshot(value)
+
+    def do_reset(self):
+        self.tensors, self.optimizers = {}, {}
 
     def do_forget(self, name):
         del self.tensors[name]
@@ -141,6 +144,13 @@ class World:
         self.optimizer(other).load_state_dict(self.optimizer(name).state_dict())
 
 
+def parameter(tensor):
+    """A parameter that takes gradients of any dtype, as in C++."""
+    made = torch.nn.Parameter(tensor)
+    made.grad_dtype = None
+    return made
+
+
 def snapshot(tensor):
     """A copy with the same values and strides."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor.detach())
@@ -196,8 +206,7 @@ def without_addresses(text: str) -> str:
 
 def same(program: Any, commands: list) -> list:
     """Carry out ``commands`` in both languages; all that they see is equal. Returns it."""
-    cpp = program.run(commands)
-    python = World().run(torch.load(program.given, weights_only=True))
+    cpp, python = program.run(commands), World().run(commands)
     assert (found := difference(cpp, python)) == "", found
     return cpp
 
@@ -205,6 +214,7 @@ def same(program: Any, commands: list) -> list:
 # Commands that many cases have
 
 
+@cache  # a file has an object once
 def random(shape, dtype: torch.dtype, seed: int, size: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     kind = torch.complex64 if dtype.is_complex else torch.float32
@@ -216,13 +226,9 @@ def params(shapes: list, dtype: torch.dtype, first: int = 0) -> list:
     return [["param", f"p{first + i}", random(s, dtype, first + i)] for i, s in enumerate(shapes)]
 
 
-def grads(shapes: list, dtype: torch.dtype, step: int, first: int = 0) -> dict[str, torch.Tensor]:
+def grads(shapes: list, dtype: torch.dtype, step: int) -> dict[str, torch.Tensor]:
     """Gradients of these at one step, of different sizes."""
-    sizes = (10.0 ** -(i % 4) for i in range(len(shapes)))
-    return {
-        f"p{first + i}": random(s, dtype, 1000 * step + first + i, size)
-        for i, (s, size) in enumerate(zip(shapes, sizes, strict=True))
-    }
+    return {f"p{i}": random(s, dtype, 1000 * step + i, 10.0 ** -(i % 4)) for i, s in enumerate(shapes)}
 
 
 def train(shapes: list, dtype: torch.dtype, steps: range = range(24)) -> list:

@@ -26,7 +26,7 @@ Tensor changed(const Tensor& grad, const std::string& how) {
 }
 
 const Adds added({
-    {"param", [](World& w, const Args& a) { w.tensors[a[0].toStringRef()] = a[1].toTensor().requires_grad_(); }},
+    {"param", [](World& w, const Args& a) { w.tensors[a[0].toStringRef()] = snapshot(a[1].toTensor()).requires_grad_(); }},
     // view x of p: from an element on, with a size
     {"part",
      [](World& w, const Args& a) {
@@ -56,7 +56,12 @@ const Adds added({
        at::NoGradGuard guard;
        w.tensors.at(a[0].toStringRef()).copy_(a[1].toTensor());
      }},
-    {"set_data", [](World& w, const Args& a) { w.tensors.at(a[0].toStringRef()).set_data(a[1].toTensor()); }},
+    {"set_data", [](World& w, const Args& a) { w.tensors.at(a[0].toStringRef()).set_data(snapshot(a[1].toTensor())); }},
+    {"reset",
+     [](World& w, const Args&) {
+       w.optimizers.clear();
+       w.tensors.clear();
+     }},
     {"forget", [](World& w, const Args& a) { w.tensors.erase(a[0].toStringRef()); }},
     {"weights",
      [](World& w, const Args& a) {
