@@ -13,6 +13,15 @@
 #include "text.h"
 
 namespace fusedamp {
+namespace detail {
+
+// The storage of `t`, as bytes.
+inline at::Tensor bytes_of(const at::Tensor& t) {
+  at::Tensor bytes = at::empty({0}, t.options().dtype(at::kByte).requires_grad(false));
+  return bytes.set_(t.storage(), 0, {static_cast<int64_t>(t.storage().nbytes())}, {1});
+}
+
+}  // namespace detail
 
 // Writes a value, such as a state dict, into a file that Python's torch.load(path) reads with weights_only=True:
 // tensors, numbers, texts, dicts, lists, tuples and None. The file appears whole, or not at all.
@@ -30,8 +39,9 @@ inline void save(const c10::IValue& value, const std::string& path) {
     file.writeRecord("data.pkl", data.data(), data.size());
     size_t number = 0;
     for (const at::Tensor& tensor : pickler.tensorData()) {
-      const at::Tensor here = tensor.cpu().contiguous();
-      file.writeRecord("data/" + std::to_string(number++), here.data_ptr(), here.nbytes());
+      // The whole storage: a tensor may be a view, and others may share it.
+      const at::Tensor bytes = detail::bytes_of(tensor).cpu();
+      file.writeRecord("data/" + std::to_string(number++), bytes.data_ptr(), bytes.nbytes());
     }
     file.writeEndOfFile();
   }

@@ -1,0 +1,136 @@
+// Commands about optimizers.
+#include <torch/optim/adam.h>
+#include <torch/optim/adamw.h>
+#include <torch/optim/sgd.h>
+#include <torch/serialize.h>
+
+#include <fstream>
+#include <sstream>
+
+#include "program.h"
+
+namespace {
+
+using namespace fusedamp::optim;
+using fusedamp::detail::find;
+using Groups = std::vector<torch::optim::OptimizerParamGroup>;
+using AnyOptions = std::unique_ptr<torch::optim::OptimizerOptions>;
+
+// Writes options that are given by name.
+struct Given {
+  const Dict& given;
+  void operator()(const char* name, double& value) const {
+    if (const auto v = find(given, name); v && !v->isTensor()) value = fusedamp::detail::number_of(*v);
+  }
+  void operator()(const char* name, bool& value) const {
+    if (const auto v = find(given, name)) value = v->toBool();
+  }
+  void operator()(const char* name, std::string& value) const {
+    if (const auto v = find(given, name)) value = v->toStringRef();
+  }
+  void operator()(const char* name, Betas& value) const {
+    if (const auto v = find(given, name)) {
+      const auto pair = items(*v);
+      value = {fusedamp::detail::number_of(pair.at(0)), fusedamp::detail::number_of(pair.at(1))};
+    }
+  }
+  void operator()(const char* name, std::optional<int64_t>& value) const {
+    if (const auto v = find(given, name)) value = v->isNone() ? std::nullopt : std::optional<int64_t>(v->toInt());
+  }
+};
+
+struct Kind {
+  std::function<AnyOptions(const Dict&)> options;
+  std::function<std::unique_ptr<FusedOptimizer>(const Groups&, const torch::optim::OptimizerOptions&)> make;
+  std::function<std::unique_ptr<FusedOptimizer>(FusedOptimizer&)> move;
+};
+
+template <class O>
+Kind kind() {
+  return {
+      [](const Dict& given) {
+        auto options = std::make_unique<O>();
+        fusedamp::optim::detail::for_each_field(*options, Given{given});
+        // As a program writes them.
+        if (const auto v = find(given, "lr"); v && v->isTensor()) options->lr_tensor(v->toTensor());
+        if (const auto v = find(given, "state_dtype")) options->state_dtype(v->toStringRef());
+        if (const auto v = find(given, "master_weights")) options->master_weights(v->toStringRef());
+        return options;
+      },
+      [](const Groups& groups, const torch::optim::OptimizerOptions& defaults) {
+        return std::make_unique<Optimizer<O>>(groups, static_cast<const O&>(defaults));
+      },
+      [](FusedOptimizer& old) { return std::make_unique<Optimizer<O>>(std::move(dynamic_cast<Optimizer<O>&>(old))); }};
+}
+
+const std::map<std::string, Kind> kinds = {
+    {"Adam", kind<AdamOptions>()},   {"AdamW", kind<AdamWOptions>()},      {"SGD", kind<SGDOptions>()},
+    {"Lion", kind<LionOptions>()},   {"Adagrad", kind<AdagradOptions>()},  {"RMSprop", kind<RMSpropOptions>()},
+    {"RAdam", kind<RAdamOptions>()}, {"NAdam", kind<NAdamOptions>()},      {"LAMB", kind<LAMBOptions>()},
+    {"LARS", kind<LARSOptions>()},   {"NovoGrad", kind<NovoGradOptions>()}};
+
+torch::optim::OptimizerParamGroup group_of(World& w, const Kind& kind, const IValue& value) {
+  const auto pair = items(value);
+  if (pair.at(1).isNone()) return torch::optim::OptimizerParamGroup(w.all(pair[0]));
+  return {w.all(pair[0]), kind.options(pair[1].toGenericDict())};
+}
+
+// optimizer o AdamW [[names, options or None], ...] defaults
+void make(World& w, const Args& a) {
+  const Kind& kind = kinds.at(a[1].toStringRef());
+  Groups groups;
+  for (const IValue& group : items(a[2])) groups.push_back(group_of(w, kind, group));
+  w.optimizers[a[0].toStringRef()] = kind.make(groups, *kind.options(a[3].toGenericDict()));
+}
+
+Options& options_at(World& w, const Args& a) {
+  return static_cast<Options&>(w.any(a[0]).param_groups().at(a[1].toInt()).options());
+}
+
+// Weights, and states by name.
+void look(World& w, const Args& a) {
+  for (const IValue& name : items(a[1])) {
+    const Tensor& param = w.tensors.at(name.toStringRef());
+    Dict found = fusedamp::detail::new_dict();
+    found.insert("weight", snapshot(param));
+    for (const auto& [key, value] : w.fused(a[0]).state_of(param)) found.insert(key, snapshot(value));
+    w.seen.push_back(found);
+  }
+}
+
+// Through an archive of torch, into another optimizer.
+void archive(World& w, const Args& a) {
+  std::stringstream file;
+  torch::save(w.any(a[0]), file);
+  torch::load(w.any(a[1]), file);
+}
+
+const Adds added({
+    {"optimizer", make},
+    {"step", [](World& w, const Args& a) { w.any(a[0]).step(); }},
+    {"look", look},
+    {"options",
+     [](World& w, const Args& a) {
+       fusedamp::optim::detail::for_each_field(options_at(w, a), Given{a[2].toGenericDict()});
+     }},
+    {"set_options",
+     [](World& w, const Args& a) {
+       w.any(a[0])
+           .param_groups()
+           .at(a[1].toInt())
+           .set_options(kinds.at(a[2].toStringRef()).options(a[3].toGenericDict()));
+     }},
+    {"lr", [](World& w, const Args& a) { options_at(w, a).set_lr(a[2].toDouble()); }},
+    {"add_group",
+     [](World& w, const Args& a) { w.fused(a[0]).add_param_group(group_of(w, kinds.at(w.fused(a[0]).name()), a[1])); }},
+    {"move",
+     [](World& w, const Args& a) {
+       auto& place = w.optimizers.at(a[0].toStringRef());
+       place = kinds.at(w.fused(a[0]).name()).move(w.fused(a[0]));
+     }},
+    {"state_dict", [](World& w, const Args& a) { w.seen.push_back(w.fused(a[0]).state_dict()); }},
+    {"load_state_dict", [](World& w, const Args& a) { w.fused(a[0]).load_state_dict(a[1]); }},
+    {"archive", archive},
+});
+
+}  // namespace
