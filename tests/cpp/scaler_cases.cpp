@@ -1,6 +1,6 @@
 // Reads commands, one a line, and prints what a GradScaler and its optimizers answer, in bits. scaler_cases.py carries
 // out the same commands in Python.
-#include <fusedamp/grad_scaler.h>
+#include <fusedamp/fusedamp.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/sgd.h>
@@ -18,13 +18,13 @@ namespace {
 
 // Reads gradients in its own step, so it gets unscaled ones.
 struct Reading : fusedamp::optim::AdamW {
-  using AdamW::AdamW;
+  using Base = fusedamp::optim::AdamW;
+  using Base::Base;
   Tensor step(LossClosure closure = nullptr) override {
     const Tensor grad = parameters()[0].grad();
     std::cout << "read " << (grad.defined() ? grad.sum().item<double>() : 0.0) << "\n";
-    return AdamW::step(closure);
+    return Base::step(closure);
   }
-  bool has_own_step() const override { return false; }
 };
 
 at::ScalarType dtype_of(const std::string& name) {
@@ -159,11 +159,15 @@ struct Program {
     }
   }
 
+  static std::string shown(const c10::IValue& value) {
+    return value.isList() ? fusedamp::detail::list_text(value.toIntVector()) : fusedamp::detail::repr(value);
+  }
+
   void print_state(const c10::IValue& state) {
     for (const char* name : {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker",
                              "_hysteresis_tracker", "_headroom"}) {
       const auto dict = state.toGenericDict();
-      if (dict.contains(name)) std::cout << "state " << name << " " << fusedamp::detail::shown(dict.at(name)) << "\n";
+      if (dict.contains(name)) std::cout << "state " << name << " " << shown(dict.at(name)) << "\n";
     }
   }
 

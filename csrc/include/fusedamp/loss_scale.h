@@ -82,7 +82,7 @@ class LossScale {
   void set_growth_interval(int64_t interval) { options_.growth_interval(checked_interval(interval)); }
 
   c10::IValue state_dict() const {
-    c10::impl::GenericDict state(c10::StringType::get(), c10::AnyType::get());
+    Dict state = new_dict();
     if (!is_enabled()) return state;
     state.insert("scale", value());
     state.insert("growth_factor", options_.growth_factor());
