@@ -92,7 +92,11 @@ class LossScale {
     if (options_.hysteresis() > 1)
       state.insert("_hysteresis_tracker",
                    count_in(hysteresis_tracker_, init_hysteresis_tracker_.value_or(options_.hysteresis())));
-    if (headroom_) state.insert("_headroom", headroom_->save());
+    if (headroom_) {
+      List numbers = new_list();  // Python reads no list of a type
+      for (const int64_t number : headroom_->save()) numbers.push_back(number);
+      state.insert("_headroom", numbers);
+    }
     return state;
   }
 
