@@ -1,6 +1,7 @@
 // Small tensors on devices: overflow flags, the largest gradient, and where they are made.
 #pragma once
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
 
 #include <utility>
@@ -30,6 +31,7 @@ using PerDevice = ByDevice<Tensor>;
 
 // `tensor` on `device` without a wait; only a copy to the CPU waits, as the host reads it next.
 inline Tensor on(const Tensor& tensor, c10::Device device) {
+  if (tensor.device() == device) return tensor;
   return tensor.to(tensor.options().device(device), /*non_blocking=*/!device.is_cpu());
 }
 

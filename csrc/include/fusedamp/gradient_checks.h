@@ -4,7 +4,6 @@
 
 #include "check.h"
 #include "loss_scale.h"
-#include "optim.h"
 #include "overflow.h"
 
 namespace fusedamp::detail {
@@ -13,7 +12,7 @@ class GradientChecks {
  protected:
   using Optimizer = torch::optim::Optimizer;
 
-  explicit GradientChecks(GradScalerOptions options) : scale_(std::move(options)) {}
+  explicit GradientChecks(GradScalerOptions options) : scale_(std::move(options)) { check_version(); }
 
   enum class Stage { ready, unscaled, stepped };
 

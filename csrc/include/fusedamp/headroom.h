@@ -46,13 +46,10 @@ class Headroom {
   // The entry "_headroom" of a state dict; refused unless save() can return it.
   static std::vector<int64_t> checked(const c10::IValue& saved) {
     const std::string where = "[GradScaler] state_dict['_headroom']";
-    const bool is_list = saved.isList() || saved.isTuple();
-    const auto items = saved.isList() ? saved.toListRef().vec()
-                       : is_list      ? std::vector<c10::IValue>(saved.toTupleRef().elements())
-                                      : std::vector<c10::IValue>();
-    const auto n = static_cast<int64_t>(items.size());
-    if (!is_list || !(n == 0 || (4 <= n && n <= 4 + kRing)))
-      refuse_value(text(where, " is ", is_list ? text(n, " numbers") : "a " + kind_of(saved),
+    const auto items = items_of(saved);
+    const auto n = items ? static_cast<int64_t>(items->size()) : 0;
+    if (!items || !(n == 0 || (4 <= n && n <= 4 + kRing)))
+      refuse_value(text(where, " is ", items ? text(n, " numbers") : "a " + kind_of(saved),
                         "; expected a list of 4 to ", 4 + kRing,
                         " whole numbers, or none. Delete the entry to start from scratch."));
     std::vector<int64_t> found;
@@ -60,10 +57,10 @@ class Headroom {
       // Counts must not overflow at the next good step.
       const int64_t low = i < 4 ? 0 : kLeast;
       const int64_t high = i == 0 ? 3 : i < 3 ? kInt32Max - 1 : i == 3 ? kInt32Max : kLeast + kCounts - 1;
-      if (!items[i].isInt() || items[i].toInt() < low || items[i].toInt() > high)
-        refuse_value(text(where, "[", i, "] is ", shown(items[i]), "; expected a whole number from ", low, " to ", high,
-                          ". Delete the entry to start from scratch."));
-      found.push_back(items[i].toInt());
+      if (!(*items)[i].isInt() || (*items)[i].toInt() < low || (*items)[i].toInt() > high)
+        refuse_value(text(where, "[", i, "] is ", shown((*items)[i]), "; expected a whole number from ", low, " to ",
+                          high, ". Delete the entry to start from scratch."));
+      found.push_back((*items)[i].toInt());
     }
     return found;
   }

@@ -113,18 +113,15 @@ inline ScalerState checked_state(const c10::IValue& state_dict, bool headroom) {
   if (!state_dict.isGenericDict())
     refuse_type(
         text(kScaler, " state_dict is a ", kind_of(state_dict), "; expected a dict. Pass what state_dict() returned."));
-  const auto dict = state_dict.toGenericDict();
+  const Dict dict = state_dict.toGenericDict();
   if (dict.empty())
     refuse("The source state dict is empty, possibly because it was saved from a disabled instance of GradScaler.");
-  const auto find = [&](const char* name) {
-    const auto at = dict.find(name);
-    return at == dict.end() ? c10::IValue() : at->value();
-  };
   const auto need = [&](const char* name) {
-    if (!dict.contains(name))
+    const auto found = find(dict, name);
+    if (!found)
       refuse_value(text(kScaler, " state_dict has no ", repr(std::string(name)),
                         "; expected all entries that state_dict() returns. Load a whole state."));
-    return find(name);
+    return *found;
   };
   const auto tracker = [](const std::string& name, const c10::IValue& value, const char* what) {
     return count(kScaler, "state_dict['" + name + "']", value, what, 0, kInt32Max - 1);  // the next good step counts 1
@@ -137,9 +134,9 @@ inline ScalerState checked_state(const c10::IValue& state_dict, bool headroom) {
   state.backoff_factor = checked_backoff_factor(need("backoff_factor"));
   state.growth_interval = checked_interval(need("growth_interval"));
   state.growth_tracker = tracker("_growth_tracker", need("_growth_tracker"), "good steps in a row");
-  if (const c10::IValue left = find("_hysteresis_tracker"); !left.isNone())
-    state.hysteresis_tracker = tracker("_hysteresis_tracker", left, "overflows left to forgive");
-  if (headroom && dict.contains("_headroom")) state.headroom = Headroom::checked(find("_headroom"));
+  if (const auto left = find(dict, "_hysteresis_tracker"); left && !left->isNone())
+    state.hysteresis_tracker = tracker("_hysteresis_tracker", *left, "overflows left to forgive");
+  if (const auto saved = find(dict, "_headroom"); headroom && saved) state.headroom = Headroom::checked(*saved);
   return state;
 }
 

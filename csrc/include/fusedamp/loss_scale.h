@@ -82,7 +82,7 @@ class LossScale {
   void set_growth_interval(int64_t interval) { options_.growth_interval(checked_interval(interval)); }
 
   c10::IValue state_dict() const {
-    c10::impl::GenericDict state(c10::StringType::get(), c10::AnyType::get());
+    Dict state = new_dict();
     if (!is_enabled()) return state;
     state.insert("scale", value());
     state.insert("growth_factor", options_.growth_factor());
@@ -92,7 +92,11 @@ class LossScale {
     if (options_.hysteresis() > 1)
       state.insert("_hysteresis_tracker",
                    count_in(hysteresis_tracker_, init_hysteresis_tracker_.value_or(options_.hysteresis())));
-    if (headroom_) state.insert("_headroom", headroom_->save());
+    if (headroom_) {
+      List numbers = new_list();  // Python reads no list of a type
+      for (const int64_t number : headroom_->save()) numbers.push_back(number);
+      state.insert("_headroom", numbers);
+    }
     return state;
   }
 

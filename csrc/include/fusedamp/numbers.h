@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "text.h"
+#include "values.h"
 
 namespace fusedamp::detail {
 
@@ -24,25 +24,18 @@ inline std::string shown(const at::Tensor& value) {
          : item.isComplex()       ? text(item.toComplexDouble())
                                   : repr(item.toLong());
 }
-inline std::string shown(const c10::IValue& value) {
-  if (value.isNone()) return "None";
-  if (value.isTensor()) return shown(value.toTensor());
-  if (value.isBool()) return repr(value.toBool());
-  if (value.isInt()) return repr(value.toInt());
-  if (value.isDouble()) return repr(value.toDouble());
-  if (value.isString()) return repr(value.toStringRef());
-  return text(value);
-}
+inline std::string shown(const c10::IValue& value) { return value.isTensor() ? shown(value.toTensor()) : repr(value); }
+
 // "str", as Python names the type.
 inline std::string kind_of(const c10::IValue& value) {
   return value.isNone()     ? "NoneType"
-         : value.isList()   ? "list"
-         : value.isTuple()  ? "tuple"
-         : value.isTensor() ? "Tensor"
          : value.isBool()   ? "bool"
          : value.isInt()    ? "int"
          : value.isDouble() ? "float"
          : value.isString() ? "str"
+         : value.isTensor() ? "Tensor"
+         : value.isList()   ? "list"
+         : value.isTuple()  ? "tuple"
                             : value.tagKind();
 }
 

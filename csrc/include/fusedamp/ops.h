@@ -5,6 +5,7 @@
 #include <ATen/core/ivalue.h>
 #include <ATen/core/stack.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <utility>
@@ -40,6 +41,19 @@ inline std::string complaint(const std::string& op, const std::string& error) {
   return begin == std::string::npos ? "" : error.substr(begin, error.find('\n', begin) - begin);
 }
 
+// The name of the first argument that has no memory, "grads[3]"; empty if all have.
+inline std::string meta_argument(const c10::FunctionSchema& schema, const torch::jit::Stack& stack) {
+  for (size_t i = 0; i < std::min(stack.size(), schema.arguments().size()); ++i) {
+    const std::string& name = schema.arguments()[i].name();
+    if (stack[i].isTensor() && stack[i].toTensor().defined() && stack[i].toTensor().is_meta()) return name;
+    if (!stack[i].isTensorList()) continue;
+    const Tensors tensors = stack[i].toTensorVector();
+    for (size_t j = 0; j < tensors.size(); ++j)
+      if (tensors[j].is_meta()) return text(name, "[", j, "]");
+  }
+  return "";
+}
+
 // The op fusedamp::<name>. Boxed calls take every argument of its schema, also those with defaults.
 // `also`: another op in whose name it may complain.
 template <class... Args>
@@ -54,6 +68,11 @@ torch::jit::Stack call(const char* name, const std::string& also, Args&&... args
     op.callBoxed(stack);
     return stack;
   } catch (const c10::NotImplementedError& error) {
+    const std::string meta = meta_argument(op.schema(), stack);
+    if (!meta.empty())
+      refuse_value(text("[", also.empty() ? name : also, "] ", meta,
+                        " is on the meta device and has no data; expected ",
+                        "a tensor with memory. Move it with .to_empty() first"));
     message = text("[", also.empty() ? name : also, "] has no kernel for these tensors in this program; expected ",
                    "libfusedamp_cuda.so beside CUDA tensors. Build fusedamp with nvcc, and link fusedamp::fusedamp. ",
                    error.what_without_backtrace());

@@ -7,6 +7,7 @@
 #include <typeinfo>
 
 #include "gradients.h"
+#include "optimizer.h"
 
 namespace fusedamp {
 
@@ -50,6 +51,8 @@ namespace detail {
 
 // "AdamW"
 inline std::string class_name(const torch::optim::Optimizer& optimizer) {
+  const auto* fusedamps = dynamic_cast<const optim::FusedOptimizer*>(&optimizer);
+  if (fusedamps && fusedamps->has_own_step()) return fusedamps->name();
   const std::string name = c10::demangle(typeid(optimizer).name());
   const size_t scope = name.substr(0, name.find('<')).rfind("::");
   return scope == std::string::npos ? name : name.substr(scope + 2);

@@ -1,30 +1,33 @@
-// Reads commands, one a line, and prints what a GradScaler and its optimizers answer, in bits. scaler_cases.py carries
-// out the same commands in Python.
-#include <fusedamp/grad_scaler.h>
-#include <torch/csrc/jit/serialization/pickle.h>
+// Carries out a script, one command a line, and returns what a GradScaler and its optimizers answer, in bits.
+// tests/shared/scaler_script.py carries out the same commands in Python.
+#include <fusedamp/fusedamp.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/sgd.h>
 #include <torch/serialize.h>
 
 #include <cstring>
-#include <fstream>
-#include <iostream>
 #include <map>
+#include <sstream>
 
 using at::Tensor;
 using Words = std::vector<std::string>;
 
 namespace {
 
+std::ostringstream& answers() {
+  static std::ostringstream all;
+  return all;
+}
+
 // Reads gradients in its own step, so it gets unscaled ones.
 struct Reading : fusedamp::optim::AdamW {
-  using AdamW::AdamW;
+  using Base = fusedamp::optim::AdamW;
+  using Base::Base;
   Tensor step(LossClosure closure = nullptr) override {
-    const Tensor grad = parameters()[0].grad();
-    std::cout << "read " << (grad.defined() ? grad.sum().item<double>() : 0.0) << "\n";
-    return AdamW::step(closure);
+    const Tensor grad = param_groups()[0].params()[0].grad();
+    answers() << "read " << (grad.defined() ? grad.sum().item<double>() : 0.0) << "\n";
+    return Base::step(closure);
   }
-  bool has_own_step() const override { return false; }
 };
 
 at::ScalarType dtype_of(const std::string& name) {
@@ -51,7 +54,7 @@ std::string bits(const Tensor& tensor) {
 }
 
 // Its arguments are evaluated before it prints.
-void say(const std::string& what, const std::string& of) { std::cout << what << " " << of << "\n"; }
+void say(const std::string& what, const std::string& of) { answers() << what << " " << of << "\n"; }
 
 struct Program {
   std::unique_ptr<fusedamp::GradScaler> scaler = std::make_unique<fusedamp::GradScaler>();
@@ -109,6 +112,8 @@ struct Program {
     if (words[1] == "adamw")
       optimizers.push_back(
           std::make_unique<fusedamp::optim::AdamW>(mine, fusedamp::optim::AdamWOptions(lr).weight_decay(0.125)));
+    if (words[1] == "fused_sgd")
+      optimizers.push_back(std::make_unique<fusedamp::optim::SGD>(mine, fusedamp::optim::SGDOptions(lr).momentum(0.5)));
     if (words[1] == "reading")
       optimizers.push_back(std::make_unique<Reading>(mine, fusedamp::optim::AdamWOptions(lr).weight_decay(0.125)));
     if (words[1] == "sgd") optimizers.push_back(std::make_unique<torch::optim::SGD>(mine, lr));
@@ -159,19 +164,27 @@ struct Program {
     }
   }
 
+  static std::string shown(const c10::IValue& value) {
+    const auto items = fusedamp::detail::items_of(value);
+    if (!items) return fusedamp::detail::repr(value);
+    std::vector<int64_t> numbers;
+    for (const c10::IValue& item : *items) numbers.push_back(item.toInt());
+    return fusedamp::detail::list_text(numbers);
+  }
+
   void print_state(const c10::IValue& state) {
     for (const char* name : {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker",
                              "_hysteresis_tracker", "_headroom"}) {
       const auto dict = state.toGenericDict();
-      if (dict.contains(name)) std::cout << "state " << name << " " << fusedamp::detail::shown(dict.at(name)) << "\n";
+      if (dict.contains(name)) answers() << "state " << name << " " << shown(dict.at(name)) << "\n";
     }
   }
 
   void show() {
-    std::cout << "scale " << fusedamp::detail::repr(scaler->get_scale()) << " skipped "
+    answers() << "scale " << fusedamp::detail::repr(scaler->get_scale()) << " skipped "
               << scaler->last_step_skipped().item<bool>() << "\n";
-    for (const Tensor& param : params) std::cout << "param " << bits(param) << " grad " << bits(param.grad()) << "\n";
-    std::cout << scaler->overflow_report() << "\n";
+    for (const Tensor& param : params) answers() << "param " << bits(param) << " grad " << bits(param.grad()) << "\n";
+    answers() << scaler->overflow_report() << "\n";
   }
 
   void run(const Words& words) {
@@ -201,7 +214,7 @@ struct Program {
     if (what == "backoff_factor") scaler->set_backoff_factor(number(words[1]));
     if (what == "growth_interval") scaler->set_growth_interval(std::stol(words[1]));
     if (what == "show") show();
-    if (what == "report") std::cout << scaler->overflow_report(optimizer(words, 1)) << "\n";
+    if (what == "report") answers() << scaler->overflow_report(optimizer(words, 1)) << "\n";
     if (what == "state") print_state(scaler->state_dict());
     if (what == "move") {
       auto moved = std::make_unique<fusedamp::GradScaler>(std::move(*scaler));
@@ -215,35 +228,37 @@ struct Program {
       torch::load(*scaler, file);
     }
     if (what == "options") last_options = words;
-    if (what == "load") {
-      std::ifstream file(words[1], std::ios::binary);
-      const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-      scaler->load_state_dict(torch::pickle_load(bytes));
+    if (what == "save") fusedamp::save(scaler->state_dict(), words[1]);
+    if (what == "load_scale" && scaler->is_enabled()) {
+      const auto state = scaler->state_dict().toGenericDict();
+      state.insert_or_assign("scale", number(words[1]));
+      scaler->load_state_dict(state);
     }
+    if (what == "load") scaler->load_state_dict(fusedamp::load(words[1]));
   }
   Words last_options = {"options"};
 };
 
 }  // namespace
 
-int main() {
+std::string scaler_script(const std::string& commands) {
   Program program;
-  std::cout.precision(17);
-  for (std::string line; std::getline(std::cin, line);) {
+  answers().str("");
+  answers().precision(17);
+  std::istringstream lines(commands);
+  for (std::string line; std::getline(lines, line);) {
     std::istringstream in(line);
     Words words;
     for (std::string word; in >> word;) words.push_back(word);
-    if (words.empty()) continue;
-    std::cout << "> " << line << std::endl;
-    if (words[0] == "case") program = Program();
+    answers() << "> " << line << "\n";
     try {
       program.run(words);
     } catch (const c10::Error& error) {
       const char* kind = dynamic_cast<const c10::ValueError*>(&error)  ? "ValueError"
                          : dynamic_cast<const c10::TypeError*>(&error) ? "TypeError"
                                                                        : "Error";
-      const std::string text = error.what_without_backtrace();
-      std::cout << kind << ": " << text << "\n";
+      answers() << kind << ": " << error.what_without_backtrace() << "\n";
     }
   }
+  return answers().str();
 }

@@ -1,16 +1,22 @@
-"""Carries out the commands of scaler_cases.cpp in Python."""
+"""Carries out a script about a GradScaler, one command a line, in Python.
 
-import copy
-import io
+tests/cpp/program/scaler_script.cpp does so in C++. The answers are lines, with hashes of all bits of tensors.
+"""
+
 import math
 import warnings
 
 import torch
 from fusedamp import GradScaler, clip_grad_norm_
-from fusedamp.optim import AdamW
+from fusedamp.optim import SGD, AdamW
 
 DTYPES = dict(
-    f16=torch.float16, bf16=torch.bfloat16, f32=torch.float32, f64=torch.float64, c64=torch.complex64, c128=torch.complex128
+    f16=torch.float16,
+    bf16=torch.bfloat16,
+    f32=torch.float32,
+    f64=torch.float64,
+    c64=torch.complex64,
+    c128=torch.complex128,
 )
 WHOLE = ("growth_interval", "hysteresis", "headroom_bits")
 TEXT = ("hysteresis_refill", "on_floor", "policy")
@@ -46,15 +52,23 @@ class Program:
 
     def values(self, seed, shape):
         n = math.prod(shape)
-        return torch.tensor([((i * 37 + seed * 101) % 97 - 48) / 1024.0 for i in range(n)], dtype=torch.float64).reshape(shape)
+        return torch.tensor(
+            [((i * 37 + seed * 101) % 97 - 48) / 1024.0 for i in range(n)], dtype=torch.float64
+        ).reshape(shape)
 
     def optimizer(self, words, at):
         return self.optimizers[int(words[at]) if len(words) > at else 0]
 
     def do_options(self, words):
-        pairs = dict(zip(words[1::2], words[2::2]))
+        pairs = dict(zip(words[1::2], words[2::2], strict=True))
         self.options = {
-            name: int(v) if name in WHOLE else v if name in TEXT else v == "1" if name == "enabled" else float(v)
+            name: int(v)
+            if name in WHOLE
+            else v
+            if name in TEXT
+            else v == "1"
+            if name == "enabled"
+            else float(v)
             for name, v in pairs.items()
         }
         self.scaler = GradScaler("cpu", **self.options)
@@ -70,6 +84,7 @@ class Program:
         self.optimizers.append(
             {
                 "adamw": lambda: AdamW(mine, lr=lr, weight_decay=0.125),
+                "fused_sgd": lambda: SGD(mine, lr=lr, momentum=0.5),
                 "reading": lambda: Reading(mine, lr=lr, weight_decay=0.125),
                 "sgd": lambda: torch.optim.SGD(mine, lr=lr, foreach=False),
                 "adam": lambda: torch.optim.Adam(mine, lr=lr, foreach=False),
@@ -119,7 +134,9 @@ class Program:
                 param.grad = grad.clone()
 
     def do_loss(self, words):
-        self.out.append(f"loss {bits(self.scaler.scale(torch.full((), float(words[1])).to(DTYPES[words[2]])))}")
+        self.out.append(
+            f"loss {bits(self.scaler.scale(torch.full((), float(words[1])).to(DTYPES[words[2]])))}"
+        )
 
     def do_unscale(self, words):
         self.scaler.unscale_(self.optimizer(words, 1))
@@ -130,11 +147,15 @@ class Program:
 
     def do_clip_by_tensor(self, words):
         most = torch.full((1,), float(words[1])).to(DTYPES[words[3]])
-        self.out.append(f"norm {bits(self.scaler.clip_grad_norm_(self.optimizer(words, 4), most, float(words[2])))}")
+        self.out.append(
+            f"norm {bits(self.scaler.clip_grad_norm_(self.optimizer(words, 4), most, float(words[2])))}"
+        )
 
     def do_clip_params(self, words):
         finite = len(words) > 3 and words[3] == "finite"
-        self.out.append(f"norm {bits(clip_grad_norm_(self.params, float(words[1]), float(words[2]), finite))}")
+        self.out.append(
+            f"norm {bits(clip_grad_norm_(self.params, float(words[1]), float(words[2]), finite))}"
+        )
 
     def do_step(self, words):
         self.scaler.step(self.optimizer(words, 1))
@@ -176,15 +197,30 @@ class Program:
         self.scaler = GradScaler("cpu", **self.options)
         self.scaler.load_state_dict(state)
 
+    def do_save(self, words):
+        torch.save(self.scaler.state_dict(), words[1])
+
+    def do_load_scale(self, words):
+        state = self.scaler.state_dict()
+        if state:
+            self.scaler.load_state_dict(state | {"scale": float(words[1])})
+
     def do_load(self, words):
         self.scaler.load_state_dict(torch.load(words[1], weights_only=True))
 
 
-def run(commands):
+def run(commands: list[str]) -> list[str]:
+    """Return the answers to ``commands``."""
     program = Program()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _run(program, commands)
+
+
+def _run(program: Program, commands: list[str]) -> list[str]:
     for line in commands:
         words = line.split()
-        program.out.append("> " + " ".join(words))
+        program.out.append(f"> {line}")
         try:
             getattr(program, "do_" + words[0])(words)
         except KeyError as error:
