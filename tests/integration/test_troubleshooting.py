@@ -57,10 +57,17 @@ def of_python(path: Path) -> list[str]:
 
 
 def of_cpp(path: Path) -> list[str]:
-    """Messages of fail(op, ...), STD_TORCH_CHECK(..., ...) and throw: their string literals, {} between."""
+    """Messages of fail(op, ...), STD_TORCH_CHECK(..., ...), throw, and of headers for programs: their string
+    literals, {} between. refuse(where, "argument", value, "wanted") is of one argument."""
     found = []
-    pattern = r"(?:\bfail\(|STD_TORCH_CHECK\(|throw (?:py::value_error|std::runtime_error)\()(.*?)\);"
-    for call in re.finditer(pattern, path.read_text(), re.S):
+    calls = (
+        r"fail|refuse|refuse_type|refuse_value|TORCH_WARN|STD_TORCH_CHECK|py::value_error|std::runtime_error"
+    )
+    text = re.sub(r'"\s+"', "", path.read_text())  # the compiler joins literals
+    for call in re.finditer(rf"\b(?:{calls})\((.*?)\);", text, re.S):
+        if named := re.match(r'\w+, (?:"(\w+)"|name), ', call[1]):
+            found.append(f"{{}} {named[1] or '{}'} is {{}}; expected {{}}")
+            continue
         literals = re.findall(r'"((?:[^"\\]|\\.)*)"', call[1])
         if literals:
             start = "" if call[1].lstrip().startswith('"') else "{}"
@@ -129,5 +136,6 @@ def test_entries_quote_messages():
 def test_messages_are_found():
     found = messages()
     assert sum(name.startswith("python/") for name, _ in found) > 100
-    assert sum(name.startswith("csrc/") for name, _ in found) > 40
+    assert sum(name.startswith("csrc/include/") for name, _ in found) > 80
+    assert sum(name.startswith(("csrc/ops/", "csrc/python/")) for name, _ in found) > 40
     assert sum(name.endswith(".cmake") for name, _ in found) == 7

@@ -165,7 +165,9 @@ inline void FusedOptimizer::load_state_dict(const c10::IValue& state_dict) {
     const auto dtype = detail::find(saved, "state_dtype");
     const bool in_8_bits = dtype && dtype->isString() && detail::storage_name(dtype->toStringRef()) == "int8";
     for (size_t i = 0; i < params.size(); ++i) {
-      if (!(*indices)[i].isInt()) detail::refuse_value(where + " params are no list of whole numbers; expected one.");
+      if (!(*indices)[i].isInt())
+        detail::refuse_value(detail::text(where, " params[", i, "] is ", detail::repr((*indices)[i]),
+                                          "; expected a whole number. Load an intact checkpoint."));
       owners[(*indices)[i].toInt()] = {params[i], g, in_8_bits};
     }
   }
