@@ -110,6 +110,8 @@ class Program:
             grad.view(-1)[int(words[3])].fill_(float(words[4]))
         elif how == "times":
             grad.mul_(float(words[3]))
+        elif how == "double":
+            param.grad = grad * 2
         elif how == "clone":
             param.grad = grad.clone()
         elif how == "sparse":

@@ -1,15 +1,13 @@
 // Checks of GradScaler that have no counterpart in Python: lifetimes, moves, archives, modes, and what a step calls.
 #include <ATen/record_function.h>
-#include <fusedamp/fusedamp.h>
 #include <torch/optim/lbfgs.h>
 #include <torch/optim/sgd.h>
 #include <torch/serialize.h>
 
-#include <functional>
-#include <map>
 #include <sstream>
 
-using at::Tensor;
+#include "program.h"
+
 using fusedamp::GradScaler;
 using fusedamp::GradScalerOptions;
 using fusedamp::optim::AdamW;
@@ -353,10 +351,8 @@ void warns_once() {
          "  AdamW group 0 parameter 0 [16]: 1 NaN");
 }
 
-}  // namespace
-
 // What does not hold of one of them, a line each.
-std::string scaler_check(const std::string& name) {
+std::string failures_of(const std::string& name) {
   static const std::map<std::string, void (*)()> all = {{"never waits", never_waits},
                                                         {"in inference mode", in_inference_mode},
                                                         {"builds no graph", builds_no_graph},
@@ -373,3 +369,9 @@ std::string scaler_check(const std::string& name) {
   all.at(name)();
   return failures;
 }
+
+const Adds adds_checks({
+    {"scaler_check", [](World& w, const Args& a) { w.seen.push_back(failures_of(a[0].toStringRef())); }},
+});
+
+}  // namespace

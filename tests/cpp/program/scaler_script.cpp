@@ -1,15 +1,13 @@
 // Carries out a script, one command a line, and returns what a GradScaler and its optimizers answer, in bits.
 // tests/shared/scaler_script.py carries out the same commands in Python.
-#include <fusedamp/fusedamp.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/sgd.h>
 #include <torch/serialize.h>
 
-#include <cstring>
-#include <map>
 #include <sstream>
 
-using at::Tensor;
+#include "program.h"
+
 using Words = std::vector<std::string>;
 
 namespace {
@@ -139,6 +137,7 @@ struct Program {
     if (how == "none") param.mutable_grad() = Tensor();
     if (how == "put") grad.view(-1)[std::stol(words[3])].fill_(number(words[4]));
     if (how == "times") grad.mul_(number(words[3]));
+    if (how == "double") param.mutable_grad() = grad * 2;
     if (how == "clone") param.mutable_grad() = grad.clone();
     if (how == "sparse") {
       const Tensor rows = at::tensor({0, 1, 1}, at::kLong).unsqueeze(0);
@@ -239,9 +238,7 @@ struct Program {
   Words last_options = {"options"};
 };
 
-}  // namespace
-
-std::string scaler_script(const std::string& commands) {
+std::string answers_to(const std::string& commands) {
   Program program;
   answers().str("");
   answers().precision(17);
@@ -262,3 +259,9 @@ std::string scaler_script(const std::string& commands) {
   }
   return answers().str();
 }
+
+const Adds adds_script({
+    {"scaler_script", [](World& w, const Args& a) { w.seen.push_back(answers_to(a[0].toStringRef())); }},
+});
+
+}  // namespace
