@@ -136,9 +136,10 @@ class FusedOptimizer : public torch::optim::Optimizer {
   Options& own_defaults() const { return static_cast<Options&>(*defaults_); }
 
   Options& need_own_class(torch::optim::OptimizerOptions& options, size_t group) const {
-    if (typeid(options) != typeid(own_defaults()))
+    const Options& own = own_defaults();
+    if (typeid(options) != typeid(own))
       detail::refuse_type(detail::text(where(group), " has options of ", c10::demangle(typeid(options).name()),
-                                       "; expected ", c10::demangle(typeid(own_defaults()).name()),
+                                       "; expected ", c10::demangle(typeid(own).name()),
                                        ", as the optimizer's. Pass such options."));
     return static_cast<Options&>(options);
   }
