@@ -125,7 +125,8 @@ def test_no_gradients(optimizer, program):
 def test_other_dtypes_and_sizes(optimizer, params, program):
     lines = ["options growth_interval 2", f"params {params}", f"optimizer {optimizer} 0.01 0 3", "loss 1 f64"]
     for k in range(10):
-        lines += [f"grads {k}", f"clip 0.01 {('1', '2', 'inf', '3', '0')[k % 5]}", "show", "step", "show"]
+        clip = f"clip 0.01 {('1', '2', 'inf', '3', '0')[k % 5]}"
+        lines += [f"grads {k}", *[clip] * (1 + k // 5), "show", "step", "show"]
         lines += ["update", "show"]
     same(program, lines)
 
@@ -262,7 +263,7 @@ def test_states_of_training(program, tmp_path):
     "check",
     [
         *("never waits", "in inference mode", "builds no graph", "moves", "lifetimes", "names", "closures"),
-        *("archives", "counts later", "many sets", "arguments", "warns once"),
+        *("archives", "counts later", "many sets", "replaced parameters", "arguments", "warns once"),
     ],
 )
 def test_in_cpp_alone(check, program):

@@ -33,8 +33,12 @@ class GradientChecks {
     std::optional<OverflowLog> log;
     LargestGradient reader;
 
-    // Whether the optimizer is known to be gone: a fusedamp optimizer has a token, others have parameters.
-    bool has_ended() const { return (token && token->expired()) || (param && param->use_count() == 0); }
+    // Whether the optimizer is known to be gone. A fusedamp optimizer has a token. Others have a parameter, which they
+    // may replace: what is known of the present iteration is kept.
+    bool has_ended() const {
+      if (token) return token->expired();
+      return param && param->use_count() == 0 && stage == Stage::ready;
+    }
 
     void forget_checks() {
       check.reset();
@@ -191,9 +195,9 @@ class GradientChecks {
   }
 
   void end_iteration() {
+    for (auto& its : optimizers_) its->end_iteration();
     const auto has_ended = [](const auto& its) { return its->has_ended(); };
     optimizers_.erase(std::remove_if(optimizers_.begin(), optimizers_.end(), has_ended), optimizers_.end());
-    for (auto& its : optimizers_) its->end_iteration();
   }
 
   LossScale scale_;

@@ -179,13 +179,31 @@ void lifetimes_of() {
     if (i < 2) scaler.update();
     EXPECT(scaler.overflow_report(optimizer).step == 1 && scaler.overflow_report(optimizer).overflows.size() == 1);
   }
-  EXPECT(!scaler.overflow_report());
   scaler.update();  // by the flag of an optimizer that is gone
   EXPECT(scaler.get_scale() == 8192.0);
+  EXPECT(!scaler.overflow_report());
 }
 void lifetimes() {
   lifetimes_of<AdamW, AdamWOptions>();
   lifetimes_of<torch::optim::SGD, torch::optim::SGDOptions>();
+}
+
+// Its gradients are not unscaled twice.
+template <class Optimizer, class Options>
+void replaces_its_parameter() {
+  GradScaler scaler(GradScalerOptions().init_scale(4));
+  scaler.scale(at::ones({}));
+  Optimizer optimizer(params(1, at::kFloat), Options(0.5));
+  set_grads(optimizer.param_groups()[0].params());
+  scaler.unscale_(optimizer);
+  optimizer.param_groups()[0].params()[0] = params(1, at::kFloat)[0];
+  set_grads(optimizer.param_groups()[0].params(), 2.0);
+  scaler.step(optimizer);
+  EXPECT(optimizer.param_groups()[0].params()[0].grad()[0].template item<double>() == 2.0);
+}
+void replaced_parameters() {
+  replaces_its_parameter<AdamW, AdamWOptions>();
+  replaces_its_parameter<torch::optim::SGD, torch::optim::SGDOptions>();
 }
 
 struct Mine : AdamW {
@@ -362,6 +380,7 @@ std::string failures_of(const std::string& name) {
                                                         {"closures", closures},
                                                         {"archives", archives},
                                                         {"counts later", counts_later},
+                                                        {"replaced parameters", replaced_parameters},
                                                         {"many sets", many_sets},
                                                         {"arguments", arguments},
                                                         {"warns once", warns_once}};
