@@ -98,7 +98,8 @@ class Program:
     def do_grads(self, words):
         factor = (float(words[2]) if len(words) > 2 else 1.0) * self.scaler.get_scale()
         for i, param in enumerate(self.params):
-            param.grad = (self.values(int(words[1]) * 7 + i + 3, param.shape) * factor).to(param.dtype)
+            grad = (self.values(int(words[1]) * 7 + i + 3, param.shape) * factor).to(param.dtype)
+            param.grad = grad * (1 - 0.5j) if param.is_complex() else grad
 
     @torch.no_grad()
     def do_grad(self, words):

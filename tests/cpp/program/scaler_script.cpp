@@ -124,7 +124,8 @@ struct Program {
     const double factor = (words.size() > 2 ? number(words[2]) : 1.0) * scaler->get_scale();
     for (size_t i = 0; i < params.size(); ++i) {
       const auto seed = std::stol(words[1]) * 7 + static_cast<int64_t>(i) + 3;
-      params[i].mutable_grad() = (values(seed, params[i].sizes().vec()) * factor).to(params[i].scalar_type());
+      const Tensor grad = (values(seed, params[i].sizes().vec()) * factor).to(params[i].scalar_type());
+      params[i].mutable_grad() = grad.is_complex() ? grad * c10::complex<double>(1, -0.5) : grad;
     }
   }
 
