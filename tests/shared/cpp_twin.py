@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from cases import kept
 from fusedamp import optim
+from fusedamp.optim.state.encoded import plain
 
 # Options of Python's groups that are accepted without effect.
 NO_EFFECT = {"foreach", "fused", "capturable", "differentiable"}
@@ -84,6 +85,9 @@ class World:
     def do_reset(self):
         self.tensors, self.optimizers = {}, {}
 
+    def do_echo(self, value):
+        self.seen.append(value)
+
     def do_forget(self, name):
         del self.tensors[name]
 
@@ -142,6 +146,44 @@ class World:
 
     def do_archive(self, name, other):
         self.optimizer(other).load_state_dict(self.optimizer(name).state_dict())
+
+    # What other code may do between two steps
+
+    def do_replace(self, name, group, i, other):
+        self.optimizer(name).param_groups[group]["params"][i] = self.tensors[other]
+
+    def do_swap(self, name, group):
+        params = self.optimizer(name).param_groups[group]["params"]
+        params[0], params[1] = params[1], params[0]
+
+    def do_remove(self, name, group, i):
+        del self.optimizer(name).param_groups[group]["params"][i]
+
+    def do_erase_state(self, name, param):
+        del self.optimizer(name).state[self.tensors[param]]
+
+    def do_clear_state(self, name):
+        self.optimizer(name).state.clear()
+
+    def do_write_state(self, name, param, key, value):
+        plain(self.optimizer(name).state[self.tensors[param]][key]).copy_(value)
+
+    def do_set_state_data(self, name, param, key, value):
+        self.optimizer(name).state[self.tensors[param]][key].data = snapshot(value)
+
+    def do_step_in_inference_mode(self, name):
+        with torch.inference_mode():
+            self.optimizer(name).step()
+
+    def do_closure(self, name, param):
+        def closure():
+            self.optimizer(name).zero_grad()
+            loss = self.tensors[param].pow(2).sum()
+            loss.backward()
+            return loss
+
+        with torch.no_grad():
+            self.seen.append(snapshot(self.optimizer(name).step(closure)))
 
 
 def parameter(tensor):

@@ -1,5 +1,6 @@
 // State dicts of optimizers: Python's structure, as plain values.
 #pragma once
+#include "numbers.h"
 #include "optimizer.h"
 #include "saved.h"
 
@@ -26,35 +27,32 @@ struct Reading {
   const std::string& where;
   const Dict& group;
 
-  [[noreturn]] void refuse_kind(const std::string& name, const c10::IValue& value, const char* wanted) const {
-    refuse_type(text(where, " ", name, " is ", repr(value), "; expected ", wanted, ". Load an intact checkpoint."));
-  }
   double number(const std::string& name, const c10::IValue& value) const {
-    if (value.isTensor() && value.toTensor().numel() == 1) return value.toTensor().item<double>();
-    if (!is_number(value)) refuse_kind(name, value, "a number");
-    return number_of(value);
+    return value.isBool() ? value.toBool() : fusedamp::detail::number(where, name, value);
   }
   void operator()(const char* name, double& value) const {
     if (const auto found = find(group, name)) value = number(name, *found);
   }
   void operator()(const char* name, bool& value) const {
     const auto found = find(group, name);
-    if (!found) return;
-    if (!found->isBool() && !found->isInt()) refuse_kind(name, *found, "True or False");
+    if (!found || std::strcmp(name, "stochastic_rounding") == 0) return;
+    if (!found->isBool() && !found->isInt())
+      refuse_type(text(where, " ", name, " is ", repr(*found), "; expected True or False. Load an intact checkpoint."));
     value = found->isBool() ? found->toBool() : found->toInt() != 0;
   }
   void operator()(const char* name, Betas& value) const {
     const auto found = find(group, name);
     if (!found) return;
     const auto items = items_of(*found);
-    if (!items || items->size() != 2) refuse_kind(name, *found, "2 numbers");
+    if (!items) refuse_type(text(where, " ", name, " is ", shown(*found), "; expected 2 numbers. Pass a tuple."));
+    if (items->size() != 2) refuse(where, name, *found, "2 numbers");
     value = {number(text(name, "[0]"), (*items)[0]), number(text(name, "[1]"), (*items)[1])};
   }
   void operator()(const char*, std::string&) const {}  // master_weights, state_dtype
   void operator()(const char* name, std::optional<int64_t>& value) const {
     const auto found = find(group, name);
     if (!found || found->isNone()) return;
-    if (!found->isInt()) refuse_kind(name, *found, "a whole number from 0 to 2**31 - 1");
+    if (!found->isInt()) refuse_seed(where, repr(*found));
     value = found->toInt();
   }
 };
@@ -181,6 +179,7 @@ inline void FusedOptimizer::load_state_dict(const c10::IValue& state_dict) {
     std::unique_ptr<detail::ParamState> state;
   };
   std::vector<Entry> entries;
+  std::map<std::string, int64_t> dropped;
   const auto& specs = own_defaults().states();
   for (const auto& item : need_dict("state", *saved_states)) {
     if (!item.key().isInt() || !owners.count(item.key().toInt())) continue;
@@ -191,8 +190,8 @@ inline void FusedOptimizer::load_state_dict(const c10::IValue& state_dict) {
     detail::within([&] { return where; },
                    [&, param = param, in_8_bits = in_8_bits] {
                      const auto format = detail::format_of(param, group.storage(), detail::mode_of(group).tensors > 0);
-                     entries.push_back(
-                         {where, param, &group, format, detail::SavedState(saved, specs, param, in_8_bits).result()});
+                     entries.push_back({where, param, &group, format,
+                                        detail::SavedState(saved, specs, param, in_8_bits, dropped).result()});
                    });
   }
   const auto each = [&](const auto& body) {
@@ -221,6 +220,14 @@ inline void FusedOptimizer::load_state_dict(const c10::IValue& state_dict) {
     master = detail::fitted(master, entry.param, dtype);
   });
 
+  if (!dropped.empty()) {
+    std::string names;
+    for (const auto& [name, count] : dropped)
+      names += detail::text(names.empty() ? "" : ", ", detail::repr(name), " of ", count, " parameters");
+    TORCH_WARN(at_load, " the checkpoint has ", names, ", which ", name_,
+               " does not have: dropped. Masters start from the weights. To start from exact ones, save FP32 weights "
+               "in the other library and put them into the checkpoint as 'master'.");
+  }
   plan_.forget();
   state_.clear();
   for (size_t g = 0; g < groups.size(); ++g) {

@@ -4,6 +4,8 @@
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/import_read.h>
 #include <torch/csrc/jit/serialization/pickler.h>
+#include <torch/csrc/jit/serialization/storage_context.h>
+#include <torch/csrc/jit/serialization/unpickler.h>
 
 #include <cstdio>
 #include <optional>
@@ -26,16 +28,16 @@ inline at::Tensor bytes_of(const at::Tensor& t) {
 // Writes a value, such as a state dict, into a file that Python's torch.load(path) reads with weights_only=True:
 // tensors, numbers, texts, dicts, lists, tuples and None. The file appears whole, or not at all.
 inline void save(const c10::IValue& value, const std::string& path) {
+  std::string data;
+  // torch::pickle_save tags lists and dicts with types, which weights_only=True rejects.
+  torch::jit::Pickler pickler([&](const char* bytes, size_t size) { data.append(bytes, size); }, nullptr, nullptr,
+                              nullptr, nullptr, /*tag_aggregates=*/false);
+  pickler.protocol();
+  pickler.pushIValue(value);
+  pickler.stop();
   const std::string part = path + ".part";
-  {
+  try {
     caffe2::serialize::PyTorchStreamWriter file(part);
-    std::string data;
-    // torch::pickle_save tags lists and dicts with types, which weights_only=True rejects.
-    torch::jit::Pickler pickler([&](const char* bytes, size_t size) { data.append(bytes, size); }, nullptr, nullptr,
-                                nullptr, nullptr, /*tag_aggregates=*/false);
-    pickler.protocol();
-    pickler.pushIValue(value);
-    pickler.stop();
     file.writeRecord("data.pkl", data.data(), data.size());
     size_t number = 0;
     for (const at::Tensor& tensor : pickler.tensorData()) {
@@ -44,6 +46,9 @@ inline void save(const c10::IValue& value, const std::string& path) {
       file.writeRecord("data/" + std::to_string(number++), bytes.data_ptr(), bytes.nbytes());
     }
     file.writeEndOfFile();
+  } catch (...) {
+    std::remove(part.c_str());
+    throw;
   }
   if (std::rename(part.c_str(), path.c_str()) != 0) {
     std::remove(part.c_str());
@@ -57,7 +62,10 @@ inline void save(const c10::IValue& value, const std::string& path) {
 // only as dict(model.state_dict()). device: where tensors go; by default where they were.
 inline c10::IValue load(const std::string& path, std::optional<c10::Device> device = std::nullopt) {
   caffe2::serialize::PyTorchStreamReader file(path);
-  return torch::jit::readArchiveAndTensors("data", "", "data/", std::nullopt, std::nullopt, device, file);
+  // With a context, tensors that shared their storage do so again.
+  return torch::jit::readArchiveAndTensors("data", "", "data/", std::nullopt, std::nullopt, device, file,
+                                           torch::jit::Unpickler::defaultTypeParser,
+                                           std::make_shared<torch::jit::DeserializationStorageContext>());
 }
 
 }  // namespace fusedamp

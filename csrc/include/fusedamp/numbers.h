@@ -28,15 +28,16 @@ inline std::string shown(const c10::IValue& value) { return value.isTensor() ? s
 
 // "str", as Python names the type.
 inline std::string kind_of(const c10::IValue& value) {
-  return value.isNone()     ? "NoneType"
-         : value.isBool()   ? "bool"
-         : value.isInt()    ? "int"
-         : value.isDouble() ? "float"
-         : value.isString() ? "str"
-         : value.isTensor() ? "Tensor"
-         : value.isList()   ? "list"
-         : value.isTuple()  ? "tuple"
-                            : value.tagKind();
+  return value.isNone()          ? "NoneType"
+         : value.isBool()        ? "bool"
+         : value.isInt()         ? "int"
+         : value.isDouble()      ? "float"
+         : value.isString()      ? "str"
+         : value.isTensor()      ? "Tensor"
+         : value.isList()        ? "list"
+         : value.isTuple()       ? "tuple"
+         : value.isGenericDict() ? "dict"
+                                 : value.tagKind();
 }
 
 template <class Value>

@@ -87,6 +87,8 @@ class FusedOptimizer : public torch::optim::Optimizer {
       add(specs[s].name, state->states[s]);
       add(std::string(specs[s].name) + "_scale", state->scales[s]);
     }
+    for (const auto& [name, value] : state->others)
+      if (value.isTensor()) add(name, value.toTensor());
     return found;
   }
 

@@ -72,6 +72,12 @@ inline void check_bounds(const std::string& where, const Bounds& bounds, double 
       text(where, " ", bounds.name, item, " is ", repr(value), "; expected ", wanted.str(), ". Pass such a value."));
 }
 
+[[noreturn]] inline void refuse_seed(const std::string& where, const std::string& got) {
+  refuse_value(where + " rounding_seed is " + got +
+               "; expected a whole number from 0 to 2**31 - 1, or None for one that is unique in this process. Pass "
+               "one.");
+}
+
 inline std::string storage_name(c10::ScalarType dtype) { return name_of(dtype); }
 inline std::string storage_name(std::string name) {
   if (name.rfind("torch.", 0) == 0) name.erase(0, 6);
@@ -174,9 +180,7 @@ inline void Options::check(const std::string& where) {
                  "; expected \"none\", because a weight with a master is rounded to nearest. Pass "
                  "master_weights=\"none\".");
   if (rounding_seed_ && (*rounding_seed_ < 0 || *rounding_seed_ >= int64_t{1} << 31))
-    refuse_value(where + " rounding_seed is " + repr(*rounding_seed_) +
-                 "; expected a whole number from 0 to 2**31 - 1, or None for one that is unique in this process. Pass "
-                 "one.");
+    detail::refuse_seed(where, repr(*rounding_seed_));
   struct Checking {
     const std::string& where;
     const std::vector<detail::Bounds>& limits;

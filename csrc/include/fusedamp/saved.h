@@ -3,8 +3,8 @@
 #pragma once
 #include <map>
 
+#include "numbers.h"
 #include "state.h"
-#include "values.h"
 
 namespace fusedamp::optim::detail {
 
@@ -19,7 +19,7 @@ inline std::vector<int64_t> order_of(const Tensor& dense) {
 inline Dict saved_state(const ParamState& state, const std::vector<StateSpec>& specs, bool in_8_bits) {
   Dict saved = new_dict();
   for (const auto& [name, value] : state.others) saved.insert(name, value);
-  saved.insert("step", state.step);
+  if (state.step.defined()) saved.insert("step", state.step);
   for (size_t s = 0; s < specs.size(); ++s) {
     const std::string name = specs[s].name;
     const Tensor& value = state.states[s];
@@ -67,8 +67,10 @@ inline Tensor in_order(const Tensor& saved, int64_t number) {
 // Reads the entry of one parameter. Tensors still share memory with it.
 class SavedState {
  public:
-  SavedState(const Dict& entry, const std::vector<StateSpec>& specs, const Tensor& param, bool in_8_bits)
-      : specs_(specs), in_8_bits_(in_8_bits), made_(std::make_unique<ParamState>(param)) {
+  // `dropped`: how many tensors of other libraries were left out, by name.
+  SavedState(const Dict& entry, const std::vector<StateSpec>& specs, const Tensor& param, bool in_8_bits,
+             std::map<std::string, int64_t>& dropped)
+      : specs_(specs), in_8_bits_(in_8_bits), made_(std::make_unique<ParamState>(param)), dropped_(dropped) {
     for (const auto& item : entry)
       if (!item.value().isNone()) entry_.emplace(item.key().toStringRef(), item.value());
     check_required();
@@ -92,16 +94,14 @@ class SavedState {
   static Tensor need_tensor(const std::string& name, const c10::IValue& value) {
     if (!value.isTensor())
       refuse_type(
-          text("has state ", repr(name), " of type ", value.tagKind(), "; expected a tensor. Pass a state_dict()."));
+          text("has state ", repr(name), " of type ", kind_of(value), "; expected a tensor. Pass a state_dict()."));
     return value.toTensor().detach();
   }
 
   // Entries of other code stay, but for what other libraries store to make 16-bit weights more precise.
   void keep_other(const std::string& name, const c10::IValue& value, const Tensor& param) {
     if (name == "error_bits" || name == "kahan_comp" || name == "compensation") {
-      TORCH_WARN("the checkpoint has ", repr(name),
-                 ", which fusedamp does not have: dropped. Masters start from the "
-                 "weights. To start from exact ones, put FP32 weights into the checkpoint as 'master'.");
+      if (value.isTensor()) ++dropped_[name];
     } else if (value.isTensor()) {
       const Tensor t = value.toTensor().detach();
       made_->others.emplace_back(name, t.to(param.device(), t.scalar_type(), false, true));
@@ -130,12 +130,12 @@ class SavedState {
   void take_step() {
     const auto step = take("step");
     if (!step) return;
-    if (is_number(*step)) {
-      check_count(number_of(*step));
-      made_->step = at::full({}, number_of(*step), at::kFloat);
-    } else {
-      made_->step = need_tensor("step", *step);
+    if (step->isTensor()) {
+      made_->step = step->toTensor().detach();
+      return;
     }
+    if (!is_number(*step) || !is_count(number_of(*step))) refuse_count(repr(*step));
+    made_->step = at::full({}, number_of(*step), at::kFloat);
   }
 
   void take_state(size_t s) {
@@ -211,6 +211,7 @@ class SavedState {
   const bool in_8_bits_;
   std::unique_ptr<ParamState> made_;
   std::map<std::string, c10::IValue> entry_;
+  std::map<std::string, int64_t>& dropped_;
 };
 
 }  // namespace fusedamp::optim::detail

@@ -295,11 +295,11 @@ inline void keep_master(ParamState& state, const Tensor& param, const Format& fo
 
 constexpr double kMostSteps = 4611686018427387904.0;  // 2^62
 
-inline void check_count(double count) {
-  if (!(count >= 0.0 && count <= kMostSteps && std::floor(count) == count))
-    refuse_value(text("has step count ", repr(count), "; expected a whole number from 0 to 2**62. Load an intact ",
-                      "checkpoint, or assign the number of steps taken."));
+[[noreturn]] inline void refuse_count(const std::string& got) {
+  refuse_value(text("has step count ", got, "; expected a whole number from 0 to 2**62. Load an intact ",
+                    "checkpoint, or assign the number of steps taken."));
 }
+inline bool is_count(double count) { return count >= 0.0 && count <= kMostSteps && std::floor(count) == count; }
 
 // Makes the step count, or brings it into the form that ops take: FP32, 0-d. Counts on a device are not read.
 inline void keep_step(ParamState& state, const Tensor& param) {
@@ -311,7 +311,7 @@ inline void keep_step(ParamState& state, const Tensor& param) {
   if (step.numel() != 1)
     refuse_value(
         text("has a step count of shape ", list_text(step.sizes()), "; expected one number. Assign a 0-d tensor."));
-  if (step.is_cpu()) check_count(step.item<double>());
+  if (step.is_cpu() && !is_count(step.item<double>())) refuse_count(repr(step.item<double>()));
   if (step.scalar_type() != c10::kFloat || step.dim() != 0 || step.device() != param.device())
     step = step.detach().to(param.device(), c10::kFloat, false, true).reshape({});
 }

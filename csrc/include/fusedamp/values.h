@@ -29,6 +29,16 @@ inline double number_of(const c10::IValue& value) {
 }
 
 // A value as Python's repr() writes it; of a tensor, what it is.
+inline std::string repr(const c10::IValue& value);
+
+// Several, with commas.
+template <class List>
+std::string reprs(const List& values) {
+  std::string all;
+  for (const c10::IValue& value : values) all += (all.empty() ? "" : ", ") + repr(value);
+  return all;
+}
+
 inline std::string repr(const c10::IValue& value) {
   if (value.isNone()) return "None";
   if (value.isBool()) return repr(value.toBool());
@@ -37,7 +47,14 @@ inline std::string repr(const c10::IValue& value) {
   if (value.isString()) return repr(value.toStringRef());
   if (value.isTensor())
     return text("a ", torch_name(value.toTensor()), " tensor of shape ", list_text(value.toTensor().sizes()));
-  return "a " + value.tagKind();
+  if (value.isList()) return "[" + reprs(value.toListRef()) + "]";
+  if (value.isTuple())
+    return "(" + reprs(value.toTupleRef().elements().vec()) + (value.toTupleRef().size() == 1 ? ",)" : ")");
+  if (!value.isGenericDict()) return "a " + value.tagKind();
+  std::vector<std::string> items;
+  for (const auto& item : value.toGenericDict()) items.push_back(repr(item.key()) + ": " + repr(item.value()));
+  const std::string all = list_text(items);
+  return "{" + all.substr(1, all.size() - 2) + "}";
 }
 
 // The items of a list or tuple, of whatever type; none for other values.

@@ -26,7 +26,8 @@ Tensor changed(const Tensor& grad, const std::string& how) {
 }
 
 const Adds added({
-    {"param", [](World& w, const Args& a) { w.tensors[a[0].toStringRef()] = snapshot(a[1].toTensor()).requires_grad_(); }},
+    {"param",
+     [](World& w, const Args& a) { w.tensors[a[0].toStringRef()] = snapshot(a[1].toTensor()).requires_grad_(); }},
     // view x of p: from an element on, with a size
     {"part",
      [](World& w, const Args& a) {
@@ -62,6 +63,9 @@ const Adds added({
        w.optimizers.clear();
        w.tensors.clear();
      }},
+    {"echo", [](World& w, const Args& a) { w.seen.push_back(a[0]); }},
+    {"save", [](World&, const Args& a) { fusedamp::save(a[1], a[0].toStringRef()); }},
+    {"load", [](World& w, const Args& a) { w.seen.push_back(fusedamp::load(a[0].toStringRef())); }},
     {"forget", [](World& w, const Args& a) { w.tensors.erase(a[0].toStringRef()); }},
     {"weights",
      [](World& w, const Args& a) {

@@ -1,6 +1,7 @@
 // Commands about optimizers.
 #include <torch/optim/adam.h>
 #include <torch/optim/adamw.h>
+#include <torch/optim/schedulers/step_lr.h>
 #include <torch/optim/sgd.h>
 #include <torch/serialize.h>
 
@@ -87,6 +88,8 @@ Options& options_at(World& w, const Args& a) {
   return static_cast<Options&>(w.any(a[0]).param_groups().at(a[1].toInt()).options());
 }
 
+std::vector<Tensor>& params_at(World& w, const Args& a) { return w.any(a[0]).param_groups().at(a[1].toInt()).params(); }
+
 // Weights, and states by name.
 void look(World& w, const Args& a) {
   for (const IValue& name : items(a[1])) {
@@ -128,9 +131,68 @@ const Adds added({
        auto& place = w.optimizers.at(a[0].toStringRef());
        place = kinds.at(w.fused(a[0]).name()).move(w.fused(a[0]));
      }},
-    {"state_dict", [](World& w, const Args& a) { w.seen.push_back(w.fused(a[0]).state_dict()); }},
+    {"state_dict", [](World& w, const Args& a) { w.seen.push_back(w.fused(a[0]).state_dict().deepcopy()); }},
     {"load_state_dict", [](World& w, const Args& a) { w.fused(a[0]).load_state_dict(a[1]); }},
     {"archive", archive},
+    // What other code may do between two steps.
+    {"replace", [](World& w, const Args& a) { params_at(w, a).at(a[2].toInt()) = w.tensors.at(a[3].toStringRef()); }},
+    {"swap", [](World& w, const Args& a) { std::swap(params_at(w, a).at(0), params_at(w, a).at(1)); }},
+    {"remove", [](World& w, const Args& a) { params_at(w, a).erase(params_at(w, a).begin() + a[2].toInt()); }},
+    {"erase_state",
+     [](World& w, const Args& a) {
+       w.any(a[0]).state().erase(w.tensors.at(a[1].toStringRef()).unsafeGetTensorImpl());
+     }},
+    {"clear_state", [](World& w, const Args& a) { w.any(a[0]).state().clear(); }},
+    {"write_state",
+     [](World& w, const Args& a) {
+       Tensor state = w.fused(a[0]).state_of(w.tensors.at(a[1].toStringRef())).at(a[2].toStringRef());
+       state.copy_(a[3].toTensor());
+     }},
+    {"set_state_data",
+     [](World& w, const Args& a) {
+       Tensor state = w.fused(a[0]).state_of(w.tensors.at(a[1].toStringRef())).at(a[2].toStringRef());
+       state.set_data(snapshot(a[3].toTensor()));
+     }},
+    {"step_in_inference_mode",
+     [](World& w, const Args& a) {
+       const c10::InferenceMode guard;
+       w.any(a[0]).step();
+     }},
+    {"closure",
+     [](World& w, const Args& a) {
+       at::NoGradGuard off;  // a closure computes gradients all the same
+       w.seen.push_back(snapshot(w.any(a[0]).step([&] {
+         w.any(a[0]).zero_grad();
+         const Tensor loss = w.tensors.at(a[1].toStringRef()).pow(2).sum();
+         loss.backward();
+         return loss;
+       })));
+     }},
+    // torch's method, which knows nothing of groups with options of other classes than torch's
+    {"add_group_by_base",
+     [](World& w, const Args& a) { w.any(a[0]).add_param_group(group_of(w, kinds.at(w.fused(a[0]).name()), a[1])); }},
+    {"options_of_another_class",
+     [](World& w, const Args& a) {
+       w.any(a[0]).param_groups().at(0).set_options(std::make_unique<torch::optim::AdamWOptions>(0.5));
+     }},
+    {"scheduler",
+     [](World& w, const Args& a) {
+       torch::optim::StepLR scheduler(w.any(a[0]), 2, 0.5);
+       List rates = fusedamp::detail::new_list();
+       for (int i = 0; i < 6; ++i) {
+         scheduler.step();
+         rates.push_back(w.any(a[0]).param_groups()[0].options().get_lr());
+       }
+       w.seen.push_back(rates);
+     }},
+    {"versions",
+     [](World& w, const Args& a) {
+       List found = fusedamp::detail::new_list();
+       for (const Tensor& t : w.all(a[0])) found.push_back(static_cast<int64_t>(t._version()));
+       w.seen.push_back(found);
+     }},
+    {"number_of_states",
+     [](World& w, const Args& a) { w.seen.push_back(static_cast<int64_t>(w.any(a[0]).state().size())); }},
 });
 
 }  // namespace
