@@ -183,7 +183,19 @@ void lifetimes_of() {
   EXPECT(scaler.get_scale() == 8192.0);
   EXPECT(!scaler.overflow_report());
 }
+// Also within an iteration.
+void in_the_same_place() {
+  const auto p = params(2);
+  GradScaler scaler;
+  scaler.scale(at::ones({}));
+  for (int i = 0; i < 3; ++i) {
+    AdamW optimizer(p, AdamWOptions(0.01));
+    set_grads(p);
+    EXPECT(error_of([&] { scaler.unscale_(optimizer); }).empty());
+  }
+}
 void lifetimes() {
+  in_the_same_place();
   lifetimes_of<AdamW, AdamWOptions>();
   lifetimes_of<torch::optim::SGD, torch::optim::SGDOptions>();
 }
