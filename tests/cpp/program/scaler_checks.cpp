@@ -238,9 +238,6 @@ void names() {
     scaler.step(*optimizer);
     const std::string name = optimizer == &mine ? "Mine" : "Other";
     EXPECT(scaler.overflow_report().str() == "step 1 was skipped:\n  " + name + " group 0 parameter 0 [16]: 1 NaN");
-    std::ostringstream text;
-    text << scaler.overflow_report();
-    EXPECT(text.str() == scaler.overflow_report().str());
   }
   EXPECT(!fusedamp::OverflowReport() && fusedamp::OverflowReport().str() == "no overflow recorded");
 }
@@ -294,8 +291,11 @@ void counts_later() {
   set_grads(p);
   spoil(p[1]);
   step(1);
+  p[0].mutable_grad() = p[0].grad() * NAN;
+  EXPECT(log.report().overflows.empty());
+  step(1);
   p[0].grad().mul_(2);
-  EXPECT(log.report().step == 4 && log.report().overflows.empty());
+  EXPECT(log.report().step == 5 && log.report().overflows.empty());
 }
 
 // More sets of gradients than are remembered.
