@@ -1,32 +1,12 @@
-// Detects an overflow at the lowest allowed scale, and graph capture, without a wait and without headers of CUDA.
+// Detects an overflow at the lowest allowed scale, without a wait and without headers of CUDA.
 #pragma once
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <dlfcn.h>
 
 #include "flags.h"
+#include "ops.h"
 
 namespace fusedamp::detail {
-
-template <class Backend>
-auto captures(const Backend& backend, const c10::Stream& stream, int) -> decltype(backend.isStreamCapturing(stream)) {
-  return backend.isStreamCapturing(stream);
-}
-// torch before 2.13 lets only its own code ask.
-template <class Backend>
-bool captures(const Backend& backend, const c10::Stream& stream, long) {
-  using Ask = int (*)(void*, int*);
-  static const Ask ask = reinterpret_cast<Ask>(dlsym(RTLD_DEFAULT, "cudaStreamIsCapturing"));
-  int status = 0;
-  return ask && (ask(backend.getStreamNativeHandle(stream), &status) != 0 || status != 0);
-}
-
-// Whether the current stream of `device` records a graph.
-inline bool is_capturing(c10::Device device) {
-  if (!device.is_cuda()) return false;
-  const c10::impl::VirtualGuardImpl backend(device.type());
-  return captures(backend, backend.getStream(device), 0);
-}
 
 // Reads the scale only when it may have reached the floor.
 //
@@ -40,7 +20,7 @@ class FloorWatch {
 
   // True if an overflow at the floor was detected; call before each update of the scale.
   bool stuck(const Tensor& scale, const Tensor& found_inf, double floor, double backoff) {
-    if (is_capturing(scale.device())) return false;
+    if (is_capturing(scale)) return false;
     if (pending_) return poll(floor, backoff);
     if (at_least_ > floor) {
       at_least_ *= backoff;

@@ -17,7 +17,7 @@ class LossScale {
 
   Tensor scaled(const Tensor& outputs) {
     if (!outputs.defined()) refuse_value("outputs must be a Tensor or an iterable of Tensors");
-    if (!scale_.defined()) place(outputs.device());
+    if (!scale_.defined()) place(outputs);
     return outputs * on(scale_, outputs.device());
   }
 
@@ -128,12 +128,13 @@ class LossScale {
   }
 
   // Makes everything that lies on the device at once: a graph that captured it would reset it in each replay.
-  void place(c10::Device device) {
-    if (is_capturing(device))
+  void place(const Tensor& loss) {
+    if (is_capturing(loss))
       refuse(
           "[GradScaler.scale] the scale is not on the device yet; expected it before graph capture, as each replay "
           "would reset it. Call scaler.scale() once before capturing.");
     const Lasting guard;
+    const c10::Device device = loss.device();
     scale_ = at::full({}, init_scale_, detail::options(device, at::kFloat));
     growth_tracker_ = at::full({}, init_growth_tracker_, detail::options(device, at::kInt));
     if (options_.hysteresis() > 1)

@@ -143,7 +143,7 @@ find_package(fusedamp), or pass the folder of another torch in CMAKE_PREFIX_PATH
     fusedamp::fusedamp
     PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${headers};${torch_headers}"
                INTERFACE_COMPILE_FEATURES "cxx_std_${standard}"
-               INTERFACE_LINK_LIBRARIES "${files};${CMAKE_DL_LIBS}" # floor.h calls dlsym
+               INTERFACE_LINK_LIBRARIES "${files}"
                INTERFACE_LINK_OPTIONS "LINKER:--push-state,--no-as-needed,${kept},--pop-state")
 endfunction()
 
