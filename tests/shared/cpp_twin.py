@@ -34,7 +34,7 @@ class World:
                     caught_error = f"{kind.__name__}: {error}"
                 else:
                     caught_error = None
-            self.seen += [f"warning: {w.message}" for w in caught]
+            self.seen += [f"warning: {w.message}" for w in caught if w.category is UserWarning]
             if caught_error:
                 self.seen.append(caught_error)
         return self.seen
@@ -51,6 +51,16 @@ class World:
 
     def do_param(self, name, value):
         self.tensors[name] = parameter(snapshot(value))
+
+    def do_param_view(self, name, value):
+        self.tensors[name] = parameter(value)
+
+    def do_meta(self, name):
+        self.tensors[name] = parameter(torch.empty(3, device="meta"))
+        self.tensors[name].grad = torch.empty(3, device="meta")
+
+    def do_no_storage(self, name):
+        self.tensors[name].untyped_storage().resize_(0)
 
     def do_part(self, name, whole, begin, end):
         self.tensors[name] = parameter(self.tensors[whole].detach()[begin:end])
@@ -188,7 +198,7 @@ class World:
 
 def parameter(tensor):
     """A parameter that takes gradients of any dtype, as in C++."""
-    made = torch.nn.Parameter(tensor)
+    made = torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
     made.grad_dtype = None
     return made
 

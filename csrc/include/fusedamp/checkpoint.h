@@ -61,10 +61,9 @@ struct Reading {
 // the same lists.
 inline bool is_rule(const std::string& name, const c10::IValue& value) {
   static const std::unordered_set<std::string> none = {
-      "params",       "param_names",   "name",           "initial_lr",      "max_lr",
-      "min_lr",       "base_lr",       "swa_lr",         "lr_scale",        "max_momentum",
-      "min_momentum", "base_momentum", "step",           "use_orig_params", "foreach",
-      "fused",        "capturable",    "differentiable", "maximize",        "bias_correction_on"};
+      "params",  "param_names", "name",         "initial_lr",     "max_lr",        "min_lr", "base_lr",
+      "swa_lr",  "lr_scale",    "max_momentum", "min_momentum",   "base_momentum", "step",   "use_orig_params",
+      "foreach", "fused",       "capturable",   "differentiable", "maximize"};
   static const std::unordered_map<std::string, std::vector<double>> neutral = {
       {"bias_correction", {1}},   {"correct_bias", {1}}, {"decouple_lr", {0}}, {"amsgrad", {0}},
       {"nesterov", {0}},          {"momentum", {0}},     {"dampening", {0}},   {"max_grad_norm", {0, HUGE_VAL}},

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "text.h"
+#include "numbers.h"
 
 namespace fusedamp::optim {
 
@@ -160,9 +160,7 @@ inline void Options::check(const std::string& where) {
   if (!lr_tensor_.defined())
     detail::check_bounds(where, {"lr"}, lr_);
   else if (lr_tensor_.numel() != 1 || lr_tensor_.is_complex() || lr_tensor_.scalar_type() == c10::kBool)
-    detail::refuse_type(detail::text(where, " lr is a ", detail::torch_name(lr_tensor_), " tensor of shape ",
-                                     detail::list_text(lr_tensor_.sizes()),
-                                     "; expected a number. Pass a float, or a tensor of one real."));
+    detail::refuse_kind(where, "lr", lr_tensor_);
   else if (lr_tensor_.is_cpu())
     detail::check_bounds(where, {"lr"}, lr_tensor_.item<double>());
   detail::check_bounds(where, {"weight_decay"}, weight_decay_);

@@ -27,8 +27,19 @@ Tensor changed(const Tensor& grad, const std::string& how) {
 
 const Adds added({
     {"param",
-     [](World& w, const Args& a) { w.tensors[a[0].toStringRef()] = snapshot(a[1].toTensor()).requires_grad_(); }},
-    // view x of p: from an element on, with a size
+     [](World& w, const Args& a) {
+       const Tensor made = snapshot(a[1].toTensor());
+       w.tensors[a[0].toStringRef()] = made.requires_grad_(made.is_floating_point() || made.is_complex());
+     }},
+    {"param_view", [](World& w, const Args& a) { w.tensors[a[0].toStringRef()] = a[1].toTensor().requires_grad_(); }},
+    {"meta",
+     [](World& w, const Args& a) {
+       w.tensors[a[0].toStringRef()] = at::empty({3}, at::device(at::kMeta)).requires_grad_();
+       w.tensors[a[0].toStringRef()].mutable_grad() = at::empty({3}, at::device(at::kMeta));
+     }},
+    {"no_storage",
+     [](World& w, const Args& a) { w.tensors.at(a[0].toStringRef()).storage().unsafeGetStorageImpl()->reset(); }},
+    // elements begin to end of another
     {"part",
      [](World& w, const Args& a) {
        w.tensors[a[0].toStringRef()] =

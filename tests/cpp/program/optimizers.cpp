@@ -108,8 +108,76 @@ void archive(World& w, const Args& a) {
   torch::load(w.any(a[1]), file);
 }
 
+// All that Python declares of a class, for given options.
+template <class O>
+Dict described(O options) {
+  Dict found = fusedamp::detail::new_dict(), defaults = fusedamp::detail::new_dict();
+  fusedamp::optim::detail::for_each_field(options, fusedamp::optim::detail::Writing{defaults});
+  List states = fusedamp::detail::new_list(), bounds = fusedamp::detail::new_list();
+  for (size_t s = 0; s < options.states().size(); ++s) {
+    const auto& spec = options.states()[s];
+    states.push_back(
+        c10::ivalue::Tuple::create({std::string(spec.name), spec.nonnegative, spec.required, options.first(s),
+                                    spec.scalar, spec.count, spec.restarts, options.uses(s)}));
+  }
+  for (const auto& one : options.bounds())
+    bounds.push_back(c10::ivalue::Tuple::create({std::string(one.name), one.low, one.below}));
+  found.insert("name", std::string(O::kName));
+  found.insert("op", options.op());
+  found.insert("defaults", defaults);
+  found.insert("states", states);
+  found.insert("bounds", bounds);
+  found.insert("sparse", options.takes_sparse());
+  return found;
+}
+
+// Each class as its options are written in a program, with every one of its setters.
+void classes(World& w, const Args&) {
+  const auto common = [](auto options) {
+    return options.lr(0.5)
+        .weight_decay(0.25)
+        .maximize(true)
+        .master_weights("none")
+        .stochastic_rounding(true)
+        .rounding_seed(7);
+  };
+  for (const Dict& built : {
+           described(AdamOptions()),
+           described(AdamWOptions()),
+           described(SGDOptions()),
+           described(LionOptions()),
+           described(AdagradOptions()),
+           described(RMSpropOptions()),
+           described(RAdamOptions()),
+           described(NAdamOptions()),
+           described(LAMBOptions()),
+           described(LARSOptions()),
+           described(NovoGradOptions()),
+           described(common(AdamOptions().betas({0.5, 0.75}).eps(0.125).amsgrad(true).decoupled_weight_decay(true))),
+           described(common(AdamWOptions().betas({0.5, 0.75}).eps(0.125).amsgrad(true).state_dtype("bf16"))),
+           described(common(SGDOptions().momentum(0.75).dampening(0.125).nesterov(true).state_dtype(torch::kBFloat16))),
+           described(common(LionOptions().betas({0.5, 0.75}).state_dtype("torch.bfloat16"))),
+           described(common(
+               AdagradOptions().lr_decay(0.5).eps(0.125).initial_accumulator_value(2.0).state_dtype(torch::kInt8))),
+           described(
+               common(RMSpropOptions().momentum(0.75).alpha(0.5).eps(0.125).centered(true).state_dtype(torch::kFloat))),
+           described(common(RAdamOptions().betas({0.5, 0.75}).eps(0.125).decoupled_weight_decay(true))),
+           described(
+               common(NAdamOptions().betas({0.5, 0.75}).eps(0.125).momentum_decay(0.5).decoupled_weight_decay(true))),
+           described(
+               common(LAMBOptions().betas({0.5, 0.75}).eps(0.125).bias_correction(false).trust_clip(2.0).adapt(false))),
+           described(
+               common(LARSOptions().momentum(0.75).trust_coefficient(0.5).eps(0.125).nesterov(true).adapt(false))),
+           described(common(NovoGradOptions().betas({0.5, 0.75}).eps(0.125).grad_averaging(true))),
+       })
+    w.seen.push_back(built);
+}
+
 const Adds added({
     {"optimizer", make},
+    {"classes", classes},
+    {"is_rule",
+     [](World& w, const Args& a) { w.seen.push_back(fusedamp::optim::detail::is_rule(a[0].toStringRef(), a[1])); }},
     {"step", [](World& w, const Args& a) { w.any(a[0]).step(); }},
     {"look", look},
     {"options",
