@@ -1,6 +1,6 @@
 // Checks of GradScaler's options and state dicts.
 #pragma once
-#include <cstdio>
+#include <charconv>
 
 #include "grad_scaler_options.h"
 #include "headroom.h"
@@ -11,9 +11,8 @@ constexpr const char* kScaler = "[GradScaler]";
 
 // 3.4028235e+38
 inline std::string float_max() {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.8g", kFloatMax);
-  return text;
+  char digits[32];
+  return {digits, std::to_chars(digits, digits + sizeof digits, kFloatMax, std::chars_format::general, 8).ptr};
 }
 
 template <class Value>

@@ -63,13 +63,10 @@ constexpr double kLargest = 3.4028234663852886e38;  // steps compute with FP32: 
 
 inline void check_bounds(const std::string& where, const Bounds& bounds, double value, const std::string& item = "") {
   if (value >= bounds.low && value < bounds.below && std::abs(value) <= kLargest) return;
-  std::ostringstream wanted;
-  if (!std::isinf(bounds.below))
-    wanted << "a number >= " << bounds.low << " and < " << bounds.below;
-  else
-    wanted << "a finite number" << (std::isinf(bounds.low) ? "" : " >= 0") << ", at most 3.4e38 as in FP32";
-  refuse_value(
-      text(where, " ", bounds.name, item, " is ", repr(value), "; expected ", wanted.str(), ". Pass such a value."));
+  const std::string wanted = std::isinf(bounds.below) ? text("a finite number", std::isinf(bounds.low) ? "" : " >= 0",
+                                                             ", at most 3.4e38 as in FP32")
+                                                      : text("a number >= ", bounds.low, " and < ", bounds.below);
+  refuse_value(text(where, " ", bounds.name, item, " is ", repr(value), "; expected ", wanted, ". Pass such a value."));
 }
 
 [[noreturn]] inline void refuse_seed(const std::string& where, const std::string& got) {
@@ -201,21 +198,18 @@ inline void Options::check(const std::string& where) {
   check_together(where);
 }
 
-// A field of options, with torch's four accessors.
-#define FUSEDAMP_ACCESS(Type, name)                           \
-  auto name(Type value) -> decltype(*this) {                  \
+// A field of options, with torch's accessors. The first returns the options' own class, for which a chain goes on.
+#define FUSEDAMP_FIELD(Type, name, ...)                       \
+ protected:                                                   \
+  Type name##_ = __VA_ARGS__;                                 \
+                                                              \
+ public:                                                      \
+  auto name(Type value) -> decltype(this->own()) {            \
     this->name##_ = std::move(value);                         \
-    return *this;                                             \
+    return this->own();                                       \
   }                                                           \
   const Type& name() const noexcept { return this->name##_; } \
   Type& name() noexcept { return this->name##_; }
-
-#define FUSEDAMP_FIELD(Type, name, ...) \
- protected:                             \
-  Type name##_ = __VA_ARGS__;           \
-                                        \
- public:                                \
-  FUSEDAMP_ACCESS(Type, name)
 
 // The options of all optimizers. Betas, bounds and storage formats: docs/optimizers.md and docs/formats.md.
 template <class Derived>
@@ -268,12 +262,13 @@ class OptionsOf : public Options {
     lr_ = lr;
     weight_decay_ = weight_decay;
   }
+  Derived& own() { return static_cast<Derived&>(*this); }
 
  private:
   template <class T, class Value>
   Derived& set(T& field, Value&& value) {
     field = std::forward<Value>(value);
-    return static_cast<Derived&>(*this);
+    return own();
   }
 };
 

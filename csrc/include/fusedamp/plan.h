@@ -39,8 +39,8 @@ class Plan {
     tables_.clear();
     items_.clear();
     written_.clear();
-    for (const auto& group : groups)
-      for (const Tensor& param : group.params()) items_.push_back(Item(param));
+    for (size_t g = 0; g < groups.size(); ++g)
+      for (const Tensor& param : groups[g].params()) items_.push_back(Item(param, g));
     modes_ = modes;
     std::unordered_map<const c10::TensorImpl*, size_t> places;
     for (size_t i = 0; i < items_.size(); ++i) places[items_[i].param] = i;
@@ -74,7 +74,7 @@ class Plan {
     size_t i = 0;
     for (size_t g = 0; g < groups.size(); ++g)
       for (const Tensor& param : groups[g].params()) {
-        if (i == items_.size()) return false;
+        if (i == items_.size() || items_[i].group != g) return false;
         if (i + kAhead < items_.size())
           for (const char* line : items_[i + kAhead].lines) __builtin_prefetch(line);
         if (!same(items_[i++], param, modes[g], states, moved)) return false;
@@ -105,8 +105,9 @@ class Plan {
  private:
   // A parameter, and what its row was made from.
   struct Item {
-    explicit Item(const Tensor& t) : param(t.unsafeGetTensorImpl()) {}
+    Item(const Tensor& t, size_t group) : param(t.unsafeGetTensorImpl()), group(group) {}
     c10::TensorImpl* param;
+    size_t group;
     const ParamState* state = nullptr;  // null: no gradient
     size_t table = 0, row = 0;
     c10::DispatchKeySet keys;

@@ -93,9 +93,7 @@ inline void check_aliasing(const std::string& name, const std::vector<Slot>& slo
                open.end());
     for (const Range& one : open)
       if (share_an_element(*one.tensor, *range.tensor)) {
-        std::ostringstream place;
-        place << "0x" << std::hex << range.begin;
-        refuse_value(text("[", name, "] two parameters share memory at ", place.str(), " on ", range.device,
+        refuse_value(text("[", name, "] two parameters share memory at 0x", std::hex, range.begin, " on ", range.device,
                           "; expected disjoint. Tie weights by using one Parameter object, and pass it once."));
       }
     open.push_back(range);

@@ -5,6 +5,7 @@
 
 #include <charconv>
 #include <cmath>
+#include <locale>
 #include <sstream>
 #include <string>
 
@@ -27,17 +28,21 @@ inline std::string repr(bool value) { return value ? "True" : "False"; }
 inline std::string repr(int64_t value) { return std::to_string(value); }
 inline std::string repr(const std::string& value) { return "'" + value + "'"; }
 
+// Whatever the program's locale, a number has no commas.
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream all;
+  all.imbue(std::locale::classic());
+  (all << ... << parts);
+  return all.str();
+}
+
 // A list as Python writes it.
 template <class List>
 std::string list_text(const List& values) {
-  std::ostringstream text;
-  text << "[";
-  const char* comma = "";
-  for (const auto& value : values) {
-    text << comma << value;
-    comma = ", ";
-  }
-  return text.str() + "]";
+  std::string items;
+  for (const auto& value : values) items += text(items.empty() ? "" : ", ", value);
+  return "[" + items + "]";
 }
 
 // "float32"; torch.float32 without its module.
@@ -60,13 +65,6 @@ inline std::string name_of(c10::ScalarType dtype) {
   }
 }
 inline std::string torch_name(const at::Tensor& t) { return "torch." + name_of(t.scalar_type()); }
-
-template <class... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream all;
-  (all << ... << parts);
-  return all.str();
-}
 
 [[noreturn]] inline void refuse_value(const std::string& message) {
   C10_THROW_ERROR(ValueError, message);

@@ -1,0 +1,153 @@
+// What a program may do that has no counterpart in Python, or that Python's tests can't reach: files on a full disk,
+// locales, options in any order.
+#include <sys/resource.h>
+
+#include <csignal>
+#include <filesystem>
+#include <locale>
+
+#include "program.h"
+
+namespace {
+
+using namespace fusedamp::optim;
+
+std::string failures;
+
+void expect(bool holds, const char* what, int line) {
+  if (!holds) failures += fusedamp::detail::text("line ", line, ": ", what, "\n");
+}
+#define EXPECT(condition) expect(condition, #condition, __LINE__)
+
+std::string error_of(const std::function<void()>& body) {
+  try {
+    body();
+  } catch (const c10::Error& error) {
+    return error.what_without_backtrace();
+  }
+  return "";
+}
+
+Tensor parameter(int64_t n) {
+  Tensor made = at::ones({n}).requires_grad_();
+  made.mutable_grad() = at::ones({n});
+  return made;
+}
+
+size_t files_in(const std::string& folder) {
+  return std::distance(std::filesystem::directory_iterator(folder), std::filesystem::directory_iterator());
+}
+
+// Files may have 100,000 bytes, as on a disk that is full then. Buffers may hold all of what is too much.
+void full_disk(const std::string& folder) {
+  const std::string path = folder + "/state.pt";
+  fusedamp::save(at::ones({10}), path);
+  rlimit limit;
+  getrlimit(RLIMIT_FSIZE, &limit);
+  const rlimit less = {100000, limit.rlim_max};
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  setrlimit(RLIMIT_FSIZE, &less);
+  std::vector<std::string> errors;
+  for (const int64_t n : {24800, 25000, 200000})
+    errors.push_back(error_of([&] { fusedamp::save(at::ones({n}), path); }));
+  setrlimit(RLIMIT_FSIZE, &limit);
+  std::signal(SIGXFSZ, handler);
+  for (const std::string& error : errors)
+    EXPECT(error == "[save] " + path +
+                        " could not be written; expected a path in a folder that exists and may be written, with space "
+                        "for the file. Its error is: File too large. What was there is unchanged.");
+  EXPECT(fusedamp::load(path).toTensor().numel() == 10);
+  EXPECT(files_in(folder) == 1);
+}
+
+// A value that Python could not read is refused before there is a file.
+void unreadable(const std::string& folder) {
+  const auto error = [&](const IValue& value) {
+    Dict dict = fusedamp::detail::new_dict();
+    dict.insert("a", c10::ivalue::Tuple::create({1, value}));
+    return error_of([&] { fusedamp::save(dict, folder + "/state.pt"); });
+  };
+  const std::string tensors =
+      ", which Python does not read; expected a strided tensor with memory, of a dtype of torch's storages. Save it in "
+      "another form.";
+  for (const auto dtype : {at::kFloat8_e4m3fn, at::kFloat8_e5m2, at::kUInt16, at::kUInt64, at::kComplexHalf})
+    EXPECT(error(at::empty({2}, dtype)).find(tensors) != std::string::npos);
+  EXPECT(error(at::ones({2, 2}).to_sparse()) ==
+         "[save] value['a'][1] is a torch.float32 tensor of shape [2, 2]" + tensors);
+  EXPECT(error(at::ones({2}, at::kMeta)) == "[save] value['a'][1] is a torch.float32 tensor of shape [2]" + tensors);
+  EXPECT(error(Tensor()) == "[save] value['a'][1] is an undefined tensor" + tensors);
+  EXPECT(error(at::ones({2}).storage())
+             .rfind("[save] value['a'][1] is a Storage, which Python does not read; expected a tensor, a number", 0) ==
+         0);
+  EXPECT(files_in(folder) == 0);
+}
+
+struct Commas : std::numpunct<char> {
+  char do_thousands_sep() const override { return ','; }
+  std::string do_grouping() const override { return "\3"; }
+  char do_decimal_point() const override { return ';'; }
+};
+
+// Numbers are written as in C, whatever the program's locale.
+void locale(const std::string& folder) {
+  const std::locale old = std::locale::global(std::locale(std::locale(), new Commas));
+  const std::string shape = error_of([] {
+    const Tensor p = parameter(123456);
+    p.mutable_grad() = at::ones({123456}, at::kDouble);
+    AdamW({p}).step();
+  });
+  const std::string count = error_of([] { fusedamp::GradScaler scaler(fusedamp::GradScalerOptions().hysteresis(-1)); });
+  const std::string scale = error_of([] { fusedamp::GradScaler scaler(fusedamp::GradScalerOptions().init_scale(-1)); });
+  Tensor p = parameter(1234);
+  AdamW optimizer({p});
+  optimizer.step();
+  fusedamp::save(optimizer.state_dict(), folder + "/state.pt");
+  optimizer.load_state_dict(fusedamp::load(folder + "/state.pt"));
+  std::locale::global(old);
+  EXPECT(shape.find("of shape [123456], torch.float64") != std::string::npos);
+  EXPECT(count.find("from 1 to 2147483647:") != std::string::npos);
+  EXPECT(scale.find("at most 3.4028235e+38 as") != std::string::npos);
+  EXPECT(optimizer.state_of(p).at("step").item<double>() == 1.0);
+}
+
+// Each field of options may be the last one of a chain.
+void chains(const std::string&) {
+  const std::vector<Tensor> p = {parameter(2)};
+  AdamW adamw(p, AdamWOptions(0.5).weight_decay(0.0).betas({0.5, 0.5}));
+  Adam adam(p, AdamOptions().amsgrad(true).eps(1e-6));
+  SGD sgd(p, SGDOptions(0.5).momentum(0.5).nesterov(true));
+  LAMB lamb(p, LAMBOptions().lr(0.5).adapt(false));
+  AdamWOptions options = AdamWOptions().eps(0.25);
+  EXPECT(options.eps() == 0.25);
+  options.eps() = 0.5;
+  EXPECT(options.eps() == 0.5);
+}
+
+const Adds added({{"hard_use",
+                   [](World& w, const Args& a) {
+                     static const std::map<std::string, void (*)(const std::string&)> all = {
+                         {"full disk", full_disk}, {"unreadable", unreadable}, {"locale", locale}, {"chains", chains}};
+                     failures.clear();
+                     all.at(a[0].toStringRef())(a[1].toStringRef());
+                     w.seen.push_back(failures);
+                   }},
+                  {"lists",  // of types
+                   [](World&, const Args& a) {
+                     Dict all = fusedamp::detail::new_dict();
+                     all.insert("ints", std::vector<int64_t>{1, 2});
+                     all.insert("floats", std::vector<double>{0.5});
+                     all.insert("texts", std::vector<std::string>{"a"});
+                     all.insert("tensors", std::vector<Tensor>{at::ones({2}), at::zeros({1}, at::kHalf)});
+                     all.insert("nested",
+                                c10::ivalue::Tuple::create({std::vector<bool>{true}, c10::complex<double>(1, 2)}));
+                     fusedamp::save(all, a[0].toStringRef());
+                   }},
+                  {"regroup",  // the last parameter of a group becomes the first of the next
+                   [](World& w, const Args& a) {
+                     auto& groups = w.any(a[0]).param_groups();
+                     auto &from = groups.at(0).params(), &to = groups.at(1).params();
+                     to.insert(to.begin(), from.back());
+                     from.pop_back();
+                   }}});
+
+}  // namespace
