@@ -98,6 +98,7 @@ inline void read_options(Options& options, const std::string& where, const std::
 }  // namespace detail
 
 inline c10::IValue FusedOptimizer::state_dict() const {
+  own_defaults();
   detail::List groups = detail::new_list();
   detail::Dict states = detail::new_dict(c10::IntType::get());
   int64_t index = 0;
@@ -123,6 +124,7 @@ inline c10::IValue FusedOptimizer::state_dict() const {
 }
 
 inline void FusedOptimizer::load_state_dict(const c10::IValue& state_dict) {
+  own_defaults();
   const detail::StepMode mode;
   const std::string at_load = "[" + name_ + ".load_state_dict]";
   const auto need_dict = [&](const std::string& what, const c10::IValue& value) {

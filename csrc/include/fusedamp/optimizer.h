@@ -55,12 +55,14 @@ class FusedOptimizer : public torch::optim::Optimizer {
   // torch: through a reference to torch::optim::Optimizer, torch's method is called, which loses the group's options.
   void add_param_group(const torch::optim::OptimizerParamGroup& group) {
     const size_t index = param_groups_.size();
-    auto own = group.has_options() ? group.options().clone() : defaults_->clone();
+    auto own = group.has_options() ? group.options().clone() : own_defaults().clone();
     Options& options = need_own_class(*own, index);
     options.check(where(index));
     std::unordered_set<const c10::TensorImpl*> seen;
     for (const at::Tensor& param : group.params())
-      if (!seen.insert(param.unsafeGetTensorImpl()).second)
+      if (!param.defined())
+        detail::refuse_type(where(index) + " has an undefined tensor; expected parameters. Leave it out.");
+      else if (!seen.insert(param.unsafeGetTensorImpl()).second)
         detail::refuse_value(where(index) + " a parameter is given twice; expected it once. Remove the second.");
     for (const auto& other : param_groups_)
       for (const at::Tensor& param : other.params())
@@ -135,7 +137,14 @@ class FusedOptimizer : public torch::optim::Optimizer {
     return detail::text(where(slot.group), " params[", slot.index, "]");
   }
 
-  Options& own_defaults() const { return static_cast<Options&>(*defaults_); }
+  // Refuses an optimizer without any, which has no groups either: its step would do nothing.
+  Options& own_defaults() const {
+    if (!defaults_)
+      detail::refuse(
+          "[FusedOptimizer] was moved to another one; expected an optimizer with its groups. Use the one that has "
+          "them.");
+    return static_cast<Options&>(*defaults_);
+  }
 
   Options& need_own_class(torch::optim::OptimizerOptions& options, size_t group) const {
     const Options& own = own_defaults();

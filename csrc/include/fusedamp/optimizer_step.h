@@ -129,6 +129,7 @@ inline detail::StepInputs FusedOptimizer::inputs_on(const detail::DeviceInputs& 
 }
 
 inline std::vector<detail::GroupMode> FusedOptimizer::check_options() {
+  own_defaults();
   std::vector<detail::GroupMode> modes;
   modes.reserve(param_groups_.size());
   for (size_t g = 0; g < param_groups_.size(); ++g) {

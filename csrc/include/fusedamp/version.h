@@ -1,6 +1,11 @@
 // The version of these headers, and a check that the library has the same.
 #pragma once
 
+// Checks of options and gradients would let NaN pass.
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "fusedamp looks for inf and NaN: compile this file without fast math, or add -fno-finite-math-only"
+#endif
+
 #include <cstring>
 #include <stdexcept>
 #include <string>

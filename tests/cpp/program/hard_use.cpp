@@ -123,10 +123,29 @@ void chains(const std::string&) {
   EXPECT(options.eps() == 0.5);
 }
 
+// An optimizer that was moved from says so; so does one of no tensor.
+void moved(const std::string&) {
+  AdamW old(std::vector<Tensor>{parameter(2)});
+  old.step();
+  AdamW optimizer(std::move(old));
+  const std::string text =
+      "[FusedOptimizer] was moved to another one; expected an optimizer with its groups. Use the one that has them.";
+  EXPECT(error_of([&] { old.step(); }) == text);
+  EXPECT(error_of([&] { old.state_dict(); }) == text);
+  EXPECT(error_of([&] { old.load_state_dict(optimizer.state_dict()); }) == text);
+  EXPECT(error_of([&] { old.add_param_group({std::vector<Tensor>{parameter(2)}}); }) == text);
+  optimizer.step();
+  EXPECT(error_of([] { AdamW({parameter(1), Tensor()}); }) ==
+         "[AdamW] group 0: has an undefined tensor; expected parameters. Leave it out.");
+}
+
 const Adds added({{"hard_use",
                    [](World& w, const Args& a) {
-                     static const std::map<std::string, void (*)(const std::string&)> all = {
-                         {"full disk", full_disk}, {"unreadable", unreadable}, {"locale", locale}, {"chains", chains}};
+                     static const std::map<std::string, void (*)(const std::string&)> all = {{"full disk", full_disk},
+                                                                                             {"unreadable", unreadable},
+                                                                                             {"locale", locale},
+                                                                                             {"chains", chains},
+                                                                                             {"moved", moved}};
                      failures.clear();
                      all.at(a[0].toStringRef())(a[1].toStringRef());
                      w.seen.push_back(failures);
