@@ -85,7 +85,7 @@ class NewFile {
   }
 
   size_t write(const void* bytes, size_t size) {
-    if (error_ == 0) note(std::fwrite(bytes, 1, size, file_) == size);
+    if (error_ == 0 && size > 0) note(std::fwrite(bytes, 1, size, file_) == size);
     return size;
   }
   // Gives it its name, once the disk has all of it.
