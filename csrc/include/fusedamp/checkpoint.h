@@ -75,7 +75,8 @@ inline bool is_rule(const std::string& name, const c10::IValue& value) {
 }
 
 // Reads a saved group. A learning rate goes into `lr`; load_state_dict() writes it into `lr_tensor` if there is one.
-inline void read_options(Options& options, const std::string& where, const std::string& optimizer, const Dict& group) {
+inline std::string read_options(Options& options, const std::string& where, const std::string& optimizer,
+                                const Dict& group) {
   std::unordered_set<std::string> own = {"params"};
   for_each_field(options, [&](const char* name, auto&) { own.insert(name); });
   options.others.clear();
@@ -89,10 +90,11 @@ inline void read_options(Options& options, const std::string& where, const std::
   for_each_field(options, Reading{where, group});
   options.settle();
   options.check(where);
-  if (!ignored.empty())
-    TORCH_WARN(where, " the checkpoint has ", ignored, ", which ", optimizer,
-               " does not have: kept in the group and ignored by its steps. Set this optimizer's own options to the "
-               "same effect.");
+  if (ignored.empty()) return "";
+  return text(
+      where, " the checkpoint has ", ignored, ", which ", optimizer,
+      " does not have: kept in the group and ignored by its steps. Set this optimizer's own options to the same "
+      "effect.");
 }
 
 }  // namespace detail
@@ -150,6 +152,7 @@ inline void FusedOptimizer::load_state_dict(const c10::IValue& state_dict) {
 
   // Groups, and each saved index's parameter.
   std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> new_options;
+  std::vector<std::string> warnings;
   std::map<int64_t, std::tuple<at::Tensor, size_t, bool>> owners;  // parameter, group, whether saved in 8 bits
   for (size_t g = 0; g < groups.size(); ++g) {
     const std::string where = detail::text(at_load, " group ", g, ":");
@@ -160,7 +163,7 @@ inline void FusedOptimizer::load_state_dict(const c10::IValue& state_dict) {
       detail::refuse_value(
           "loaded state dict contains a parameter group that doesn't match the size of optimizer's group");
     new_options.push_back(options(g).clone());
-    detail::read_options(static_cast<Options&>(*new_options.back()), where, name_, saved);
+    warnings.push_back(detail::read_options(static_cast<Options&>(*new_options.back()), where, name_, saved));
     const auto dtype = detail::find(saved, "state_dtype");
     const bool in_8_bits = dtype && dtype->isString() && detail::storage_name(dtype->toStringRef()) == "int8";
     for (size_t i = 0; i < params.size(); ++i) {
@@ -221,6 +224,8 @@ inline void FusedOptimizer::load_state_dict(const c10::IValue& state_dict) {
     master = detail::fitted(master, entry.param, dtype);
   });
 
+  for (const std::string& warning : warnings)
+    if (!warning.empty()) TORCH_WARN(warning);
   if (!dropped.empty()) {
     std::string names;
     for (const auto& [name, count] : dropped)

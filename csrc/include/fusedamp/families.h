@@ -27,7 +27,7 @@ constexpr double kFinite = -std::numeric_limits<double>::infinity();  // lower b
 template <class Derived>
 class AdamOptionsOf : public OptionsOf<Derived> {
  public:
-  FUSEDAMP_FIELD(Betas, betas, {0.9, 0.999})
+  FUSEDAMP_BETAS({0.9, 0.999})
   FUSEDAMP_FIELD(double, eps, 1e-8)
   FUSEDAMP_FIELD(bool, amsgrad, false)
   FUSEDAMP_FIELD(bool, decoupled_weight_decay, false)
@@ -91,7 +91,7 @@ class LionOptions : public OptionsOf<LionOptions> {
  public:
   static constexpr const char* kName = "Lion";
   LionOptions(double lr = 1e-4) : OptionsOf(lr) {}
-  FUSEDAMP_FIELD(Betas, betas, {0.9, 0.99})
+  FUSEDAMP_BETAS({0.9, 0.99})
 
   void fields(detail::Visitor& visit) { visit("betas", betas_); }
   std::string op() const override { return "lion_"; }
@@ -150,7 +150,7 @@ class RAdamOptions : public OptionsOf<RAdamOptions> {
  public:
   static constexpr const char* kName = "RAdam";
   RAdamOptions(double lr = 1e-3) : OptionsOf(lr) {}
-  FUSEDAMP_FIELD(Betas, betas, {0.9, 0.999})
+  FUSEDAMP_BETAS({0.9, 0.999})
   FUSEDAMP_FIELD(double, eps, 1e-8)
   FUSEDAMP_FIELD(bool, decoupled_weight_decay, false)
 
@@ -168,7 +168,7 @@ class NAdamOptions : public OptionsOf<NAdamOptions> {
  public:
   static constexpr const char* kName = "NAdam";
   NAdamOptions(double lr = 2e-3) : OptionsOf(lr) {}
-  FUSEDAMP_FIELD(Betas, betas, {0.9, 0.999})
+  FUSEDAMP_BETAS({0.9, 0.999})
   FUSEDAMP_FIELD(double, eps, 1e-8)
   FUSEDAMP_FIELD(double, momentum_decay, 4e-3)
   FUSEDAMP_FIELD(bool, decoupled_weight_decay, false)
@@ -188,7 +188,7 @@ class LAMBOptions : public OptionsOf<LAMBOptions> {
  public:
   static constexpr const char* kName = "LAMB";
   LAMBOptions(double lr = 1e-3) : OptionsOf(lr, 1e-2) {}
-  FUSEDAMP_FIELD(Betas, betas, {0.9, 0.999})
+  FUSEDAMP_BETAS({0.9, 0.999})
   FUSEDAMP_FIELD(double, eps, 1e-6)
   FUSEDAMP_FIELD(bool, bias_correction, true)
   FUSEDAMP_FIELD(double, trust_clip, std::numeric_limits<double>::infinity())
@@ -235,7 +235,7 @@ class NovoGradOptions : public OptionsOf<NovoGradOptions> {
  public:
   static constexpr const char* kName = "NovoGrad";
   NovoGradOptions(double lr = 1e-2) : OptionsOf(lr) {}
-  FUSEDAMP_FIELD(Betas, betas, {0.95, 0.98})
+  FUSEDAMP_BETAS({0.95, 0.98})
   FUSEDAMP_FIELD(double, eps, 1e-8)
   FUSEDAMP_FIELD(bool, grad_averaging, false)
 
@@ -251,5 +251,6 @@ class NovoGradOptions : public OptionsOf<NovoGradOptions> {
 
 #undef FUSEDAMP_STATES
 #undef FUSEDAMP_BOUNDS
+#undef FUSEDAMP_BETAS
 
 }  // namespace fusedamp::optim

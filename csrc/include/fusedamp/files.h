@@ -140,11 +140,23 @@ inline void save(const c10::IValue& value, const std::string& path) {
 // Reads a file of save(), or of Python's torch.save() that holds such values; an OrderedDict, as of model.state_dict(),
 // only as dict(model.state_dict()). device: where tensors go; by default where they were.
 inline c10::IValue load(const std::string& path, std::optional<c10::Device> device = std::nullopt) {
-  caffe2::serialize::PyTorchStreamReader file(path);
-  // With a context, tensors that shared their storage do so again.
-  return torch::jit::readArchiveAndTensors("data", "", "data/", std::nullopt, std::nullopt, device, file,
-                                           torch::jit::Unpickler::defaultTypeParser,
-                                           std::make_shared<torch::jit::DeserializationStorageContext>());
+  std::string problem;
+  try {
+    caffe2::serialize::PyTorchStreamReader file(path);
+    // With a context, tensors that shared their storage do so again.
+    return torch::jit::readArchiveAndTensors("data", "", "data/", std::nullopt, std::nullopt, device, file,
+                                             torch::jit::Unpickler::defaultTypeParser,
+                                             std::make_shared<torch::jit::DeserializationStorageContext>());
+  } catch (const c10::Error& error) {
+    problem = error.what_without_backtrace();
+  }
+  const bool is_ordered = problem.find("GenericDict") != std::string::npos;
+  detail::refuse(detail::text(
+      "[load] ", path, is_ordered ? " holds an OrderedDict, as of model.state_dict()" : " could not be read",
+      "; expected a file of fusedamp::save or of Python's torch.save that holds tensors, numbers, texts, and dicts, ",
+      "lists and tuples of them. ",
+      is_ordered ? "Save dict(model.state_dict())." : "torch::load reads what torch::save has written. torch says: ",
+      is_ordered ? "" : problem));
 }
 
 }  // namespace fusedamp

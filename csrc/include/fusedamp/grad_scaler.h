@@ -151,9 +151,7 @@ class GradScaler : detail::GradientChecks {
 
   void save(torch::serialize::OutputArchive& archive) const { archive.write("state_dict", state_dict()); }
   void load(torch::serialize::InputArchive& archive) {
-    c10::IValue state_dict;
-    archive.read("state_dict", state_dict);
-    load_state_dict(state_dict);
+    load_state_dict(optim::detail::read_state_dict(archive, "GradScaler"));
   }
 
  private:

@@ -19,6 +19,18 @@ namespace detail {
 // What a scaler hands to a step, for each device that has gradients.
 using DeviceInputs = std::vector<std::pair<c10::Device, StepInputs>>;
 
+// What save() has written.
+inline c10::IValue read_state_dict(torch::serialize::InputArchive& archive, const std::string& name) {
+  c10::IValue saved;
+  if (!archive.try_read("state_dict", saved))
+    refuse_value(
+        "[" + name +
+        ".load] the archive has no state dict; expected what torch::save wrote of a fusedamp object. Optimizers "
+        "of torch::optim save in another form: continue without their states, or bring a state_dict() from "
+        "Python.");
+  return saved;
+}
+
 // Seeds of optimizers that draw random numbers and were given none. torch's generators are not used: results then
 // depend on nothing but the order of construction.
 inline int64_t next_seed() {
@@ -103,9 +115,7 @@ class FusedOptimizer : public torch::optim::Optimizer {
 
   void save(torch::serialize::OutputArchive& archive) const override { archive.write("state_dict", state_dict()); }
   void load(torch::serialize::InputArchive& archive) override {
-    c10::IValue saved;
-    archive.read("state_dict", saved);
-    load_state_dict(saved);
+    load_state_dict(detail::read_state_dict(archive, name_));
   }
 
   const std::string& name() const { return name_; }

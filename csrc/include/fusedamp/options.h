@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -210,6 +211,14 @@ inline void Options::check(const std::string& where) {
   }                                                           \
   const Type& name() const noexcept { return this->name##_; } \
   Type& name() noexcept { return this->name##_; }
+
+// Betas, also as torch's options take them.
+#define FUSEDAMP_BETAS(...)                                                     \
+  FUSEDAMP_FIELD(Betas, betas, __VA_ARGS__)                                     \
+  template <class First, class Second>                                          \
+  auto betas(const std::tuple<First, Second>& value) -> decltype(this->own()) { \
+    return betas(Betas(std::get<0>(value), std::get<1>(value)));                \
+  }
 
 // The options of all optimizers. Betas, bounds and storage formats: docs/optimizers.md and docs/formats.md.
 template <class Derived>
