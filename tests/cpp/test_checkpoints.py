@@ -230,7 +230,13 @@ def test_a_file_that_is_no_checkpoint(damage, program, tmp_path):
     else:
         path.write_text("" if damage == "empty" else "no checkpoint " * 100)
     seen = program.run([*start, ["load", str(path)], ["look", "o", NAMES]])
-    assert isinstance(seen[-len(NAMES) - 1], str)
+    message = seen[-len(NAMES) - 1]
+    what = " holds an OrderedDict" if damage == "module" else " could not be read"
+    assert message.startswith(f"RuntimeError: [load] {path}{what}")
+    assert ("Save dict(model.state_dict())." in message) == (damage == "module")
+    looks = program.run([*start, ["look", "o", NAMES]])[-len(NAMES) :]
+    for now, before in zip(seen[-len(NAMES) :], looks, strict=True):
+        assert torch.equal(now["weight"], before["weight"])
 
 
 def edited(**changes):

@@ -1,6 +1,8 @@
 // What a program may do that has no counterpart in Python, or that Python's tests can't reach: files on a full disk,
 // locales, options in any order.
 #include <sys/resource.h>
+#include <torch/optim/sgd.h>
+#include <torch/serialize.h>
 
 #include <csignal>
 #include <filesystem>
@@ -117,6 +119,8 @@ void chains(const std::string&) {
   Adam adam(p, AdamOptions().amsgrad(true).eps(1e-6));
   SGD sgd(p, SGDOptions(0.5).momentum(0.5).nesterov(true));
   LAMB lamb(p, LAMBOptions().lr(0.5).adapt(false));
+  Lion lion(p, LionOptions().maximize(true).betas(std::make_tuple(0.5, 0.25)));  // as torch's options take them
+  EXPECT((LionOptions().betas(std::make_tuple(0.5, 0.25)).betas() == Betas(0.5, 0.25)));
   AdamWOptions options = AdamWOptions().eps(0.25);
   EXPECT(options.eps() == 0.25);
   options.eps() = 0.5;
@@ -139,13 +143,23 @@ void moved(const std::string&) {
          "[AdamW] group 0: has an undefined tensor; expected parameters. Leave it out.");
 }
 
+// What torch::save wrote of an optimizer of torch has no state dict.
+void foreign(const std::string& folder) {
+  const std::vector<Tensor> p = {parameter(2)};
+  torch::optim::SGD theirs(p, torch::optim::SGDOptions(0.5));
+  torch::save(theirs, folder + "/theirs.pt");
+  SGD ours(p);
+  fusedamp::GradScaler scaler;
+  EXPECT(error_of([&] { torch::load(ours, folder + "/theirs.pt"); }).rfind("[SGD.load] the archive has no state", 0) ==
+         0);
+  EXPECT(error_of([&] { torch::load(scaler, folder + "/theirs.pt"); }).rfind("[GradScaler.load] the archive", 0) == 0);
+}
+
 const Adds added({{"hard_use",
                    [](World& w, const Args& a) {
-                     static const std::map<std::string, void (*)(const std::string&)> all = {{"full disk", full_disk},
-                                                                                             {"unreadable", unreadable},
-                                                                                             {"locale", locale},
-                                                                                             {"chains", chains},
-                                                                                             {"moved", moved}};
+                     static const std::map<std::string, void (*)(const std::string&)> all = {
+                         {"full disk", full_disk}, {"unreadable", unreadable}, {"locale", locale},
+                         {"chains", chains},       {"moved", moved},           {"foreign", foreign}};
                      failures.clear();
                      all.at(a[0].toStringRef())(a[1].toStringRef());
                      w.seen.push_back(failures);
