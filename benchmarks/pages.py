@@ -27,6 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 H200 = RESULTS / "nvidia-h200-2026-11-26.json"
 EPYC = RESULTS / "amd-epyc-avx512-2-cores.csv"
 POLICIES = RESULTS / "scale-policies.csv"
+EPYC_CPP = RESULTS / "amd-epyc-avx512-2-cores-cpp.csv"
 EPYC_NUMERICS = RESULTS / "amd-epyc-avx512-2-cores-numerics.csv"
 EPYC_STORAGE = RESULTS / "amd-epyc-avx512-2-cores-storage.csv"
 PARITY = ROOT / "docs" / "parity.md"  # a result that is a page
@@ -247,9 +248,24 @@ def cost_of_a_watch() -> str:
     return markdown((*heads, "`every=100, updates=False`", "`every=50`"), body)
 
 
+def speed_in_cpp() -> str:
+    baselines = {"optim": "`torch::optim::AdamW`", "fused": "`at::_fused_adamw_` by hand"}
+    found = {(row["baseline"], row["numel"], row["row"]): row["ratio_p50"] for row in rows(EPYC_CPP)}
+    body = [
+        [
+            f"{title}, tensors of {numel} elements",
+            *(speedup(found[key, numel, row]) for row in ("step", "scaler")),
+        ]
+        for key, title in baselines.items()
+        for numel in ("16", "512")
+    ]
+    return markdown(["2,000 FP32 tensors", "step", "unscaling, clipping, step, scale update"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed-gpu": speed_on_the_gpu,
     "speed-cpu": speed_on_the_cpu,
+    "speed-cpp": speed_in_cpp,
     "step-gpt2": step_of_gpt2,
     "bytes": bytes_per_parameter,
     "storage-speed": speed_of_storage,

@@ -20,7 +20,7 @@ try:
 except ImportError as error:
     sys.exit(f"The benchmarks need {error.name}: pip install '.[bench]' in the source folder.")
 
-from benchmarks import chart, cliffs, linear, numerics, offload, scaling, small, storage
+from benchmarks import chart, cliffs, cpp, linear, numerics, offload, scaling, small, storage
 from benchmarks.contenders import DTYPES
 from benchmarks.duel import Duel, WrongResult, agreed, check_small
 from benchmarks.machine import ROOT, Machine, this_machine
@@ -105,6 +105,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="instead of the rows: iterations with a watch, against those without",
     )
+    add(
+        "--cpp",
+        action="store_true",
+        help="instead of the rows: steps in a C++ program, against LibTorch; needs CMake and a compiler",
+    )
     options = parser.parse_args(arguments)
     options.threads = sorted(set(options.threads or [1, min(2, cores)]))
     if not 1 <= options.threads[0] <= options.threads[-1] <= cores:
@@ -113,7 +118,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.samples = 5 if options.quick else 15
     if options.samples < 1:
         parser.error(f"argument --samples: got {options.samples}; expected at least 1")
-    for alone in (alones := ("scaling", "storage", "cliffs", "small", "linear", "offload", "numerics")):
+    for alone in (
+        alones := ("scaling", "storage", "cliffs", "small", "linear", "offload", "numerics", "cpp")
+    ):
         if getattr(options, alone) and (options.workload or options.rival or options.dtype):
             parser.error(
                 f"argument --{alone}: has its own workloads and rivals; leave out --workload, --rival and "
@@ -177,6 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
             return offload.run(options, machine, out, console)
         if options.numerics:
             return numerics.run(options, machine, out, console)
+        if options.cpp:
+            return cpp.run(options, machine, out, console)
         return _run(options, machine, out, console)
     except WrongResult as error:
         console.print(f"[red]Wrong result, nothing written.[/red] {error}")

@@ -8,6 +8,7 @@ TESTS = Path(__file__).resolve().parents[1]
 # Marked `once`: they test sources, compilers, machine code and arithmetic, or whole programs.
 ONCE = (
     "benchmarks/test_benchmarks.py",
+    "benchmarks/test_cpp_benchmark.py",
     "benchmarks/test_evidence.py",
     "benchmarks/test_pages.py",
     "benchmarks/test_scale_policies.py",

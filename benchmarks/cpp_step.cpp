@@ -1,11 +1,12 @@
 // AdamW in C++: an iteration of fusedamp against one of torch, on one thread. benchmarks/cpp.py builds and runs it.
 //
-//   step time PHASE BASELINE NUMEL TENSORS PAIRS   prints samples of both, a pair per line: wall time, CPU time, and
-//                                                  time waiting for a core, in seconds, ours first
-//   step once PHASE SIDE NUMEL TENSORS             calls measured() once, for callgrind
+//   cpp_step time PHASE BASELINE NUMEL TENSORS PAIRS
+//   cpp_step once PHASE SIDE NUMEL TENSORS
 //
-// PHASE: "step", or "scaler" for unscaling, clipping, step and scale update. BASELINE: "optim", which is
-// torch::optim::AdamW, or "fused", at::_fused_adamw_ by hand. SIDE: a baseline, or "ours".
+// `time` prints samples of both sides, a pair per line: wall time, CPU time, and time waiting for a core, in seconds,
+// ours first. `once` calls measured() once, for callgrind. PHASE: "step", or "scaler" for unscaling, clipping, step and
+// scale update. BASELINE: "optim", which is torch::optim::AdamW, or "fused", at::_fused_adamw_ by hand. SIDE: a
+// baseline, or "ours".
 #include <ATen/Parallel.h>
 #include <fusedamp/fusedamp.h>
 #include <torch/nn/utils/clip_grad.h>
@@ -141,7 +142,7 @@ extern "C" __attribute__((noinline)) void measured(const Phase& phase) { phase()
 
 int main(int count, char** arguments) {
   const std::vector<std::string> words(arguments + 1, arguments + count);
-  if (words.size() < 5) return std::cerr << "see the first lines of step.cpp\n", 2;
+  if (words.size() < 5) return std::cerr << "see the first lines of cpp_step.cpp\n", 2;
   at::set_num_threads(1);
   const bool scales = words[1] == "scaler";
   const int64_t numel = std::stoll(words[3]), tensors = std::stoll(words[4]);
