@@ -1,8 +1,8 @@
 // Converts blocks of any element type to and from blocks of float or double. Uses hardware conversions for FP16 if the
 // target has them; the rest is plain code that the compiler vectorizes. Results are bitwise equal on every target.
 #pragma once
-#include "../../math/rounding.h"
 #include "../../include/fusedamp/rows.h"
+#include "../../math/rounding.h"
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif

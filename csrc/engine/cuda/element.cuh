@@ -6,9 +6,9 @@
 
 #include "platform.cuh"
 
+#include "../../include/fusedamp/rows.h"
 #include "../../math/follow.h"
 #include "../../math/rounding.h"
-#include "../../include/fusedamp/rows.h"
 
 namespace fusedamp::cuda {
 
