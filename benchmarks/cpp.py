@@ -78,7 +78,7 @@ def output(program: Path, *arguments: object) -> str:
 
 
 def timed(program: Path, phase: str, baseline: str, numel: int, tensors: int, samples: int) -> Timing:
-    """Return the pairs of which nothing disturbed a sample, at most ``samples``."""
+    """Return at most ``samples`` pairs of undisturbed samples."""
     timing = Timing(threads=1)
     for line in output(program, "time", phase, baseline, numel, tensors, 4 * samples).splitlines():
         numbers = [float(word) for word in line.split()]

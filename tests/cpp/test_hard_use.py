@@ -7,7 +7,9 @@ from cpp_program import compile_
 from cpp_twin import World, grads, params, same
 
 
-@pytest.mark.parametrize("check", ["full disk", "unreadable", "locale", "chains", "moved", "foreign"])
+@pytest.mark.parametrize(
+    "check", ["full disk", "unreadable", "locale", "chains", "moved", "foreign", "refused", "longer"]
+)
 def test_hard_use(check, program, tmp_path):
     """Checked in C++, which returns what does not hold."""
     *_, failures = program.run([["hard_use", check, str(tmp_path)]])  # torch may warn

@@ -222,10 +222,7 @@ inline void FusedOptimizer::complete(std::vector<detail::Slot>& slots) {
       detail::fill_state(*slot.state, s, slot.param, specs[s], own_defaults().first(s), slot.format);
     });
   each([&](detail::Slot& slot) {
-    if (slot.format.has_master)
-      detail::keep_master(*slot.state, slot.param, slot.format);
-    else
-      slot.state->master.reset();
+    if (slot.format.has_master) detail::keep_master(*slot.state, slot.param, slot.format);
   });
 }
 
@@ -276,6 +273,8 @@ inline void FusedOptimizer::prepare(std::vector<detail::Slot>& slots, const std:
   };
   detail::check_batches(batches, modes, own_defaults().states(), add_numbers,
                         [&](c10::Device device) { return inputs_on(inputs, device); });
+  for (auto& slot : slots)  // only now, as a step that is refused must not lose masters
+    if (!slot.format.has_master) slot.state->master.reset();
   plan_.make(batches, modes, param_groups_);
 }
 

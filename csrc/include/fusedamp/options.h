@@ -1,5 +1,6 @@
 // Options of a parameter group: fields by name, as Python has them, and their checks.
 #pragma once
+#include <c10/util/Type.h>
 #include <torch/optim/optimizer.h>
 
 #include <array>
@@ -8,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <typeinfo>
 #include <utility>
 #include <vector>
 
@@ -225,7 +227,12 @@ template <class Derived>
 class OptionsOf : public Options {
  public:
   std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
-    return std::make_unique<Derived>(static_cast<const Derived&>(*this));
+    const auto& own = static_cast<const Derived&>(*this);
+    if (typeid(own) != typeid(Derived))
+      detail::refuse_type(detail::text(
+          "[", Derived::kName, "] options are of the class ", c10::demangle(typeid(own).name()), "; expected ",
+          c10::demangle(typeid(Derived).name()), " itself, as only its fields are copied. Pass such options."));
+    return std::make_unique<Derived>(own);
   }
   Derived& lr(double value) { return set(lr_, value); }
   Derived& weight_decay(double value) { return set(weight_decay_, value); }

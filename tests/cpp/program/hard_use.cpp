@@ -155,11 +155,46 @@ void foreign(const std::string& folder) {
   EXPECT(error_of([&] { torch::load(scaler, folder + "/theirs.pt"); }).rfind("[GradScaler.load] the archive", 0) == 0);
 }
 
+// A step that is refused leaves masters, also where the options no longer want them.
+void refused(const std::string&) {
+  const auto weight = [] { return at::linspace(0.1, 1.0, 7).to(at::kBFloat16).requires_grad_(true); };
+  Tensor detour = weight(), straight = weight();
+  AdamW one({detour}, AdamWOptions(1e-3)), two({straight}, AdamWOptions(1e-3));
+  const auto step = [](AdamW& optimizer, Tensor& p) {
+    p.mutable_grad() = at::linspace(-1.0, 1.0, 7).to(at::kBFloat16);
+    optimizer.step();
+  };
+  step(one, detour);
+  step(two, straight);
+  auto& options = static_cast<AdamWOptions&>(one.param_groups()[0].options());
+  options.master_weights("none");
+  detour.mutable_grad() = detour.detach();  // its own weight
+  EXPECT(!error_of([&] { one.step(); }).empty());
+  options.master_weights("auto");
+  step(one, detour);
+  step(two, straight);
+  EXPECT(at::equal(detour, straight));
+  EXPECT(at::equal(one.state_of(detour).at("master"), two.state_of(straight).at("master")));
+}
+
+struct Longer : AdamWOptions {
+  int more = 0;
+};
+
+// Options of a class of the program's own would lose their fields.
+void longer(const std::string&) {
+  const std::vector<Tensor> p = {parameter(2)};
+  std::vector<torch::optim::OptimizerParamGroup> groups;
+  groups.emplace_back(p, std::make_unique<Longer>());
+  EXPECT(error_of([&] { AdamW optimizer(groups); }).rfind("[AdamW] options are of the class ", 0) == 0);
+}
+
 const Adds added({{"hard_use",
                    [](World& w, const Args& a) {
                      static const std::map<std::string, void (*)(const std::string&)> all = {
                          {"full disk", full_disk}, {"unreadable", unreadable}, {"locale", locale},
-                         {"chains", chains},       {"moved", moved},           {"foreign", foreign}};
+                         {"chains", chains},       {"moved", moved},           {"foreign", foreign},
+                         {"refused", refused},     {"longer", longer}};
                      failures.clear();
                      all.at(a[0].toStringRef())(a[1].toStringRef());
                      w.seen.push_back(failures);
