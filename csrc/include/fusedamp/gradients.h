@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "headroom.h"
+#include "layout.h"
 
 namespace fusedamp::detail {
 
@@ -25,20 +26,6 @@ inline Tensors gradients_of(const Tensors& params) {
   for (const Tensor& param : params)
     if (param.defined() && param.grad().defined()) grads.push_back(param.grad());
   return grads;
-}
-
-// True if two elements may share an address, as after expand().
-inline bool overlaps_itself(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = 0; d < tensor.dim(); ++d) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  std::sort(dims.begin(), dims.end());
-  int64_t reach = 0;
-  for (const auto& [stride, size] : dims) {
-    if (size <= 1) continue;
-    if (stride <= reach) return true;
-    reach += stride * (size - 1);
-  }
-  return false;
 }
 
 // "torch.sparse_csr"

@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 #include <sys/mman.h>
 
+#include "layout.h"
 #include "ops.h"
 #include "options.h"
 #include "rows.h"
@@ -82,22 +83,6 @@ inline Format format_of(const Tensor& param, const Storage& storage, bool has_st
         "; expected a real parameter for split masters and stochastic rounding. Put it into a group of its own "
         "with master_weights=\"fp32\" or \"none\", and stochastic_rounding=False.");
   return format;
-}
-
-// Whether each element has its own address, without gaps, in any order of dimensions.
-inline bool is_dense(const Tensor& t) { return t.is_non_overlapping_and_dense(); }
-
-inline bool overlaps_itself(const Tensor& t) {
-  std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = 0; d < t.dim(); ++d) dims.emplace_back(t.stride(d), t.size(d));
-  std::sort(dims.begin(), dims.end());
-  int64_t reach = 0;
-  for (const auto& [stride, size] : dims) {
-    if (size <= 1) continue;
-    if (stride <= reach) return true;
-    reach += stride * (size - 1);
-  }
-  return false;
 }
 
 // Throws if a step cannot write `param` in place.

@@ -8,27 +8,12 @@
 #include <filesystem>
 #include <locale>
 
+#include "expect.h"
 #include "program.h"
 
 namespace {
 
 using namespace fusedamp::optim;
-
-std::string failures;
-
-void expect(bool holds, const char* what, int line) {
-  if (!holds) failures += fusedamp::detail::text("line ", line, ": ", what, "\n");
-}
-#define EXPECT(condition) expect(condition, #condition, __LINE__)
-
-std::string error_of(const std::function<void()>& body) {
-  try {
-    body();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "";
-}
 
 Tensor parameter(int64_t n) {
   Tensor made = at::ones({n}).requires_grad_();

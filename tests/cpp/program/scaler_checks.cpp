@@ -6,6 +6,7 @@
 
 #include <sstream>
 
+#include "expect.h"
 #include "program.h"
 
 using fusedamp::GradScaler;
@@ -14,22 +15,6 @@ using fusedamp::optim::AdamW;
 using fusedamp::optim::AdamWOptions;
 
 namespace {
-
-std::string failures;
-
-void expect(bool holds, const char* what, int line) {
-  if (!holds) failures += fusedamp::detail::text("line ", line, ": ", what, "\n");
-}
-#define EXPECT(condition) expect(condition, #condition, __LINE__)
-
-std::string error_of(const std::function<void()>& body) {
-  try {
-    body();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "";
-}
 
 std::vector<Tensor> params(int64_t n, at::ScalarType dtype = at::kHalf) {
   std::vector<Tensor> made;
