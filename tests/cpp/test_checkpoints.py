@@ -58,7 +58,7 @@ def test_from_each_format_into_each(case, program):
 @pytest.mark.parametrize("case", WITH_TORCH, ids=str)
 def test_of_torch(case, dtype, program):
     """Of torch's optimizers in Python."""
-    own = [torch.nn.Parameter(random(shape, dtype, i)) for i, shape in enumerate(SHAPES)]
+    own = [torch.nn.Parameter(random(shape, dtype, i).clone()) for i, shape in enumerate(SHAPES)]
     theirs = case.torch(own, **case.options)
     for step in range(3):
         for i, param in enumerate(own):
