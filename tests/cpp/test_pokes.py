@@ -80,7 +80,7 @@ POKES = {
     "no master any more": [["options", "o", 0, dict(master_weights="none")]],
     "split masters": [["options", "o", 0, dict(master_weights="split")]],
     "FP32 masters": [["options", "o", 0, dict(master_weights="fp32")]],
-    "BF16 states": [["options", "o", 0, dict(state_dtype="bfloat16")]],
+    "BF16 states": [["options", "o", 0, dict(state_dtype="bfloat16", rounding_seed=5)]],
     "8-bit states": [["options", "o", 0, dict(state_dtype="int8", rounding_seed=5)]],
     "FP32 states": [["options", "o", 0, dict(state_dtype="float32")]],
     "another seed": [["options", "o", 0, dict(rounding_seed=9)]],
