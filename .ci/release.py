@@ -139,7 +139,7 @@ def check_contents(wheel: Path, sdist: Path, cuda: bool) -> None:
     source = {
         n.removeprefix("python/") for n in inside if re.match(r"python/fusedamp/.*[.](py|typed|cmake)$", n)
     }
-    source |= {n.replace("csrc", "fusedamp", 1) for n in inside if re.match(r"csrc/include/.*[.]h$", n)}
+    source |= {n.replace("csrc", "fusedamp", 1) for n in inside if re.match(r"csrc/include/.*[.](h|cpp)$", n)}
     need(files == source, "wheel: files of the sdist", f"these differ: {sorted(files ^ source)}")
     pattern = re.escape(wheel.name.split("-")[1]).encode() + rb", sources [0-9a-f]{12}"
     origins = [set(re.findall(pattern, contents[name])) for name in objects]

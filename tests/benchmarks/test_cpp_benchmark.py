@@ -58,8 +58,10 @@ def test_the_report_has_every_row():
         for phase in cpp.PHASES
         for baseline in cpp.BASELINES
     ]
-    records.append(cpp.record("compile", timing, baseline="torch/torch.h", numel="", tensors="", **numbers))
+    empty = dict(baseline="torch/torch.h", numel="", tensors="")
+    records += [cpp.record(f"compile {side}", timing, **empty, **numbers) for side in cpp.COMPILED_ROWS]
     text = cpp.report(records, this_machine())
     assert text.count("| 2,000 of 16 elements | step | ") == 2
     assert text.count("**4.00** (4.00 to 4.00) | 0.50 | 2.00 | 10 | 1,234 |") == 4
-    assert "compiles in **0.25** (0.25 to 0.25) times" in text
+    assert "uses fusedamp, compiles in **0.25** (0.25 to 0.25) times" in text
+    assert "once in a program, compile in **0.25** (0.25 to 0.25) times" in text

@@ -90,7 +90,9 @@ def test_a_wheel_holds_what_its_build_made(tmp_path):
     assert sandbox.build()[0] == 0
     for name in ("libfusedamp_old.so", "_C.cpython-39-x86_64-linux-gnu.so"):
         (tmp_path / "python/fusedamp" / name).touch()
-    (gone := tmp_path / "csrc/include/fusedamp/gone.h").touch()
+    gone = [tmp_path / "csrc/include/fusedamp" / name for name in ("gone.h", "source/gone.cpp")]
+    for path in gone:
+        path.touch()
     for cuda in ("1", "0"):
         code, text = sandbox.run(*wheel, FUSEDAMP_CUDA=cuda)
         assert code == 0, text
@@ -98,9 +100,11 @@ def test_a_wheel_holds_what_its_build_made(tmp_path):
         objects = {name.partition(".")[0] for name in ZipFile(path).namelist() if name.endswith(".so")}
         assert objects == {f"fusedamp/{name}" for name in OBJECT_NAMES[: 2 + int(cuda)]}
         assert sum(name.endswith(".so") for name in ZipFile(path).namelist()) == len(objects)
-        headers = {f"fusedamp/include/fusedamp/{p.name}" for p in gone.parent.iterdir()}
-        assert headers == {name for name in ZipFile(path).namelist() if "/include/" in name}
-        gone.unlink(missing_ok=True)  # a header of the first wheel
+        api = [p for p in (tmp_path / "csrc/include").rglob("*") if p.is_file()]
+        names = {f"fusedamp/{p.relative_to(tmp_path / 'csrc')}" for p in api}
+        assert names == {name for name in ZipFile(path).namelist() if "/include/" in name}
+        for path in gone:  # of the first wheel
+            path.unlink(missing_ok=True)
     assert (tmp_path / "python/fusedamp/libfusedamp_cuda.so").exists(), "a wheel changes no editable install"
 
 

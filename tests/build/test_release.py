@@ -85,6 +85,10 @@ CASES = {
     "a forgotten file": ({"fusedamp/ops/a.py": None}, "fusedamp/ops/a.py"),
     "a removed file": ({"fusedamp/gone.py": b""}, "fusedamp/gone.py"),
     "a forgotten header": ({"fusedamp/include/fusedamp/a.h": None}, "fusedamp/include/fusedamp/a.h"),
+    "a forgotten class": (
+        {"fusedamp/include/fusedamp/source/a.cpp": None},
+        "fusedamp/include/fusedamp/source/a.cpp",
+    ),
     "a removed header": ({"fusedamp/include/fusedamp/gone.h": b""}, "fusedamp/include/fusedamp/gone.h"),
     "no CMake package": ({"fusedamp/cmake/a.cmake": None}, "fusedamp/cmake/a.cmake"),
 }
@@ -93,7 +97,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_contents_of_the_wheel(name, release, tmp_path, capsys):
     changed, problem = CASES[name]
-    names = ("__init__.py", "ops/a.py", "py.typed", "cmake/a.cmake", "include/fusedamp/a.h")
+    names = (
+        "__init__.py",
+        "ops/a.py",
+        "py.typed",
+        "cmake/a.cmake",
+        "include/fusedamp/a.h",
+        "include/fusedamp/source/a.cpp",
+    )
     files = dict.fromkeys((f"fusedamp/{name}" for name in names), b"")
     wheel, sdist = (
         tmp_path / f"fusedamp-0.1.0-{TAG}-{TAG}-linux_x86_64.whl",

@@ -1,6 +1,6 @@
 """The CMake package: which fusedamp and which torch a program gets, and what it says if it gets none.
 
-CMake runs without a compiler here; test_package_programs.py builds programs.
+Nothing is compiled here; test_package_programs.py builds programs.
 """
 
 import re
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import fusedamp
 import pytest
-from cmake_package import CMAKE, check_out, configure, fake_torch, install
+from cmake_package import CMAKE, CXX, check_out, configure, fake_torch, install
 
-pytestmark = pytest.mark.skipif(not CMAKE, reason="needs CMake")
+pytestmark = pytest.mark.skipif(not CMAKE or not CXX, reason="needs CMake and a C++ compiler")
 FIND = "find_package(fusedamp CONFIG REQUIRED)\n"
 # The target's properties, one a line.
 SHOW = """
@@ -118,7 +118,7 @@ def test_a_wheel_is_relocatable(site):
         f"{site}/fusedamp/libfusedamp_cpu.so",
         *(f"{lib}/lib{n}.so" for n in ("torch", "torch_cpu", "c10")),
     ]
-    assert target["LINK_LIBRARIES"].split(";") == files
+    assert target["LINK_LIBRARIES"].split(";") == ["fusedamp_classes", *files]
     assert target["LINK_OPTIONS"] == kept(files)
     assert str(site.parent.parent / "site") not in str(target)
 
@@ -209,6 +209,15 @@ def test_torch_without_headers(site):
     assert f"{site}/torch has no torch/headeronly/version.h in its include folders; expected" in text
 
 
+@pytest.mark.parametrize("language", ["C", "NONE"])
+def test_a_program_without_cpp(language, site):
+    """fusedamp's classes could not be compiled."""
+    text = refused(use(site, FIND, language=language))
+    assert "C++ is not enabled, with which fusedamp's classes are compiled. Add CXX to the languages" in text
+    again = use(site, f"enable_language(CXX)\n{FIND}{SHOW}", language=language)
+    assert shown(again)["LINK_LIBRARIES"]
+
+
 def test_fusedamp_is_not_built(site):
     (site / "fusedamp/libfusedamp_cpu.so").unlink()
     text = refused(use(site))
@@ -275,7 +284,7 @@ def test_a_torch_with_cuda(tmp_path):
     target, names = shown(done), ("torch", "torch_cpu", "c10", "torch_cuda", "c10_cuda")
     files = [f"{package}/libfusedamp_{name}.so" for name in ("cpu", "cuda")]
     files += [f"{lib}/lib{name}.so" for name in names]
-    assert target["LINK_LIBRARIES"].split(";") == files
+    assert target["LINK_LIBRARIES"].split(";") == ["fusedamp_classes", *files]
     assert target["LINK_OPTIONS"] == kept(files)
     assert f"(version {fusedamp.__version__}, CPU and CUDA), torch 2.13.0" in done.stdout
     assert done.stderr == ""
@@ -317,7 +326,7 @@ def test_a_target_torch_is_used(cuda, site):
     target, package = shown(done), site / "fusedamp"
     assert target["COMPILE_FEATURES"] == "cxx_std_20"
     objects = [f"{package}/libfusedamp_{name}.so" for name in ("cpu", "cuda")[: 1 + cuda]]
-    assert target["LINK_LIBRARIES"].split(";") == [*objects, "torch"]
+    assert target["LINK_LIBRARIES"].split(";") == ["fusedamp_classes", *objects, "torch"]
     assert target["LINK_OPTIONS"] == kept(objects)
     assert "torch 2.14.1" in done.stdout
 

@@ -29,20 +29,32 @@ int main() {
   }
 }
 """
-# Two translation units include the headers; one calls an op by name.
-CALLS = """#include <ATen/core/dispatch/Dispatcher.h>
-#include <fusedamp/version.h>
-std::string call(const char* op) {
-  fusedamp::check_version();
-  torch::jit::Stack stack;
-  c10::Dispatcher::singleton().findSchemaOrThrow(op, "").callBoxed(stack);
-  return stack.at(0).toStringRef();
+# Each translation unit trains one weight; those of a program share fusedamp's classes.
+TRAINS = """#include <ATen/ATen.h>
+#include <fusedamp/fusedamp.h>
+double %s() {
+  at::Tensor weight = at::ones({3}).set_requires_grad(true);
+  fusedamp::optim::SGD optimizer({weight}, fusedamp::optim::SGDOptions(0.5));
+  fusedamp::GradScaler scaler(fusedamp::GradScalerOptions().init_scale(4));
+  scaler.scale((weight * weight).sum()).backward();
+  scaler.clip_grad_norm_(optimizer, 1e9);
+  scaler.step(optimizer);
+  scaler.update();
+  return weight.sum().item<double>() + scaler.get_scale();  // 0 + 4
 }
 """
-PRINTS = """#include <fusedamp/version.h>
+PRINTS = """#include <ATen/core/dispatch/Dispatcher.h>
+#include <fusedamp/fusedamp.h>
 #include <cstdio>
-std::string call(const char* op);
-int main() { std::printf("%s %s\\n", call("fusedamp::cpu_target").c_str(), fusedamp::library_version); }
+double one();
+double two();
+int main() {
+  torch::jit::Stack stack;
+  c10::Dispatcher::singleton().findSchemaOrThrow("fusedamp::cpu_target", "").callBoxed(stack);
+  fusedamp::GradScaler scaler;
+  std::printf("%s %s %g %g %g\\n", stack.at(0).toStringRef().c_str(), fusedamp::library_version, one(), two(),
+              scaler.get_scale());
+}
 """
 
 
@@ -64,14 +76,15 @@ def stand_in(path: Path, code: str = "") -> None:
 
 
 def configured(folder: Path, text: str, *options: object) -> None:
-    done = configure(folder, text, *options, language="CXX")
+    done = configure(folder, text, *options)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("place", "kind"), [("here", "STATIC"), ("elsewhere", "SHARED")])
-def test_a_program_calls_ops(place, kind, tmp_path):
-    """With the installed package or the tree in place, and with a copy in another folder; the library of the
-    program that uses fusedamp may be static or shared; its linker drops what it can."""
+def test_a_program_uses_the_classes(place, kind, tmp_path):
+    """With the installed package or the tree in place, and with a copy in another folder; as a program, as an
+    object library and as a library that is static or shared, in two folders; with a linker that drops what it
+    can, and with warnings as errors."""
     options = [f"-DCMAKE_PREFIX_PATH={TORCH / 'share/cmake'}", f"-Dfusedamp_DIR={PACKAGE / 'cmake'}"]
     if place == "elsewhere":
         install(site := tmp_path / "a b/site-packages")
@@ -79,23 +92,30 @@ def test_a_program_calls_ops(place, kind, tmp_path):
             if path.exists():
                 (site / path.name).symlink_to(path)
         options = [f"-DCMAKE_PREFIX_PATH={site}"]
-    (folder := tmp_path / "program").mkdir()
-    (folder / "part.cpp").write_text(CALLS)
-    (folder / "main.cpp").write_text(PRINTS)
-    text = f"{FIND}{PROGRAM}add_library(part {kind} part.cpp)\n"
-    text += "target_link_libraries(part PRIVATE fusedamp::fusedamp)\n"
-    text += "target_link_libraries(program PRIVATE part)\n"
+    (part := tmp_path / "program/part").mkdir(parents=True)
+    for name in ("one", "two"):
+        (part / f"{name}.cpp").write_text(TRAINS % name)
+    (part / "CMakeLists.txt").write_text(
+        f"{FIND}add_library(one {kind} one.cpp)\ntarget_link_libraries(one PRIVATE fusedamp::fusedamp)\n"
+        "add_library(two OBJECT two.cpp)\ntarget_link_libraries(two PRIVATE fusedamp::fusedamp)\n"
+    )
+    (part.parent / "main.cpp").write_text(PRINTS)
+    text = f"add_subdirectory(part)\n{FIND}{PROGRAM}target_link_libraries(program PRIVATE one two)\n"
     options += [f"-DCMAKE_{what}_LINKER_FLAGS=-Wl,--as-needed" for what in ("EXE", "SHARED")]
-    configured(folder, text, *options)
-    done = run(program := build(folder) / "program")
-    assert done.stdout == f"{library.cpu_target()} {fusedamp.__version__}\n", done.stderr
+    options += ["-DCMAKE_CXX_FLAGS=-Wall -Wextra -Wconversion -Wshadow -Wunused-parameter -Werror"]
+    configured(part.parent, text, *options)
+    done = run(program := build(part.parent) / "program")
+    wanted = f"{library.cpu_target()} {fusedamp.__version__} 4 4 65536\n"
+    assert done.stdout == wanted, done.stderr
     assert "libfusedamp_cpu.so" in needed(program), "by name, not by the path that it has here"
 
 
 @pytest.fixture
 def site(tmp_path):
-    """fusedamp next to a torch with CUDA, with libraries that are empty but for the version."""
+    """fusedamp next to a torch with CUDA, whose libraries have the version only; no classes."""
     package = install(tmp_path / "site")
+    for source in package.glob("include/fusedamp/source/*.cpp"):
+        source.write_text("")
     folder = fake_torch(tmp_path / "site/torch", cuda=True)
     for path in folder.glob("lib/*.so"):
         stand_in(path)

@@ -54,7 +54,7 @@ def fake_torch(folder: Path, version="2.13.0", standard=201703, cuda=False, conf
     return folder
 
 
-def configure(folder: Path, text: str, *options: object, language="NONE", **variables: str):
+def configure(folder: Path, text: str, *options: object, language="CXX", **variables: str):
     """Run CMake in ``folder`` on a project with the commands ``text``. Nothing but its arguments says where
     packages are."""
     folder.mkdir(exist_ok=True)
@@ -63,8 +63,7 @@ def configure(folder: Path, text: str, *options: object, language="NONE", **vari
     unset = ("CMAKE_", "TORCH_", "Torch_", "LD_LIBRARY_PATH", "LDFLAGS", "CXXFLAGS")
     keep = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
     command = [CMAKE, "-S", folder, "-B", folder / "build", *options]
-    if language == "CXX":
-        command += [f"-DCMAKE_CXX_COMPILER={CXX}", "-DCMAKE_BUILD_TYPE=Debug"]
+    command += [f"-DCMAKE_CXX_COMPILER={CXX}", "-DCMAKE_BUILD_TYPE=Debug"]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, env=keep | variables)
 
 

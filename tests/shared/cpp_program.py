@@ -11,6 +11,7 @@ import torch
 from cmake_package import CXX, HEADERS, PACKAGE, TORCH
 
 SOURCES = Path(__file__).resolve().parents[1] / "cpp/program"
+CLASSES = sorted(str(path.relative_to(HEADERS)) for path in HEADERS.rglob("*.cpp"))
 INCLUDE = TORCH / "include"
 LIB = TORCH / "lib"
 # Torch's headers say which standard they need.
@@ -37,7 +38,9 @@ def compile_(*arguments: object, standard: int = STANDARD, compiler: str | None 
 
 
 def _build(folder: Path) -> None:
-    sources = sorted(SOURCES.glob("*.cpp"))
+    classes = folder / "classes.cpp"  # all in one, as the CMake package compiles them
+    classes.write_text("".join(f"#include <{name}>\n" for name in CLASSES))
+    sources = [classes, *sorted(SOURCES.glob("*.cpp"))]
     objects = [folder / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor() as pool:
         complaints = pool.map(lambda s, o: compile_("-c", s, "-o", o), sources, objects)

@@ -78,12 +78,7 @@ class SGDOptions : public OptionsOf<SGDOptions> {
   FUSEDAMP_STATES({"momentum_buffer", false, false, 0.0, false, 1.0, true})
   bool uses(size_t) const override { return momentum_ != 0.0; }
   FUSEDAMP_BOUNDS({"momentum"}, {"dampening", detail::kFinite})
-  void check_together(const std::string& where) const override {
-    if (nesterov_ && (momentum_ <= 0.0 || dampening_ != 0.0))
-      detail::refuse_value(detail::text(where, " nesterov is True with momentum ", detail::repr(momentum_),
-                                        " and dampening ", detail::repr(dampening_),
-                                        "; expected momentum > 0 and dampening 0. Pass these, or nesterov=False."));
-  }
+  void check_together(const std::string& where) const override;
   bool takes_sparse() const override { return true; }
 };
 
@@ -138,12 +133,7 @@ class RMSpropOptions : public OptionsOf<RMSpropOptions> {
   FUSEDAMP_STATES({"square_avg", true, true}, {"grad_avg"}, {"momentum_buffer"})
   bool uses(size_t state) const override { return state == 0 || (state == 1 ? centered_ : momentum_ != 0.0); }
   FUSEDAMP_BOUNDS({"alpha"}, {"eps"}, {"momentum"})
-  void check_together(const std::string& where) const override {
-    if (centered_ && state_dtype_ != "float32")
-      detail::refuse_value(where + " state_dtype is " + detail::repr(state_dtype_) +
-                           " with centered=True; expected \"float32\", as the difference of two rounded states may "
-                           "lose the variance. Pass centered=False.");
-  }
+  void check_together(const std::string& where) const override;
 };
 
 class RAdamOptions : public OptionsOf<RAdamOptions> {
@@ -204,9 +194,7 @@ class LAMBOptions : public OptionsOf<LAMBOptions> {
   std::string op() const override { return "lamb_"; }
   FUSEDAMP_STATES({"exp_avg", false, true}, {"exp_avg_sq", true, true})
   FUSEDAMP_BOUNDS({"eps"}, {"betas", 0.0, 1.0})
-  void check_together(const std::string& where) const override {
-    if (!std::isinf(trust_clip_) || trust_clip_ < 0.0) detail::check_bounds(where, {"trust_clip"}, trust_clip_);
-  }
+  void check_together(const std::string& where) const override;
 };
 
 class LARSOptions : public OptionsOf<LARSOptions> {

@@ -4,7 +4,6 @@
 #pragma once
 #include <type_traits>
 
-#include "checkpoint.h"
 #include "optimizer.h"
 
 namespace fusedamp::optim {
@@ -15,7 +14,7 @@ class Optimizer : public FusedOptimizer {
  public:
   // Each group has its own options, whole, or the defaults.
   explicit Optimizer(const std::vector<torch::optim::OptimizerParamGroup>& groups, const OptionsType& defaults = {})
-      : FusedOptimizer(OptionsType::kName, groups, std::make_unique<OptionsType>(defaults)) {
+      : FusedOptimizer(OptionsType::kName, groups, defaults) {
     if (std::is_same_v<OptionsType, AdagradOptions>) create_states();
   }
   explicit Optimizer(std::vector<at::Tensor> params, const OptionsType& defaults = {})

@@ -1,10 +1,9 @@
 // Options of a parameter group: fields by name, as Python has them, and their checks.
 #pragma once
-#include <c10/util/Type.h>
+#include <ATen/core/ivalue.h>
 #include <torch/optim/optimizer.h>
 
-#include <array>
-#include <cstring>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -13,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "numbers.h"
+namespace fusedamp::detail {}
 
 namespace fusedamp::optim {
 
@@ -62,28 +61,11 @@ struct StateSpec {
   bool restarts = false;     // creating it resets the step count
 };
 
-constexpr double kLargest = 3.4028234663852886e38;  // steps compute with FP32: beyond it, 0 * lr would be NaN
+std::string storage_name(c10::ScalarType dtype);
+std::string storage_name(std::string name);
 
-inline void check_bounds(const std::string& where, const Bounds& bounds, double value, const std::string& item = "") {
-  if (value >= bounds.low && value < bounds.below && std::abs(value) <= kLargest) return;
-  const std::string wanted = std::isinf(bounds.below) ? text("a finite number", std::isinf(bounds.low) ? "" : " >= 0",
-                                                             ", at most 3.4e38 as in FP32")
-                                                      : text("a number >= ", bounds.low, " and < ", bounds.below);
-  refuse_value(text(where, " ", bounds.name, item, " is ", repr(value), "; expected ", wanted, ". Pass such a value."));
-}
-
-[[noreturn]] inline void refuse_seed(const std::string& where, const std::string& got) {
-  refuse_value(where + " rounding_seed is " + got +
-               "; expected a whole number from 0 to 2**31 - 1, or None for one that is unique in this process. Pass "
-               "one.");
-}
-
-inline std::string storage_name(c10::ScalarType dtype) { return name_of(dtype); }
-inline std::string storage_name(std::string name) {
-  if (name.rfind("torch.", 0) == 0) name.erase(0, 6);
-  if (name == "fp32" || name == "float") return "float32";
-  return name == "bf16" ? "bfloat16" : name;
-}
+// Refuses to copy options of a class of which only the base class's fields would be copied.
+[[noreturn]] void refuse_class(const char* name, const std::type_info& got, const std::type_info& wanted);
 
 }  // namespace detail
 
@@ -111,13 +93,8 @@ class Options : public torch::optim::OptimizerOptions {
   double rate() const { return lr_; }
   void set_seed(std::optional<int64_t> seed) { rounding_seed_ = seed; }
 
-  double get_lr() const override { return lr_tensor_.defined() ? lr_tensor_.item<double>() : lr_; }
-  void set_lr(const double lr) override {
-    if (lr_tensor_.defined())
-      lr_tensor_.detach().fill_(lr);
-    else
-      lr_ = lr;
-  }
+  double get_lr() const override;
+  void set_lr(const double lr) override;
 
   // The rest of a group that a checkpoint brought, such as "initial_lr": kept, and saved again.
   std::vector<std::pair<std::string, c10::IValue>> others;
@@ -132,74 +109,6 @@ class Options : public torch::optim::OptimizerOptions {
   std::string master_weights_ = "auto", state_dtype_ = "float32";
   std::optional<int64_t> rounding_seed_;
 };
-
-namespace detail {
-
-// Calls a function with each field.
-template <class Function>
-struct Each final : Visitor {
-  explicit Each(Function f) : function(std::move(f)) {}
-  void operator()(const char* name, double& value) override { function(name, value); }
-  void operator()(const char* name, bool& value) override { function(name, value); }
-  void operator()(const char* name, Betas& value) override { function(name, value); }
-  void operator()(const char* name, std::string& value) override { function(name, value); }
-  void operator()(const char* name, std::optional<int64_t>& value) override { function(name, value); }
-  Function function;
-};
-
-template <class Function>
-void for_each_field(Options& options, Function function) {
-  Each<Function> each(std::move(function));
-  options.each_field(each);
-}
-
-}  // namespace detail
-
-inline void Options::check(const std::string& where) {
-  using detail::repr, detail::refuse_value;
-  if (!lr_tensor_.defined())
-    detail::check_bounds(where, {"lr"}, lr_);
-  else if (lr_tensor_.numel() != 1 || lr_tensor_.is_complex() || lr_tensor_.scalar_type() == c10::kBool)
-    detail::refuse_kind(where, "lr", lr_tensor_);
-  else if (lr_tensor_.is_cpu())
-    detail::check_bounds(where, {"lr"}, lr_tensor_.item<double>());
-  detail::check_bounds(where, {"weight_decay"}, weight_decay_);
-  const auto& m = master_weights_;
-  if (m != "auto" && m != "fp32" && m != "split" && m != "none")
-    refuse_value(where + " master_weights is " + repr(m) +
-                 "; expected one of ('auto', 'fp32', 'split', 'none'). Use \"auto\" for FP32 masters of FP16 and BF16 "
-                 "parameters.");
-  if (state_dtype_ != "float32" && state_dtype_ != "bfloat16" && state_dtype_ != "int8")
-    refuse_value(where + " state_dtype is " + repr(state_dtype_) +
-                 "; expected one of ('float32', 'bfloat16', 'int8'). Use \"float32\", which needs the most memory and "
-                 "adds no error.");
-  if (stochastic_rounding_ && m != "none")
-    refuse_value(where + " stochastic_rounding is True with master_weights " + repr(m) +
-                 "; expected \"none\", because a weight with a master is rounded to nearest. Pass "
-                 "master_weights=\"none\".");
-  if (rounding_seed_ && (*rounding_seed_ < 0 || *rounding_seed_ >= int64_t{1} << 31))
-    detail::refuse_seed(where, repr(*rounding_seed_));
-  struct Checking {
-    const std::string& where;
-    const std::vector<detail::Bounds>& limits;
-    void operator()(const char* name, double& value) const {
-      for (const auto& bounds : limits)
-        if (std::strcmp(bounds.name, name) == 0) detail::check_bounds(where, bounds, value);
-    }
-    void operator()(const char* name, Betas& value) const {
-      for (const auto& bounds : limits) {
-        if (std::strcmp(bounds.name, name) != 0) continue;
-        detail::check_bounds(where, bounds, value.first, "[0]");
-        detail::check_bounds(where, bounds, value.second, "[1]");
-      }
-    }
-    void operator()(const char*, bool&) const {}
-    void operator()(const char*, std::string&) const {}
-    void operator()(const char*, std::optional<int64_t>&) const {}
-  };
-  detail::for_each_field(*this, Checking{where, bounds()});
-  check_together(where);
-}
 
 // A field of options, with torch's accessors. The first returns the options' own class, for which a chain goes on.
 #define FUSEDAMP_FIELD(Type, name, ...)                       \
@@ -228,10 +137,7 @@ class OptionsOf : public Options {
  public:
   std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
     const auto& own = static_cast<const Derived&>(*this);
-    if (typeid(own) != typeid(Derived))
-      detail::refuse_type(detail::text(
-          "[", Derived::kName, "] options are of the class ", c10::demangle(typeid(own).name()), "; expected ",
-          c10::demangle(typeid(Derived).name()), " itself, as only its fields are copied. Pass such options."));
+    if (typeid(own) != typeid(Derived)) detail::refuse_class(Derived::kName, typeid(own), typeid(Derived));
     return std::make_unique<Derived>(own);
   }
   Derived& lr(double value) { return set(lr_, value); }

@@ -1,4 +1,4 @@
-# The target fusedamp::fusedamp: fusedamp's headers and op libraries, and torch. With CMake 3.18 or later:
+# The target fusedamp::fusedamp: fusedamp's headers, classes and op libraries, and torch. With CMake 3.18 or later:
 #
 #   find_package(fusedamp 0.1 REQUIRED CONFIG)
 #   target_link_libraries(train PRIVATE fusedamp::fusedamp)
@@ -53,6 +53,28 @@ function(_fusedamp_read_torch folders version standard)
   set(${standard} "${cxx}" PARENT_SCOPE)
 endfunction()
 
+# Makes a static library of fusedamp's classes, which each program compiles for its own torch and C++ standard. `folders`
+# are the headers'. The program's warnings and linters are not for these sources.
+function(_fusedamp_add_classes headers folders standard)
+  if(TARGET fusedamp_classes) # of an earlier call in another folder
+    return()
+  endif()
+  file(GLOB sources "${headers}/fusedamp/source/*.cpp")
+  add_library(fusedamp_classes STATIC EXCLUDE_FROM_ALL ${sources})
+  target_include_directories(fusedamp_classes SYSTEM PRIVATE ${folders})
+  target_compile_features(fusedamp_classes PRIVATE "cxx_std_${standard}")
+  target_compile_options(fusedamp_classes PRIVATE -w)
+  set_target_properties(
+    fusedamp_classes
+    PROPERTIES POSITION_INDEPENDENT_CODE ON
+               UNITY_BUILD ON # reads torch's headers once
+               UNITY_BUILD_BATCH_SIZE 0
+               CXX_CLANG_TIDY ""
+               CXX_CPPCHECK ""
+               CXX_CPPLINT ""
+               CXX_INCLUDE_WHAT_YOU_USE "")
+endfunction()
+
 # Makes the target. `problem` says what is missing; empty if nothing is.
 function(_fusedamp_make_target problem)
   get_filename_component(package "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
@@ -63,6 +85,16 @@ function(_fusedamp_make_target problem)
   set(ops "${package}/libfusedamp_cpu.so")
   if(NOT EXISTS "${ops}")
     set(${problem} "fusedamp is not built: ${ops} is missing. Run `pip install .` in its source folder." PARENT_SCOPE)
+    return()
+  endif()
+
+  get_property(languages GLOBAL PROPERTY ENABLED_LANGUAGES)
+  list(FIND languages CXX cxx)
+  if(cxx EQUAL -1)
+    set(${problem}
+        "C++ is not enabled, with which fusedamp's classes are compiled. Add CXX to the languages in project(), or \
+call enable_language(CXX) before find_package(fusedamp)."
+        PARENT_SCOPE)
     return()
   endif()
 
@@ -138,12 +170,13 @@ find_package(fusedamp), or pass the folder of another torch in CMAKE_PREFIX_PATH
   list(PREPEND files ${ops})
   list(JOIN files "," kept)
   list(APPEND files ${target})
+  _fusedamp_add_classes("${headers}" "${headers};${torch_headers}" "${standard}")
   add_library(fusedamp::fusedamp INTERFACE IMPORTED)
   set_target_properties(
     fusedamp::fusedamp
     PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${headers};${torch_headers}"
                INTERFACE_COMPILE_FEATURES "cxx_std_${standard}"
-               INTERFACE_LINK_LIBRARIES "${files}"
+               INTERFACE_LINK_LIBRARIES "fusedamp_classes;${files}"
                INTERFACE_LINK_OPTIONS "LINKER:--push-state,--no-as-needed,${kept},--pop-state")
 endfunction()
 

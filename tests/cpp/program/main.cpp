@@ -1,6 +1,7 @@
 // Reads a case, a list of commands in a file, carries them out, and writes what it saw into another file. One line of
 // its input is the paths of both; its answer is a line.
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 
 #include <iostream>
 

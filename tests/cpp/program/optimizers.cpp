@@ -1,4 +1,5 @@
 // Commands about optimizers.
+#include <fusedamp/source/groups.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/adamw.h>
 #include <torch/optim/schedulers/step_lr.h>

@@ -1,7 +1,9 @@
 // What a case of the tests has: tensors, optimizers, and what was seen of them. Its commands are in the other files;
 // tests/shared/cpp_twin.py carries out the same in Python.
 #pragma once
+#include <ATen/ATen.h>
 #include <fusedamp/fusedamp.h>
+#include <fusedamp/source/values.h>
 
 #include <functional>
 #include <map>

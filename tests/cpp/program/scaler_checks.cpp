@@ -1,5 +1,6 @@
 // Checks of GradScaler that have no counterpart in Python: lifetimes, moves, archives, modes, and what a step calls.
 #include <ATen/record_function.h>
+#include <fusedamp/source/overflow_log.h>
 #include <torch/optim/lbfgs.h>
 #include <torch/optim/sgd.h>
 #include <torch/serialize.h>
@@ -143,6 +144,11 @@ void moves() {
   EXPECT(scaler.overflow_report().overflows.at(0).parameter == "AdamW group 0 parameter 1");
   GradScaler other = std::move(scaler);
   EXPECT(other.get_scale() == 32768.0 && other.overflow_report().step == 1);
+  const std::string text =
+      "[GradScaler] was moved to another one; expected a scaler with its scale. Use the one that has it.";
+  EXPECT(error_of([&] { scaler.scale(at::ones({})); }) == text);
+  EXPECT(error_of([&] { scaler.step(moved); }) == text);
+  EXPECT(error_of([&] { scaler.load_state_dict(other.state_dict()); }) == text);
   set_grads(p);
   other.step(moved);
   other.update();

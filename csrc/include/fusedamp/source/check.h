@@ -1,7 +1,7 @@
 // Results of the gradient check (finite check and norm): one op for gradients on the scale's device, otherwise several
 // operations.
 #pragma once
-#include "clip.h"
+#include "clipping.h"
 
 namespace fusedamp::detail {
 

@@ -4,15 +4,14 @@
 
 #include "check.h"
 #include "loss_scale.h"
-#include "overflow.h"
+#include "overflow_log.h"
 
 namespace fusedamp::detail {
 
-class GradientChecks {
- protected:
+struct GradientChecks {
   using Optimizer = torch::optim::Optimizer;
 
-  explicit GradientChecks(GradScalerOptions options) : scale_(std::move(options)) { check_version(); }
+  explicit GradientChecks(GradScalerOptions options) : scale(std::move(options)) { check_version(); }
 
   enum class Stage { ready, unscaled, stepped };
 
@@ -64,22 +63,22 @@ class GradientChecks {
 
   PerOptimizer& of(const Optimizer& optimizer) {
     const void* key = &optimizer.defaults();  // they move with the optimizer
-    for (auto& its : optimizers_)
+    for (auto& its : optimizers)
       if (its->key == key && !its->has_ended()) return *its;
-    return *optimizers_.emplace_back(std::make_unique<PerOptimizer>(optimizer, key));
+    return *optimizers.emplace_back(std::make_unique<PerOptimizer>(optimizer, key));
   }
 
-  LargestGradient* reader(PerOptimizer& its) { return scale_.follows_gradients() ? &its.reader : nullptr; }
+  LargestGradient* reader(PerOptimizer& its) { return scale.follows_gradients() ? &its.reader : nullptr; }
 
   OverflowLog& log_of(const Optimizer& optimizer, PerOptimizer& its) {
-    if (!its.log) its.log.emplace(optimizer, scale_.tensor().device());
+    if (!its.log) its.log.emplace(optimizer, scale.tensor().device());
     return *its.log;
   }
 
   void unscale_now(const Optimizer& optimizer, PerOptimizer& its) {
     const Lasting guard;
     renew_parts(optimizer, its);
-    const Tensor inv_scale = inverse_of(scale_.tensor());
+    const Tensor inv_scale = inverse_of(scale.tensor());
     const Gradients gradients(params_of(optimizer));
     if (reader(its)) {
       gradients.stats(inv_scale, 2.0, reader(its));
@@ -96,8 +95,8 @@ class GradientChecks {
   }
 
   Tensor clip(const Optimizer& optimizer, const Clip& by) {
-    if (scale_.is_enabled()) {
-      scale_.need("clip_grad_norm_");
+    if (scale.is_enabled()) {
+      scale.need("clip_grad_norm_");
       PerOptimizer& its = of(optimizer);
       if (its.stage == Stage::stepped) refuse("clip_grad_norm_() is being called after step().");
       if (its.stage == Stage::ready) {
@@ -116,16 +115,16 @@ class GradientChecks {
   }
 
   bool check_at_once(const Optimizer& optimizer, PerOptimizer& its, const std::optional<Clip>& by) {
-    its.check = detail::check_at_once(params_of(optimizer), scale_.tensor(), by, reader(its));
+    its.check = detail::check_at_once(params_of(optimizer), scale.tensor(), by, reader(its));
     if (!its.check) return false;
     if (reader(its)) its.largest = its.reader.take();
     its.found_inf.clear();
-    its.found_inf.of(scale_.tensor().device()) = its.check->found.found_inf;
+    its.found_inf.of(scale.tensor().device()) = its.check->found.found_inf;
     return true;
   }
 
   void check_by_parts(const Optimizer& optimizer, PerOptimizer& its, double norm_type) {
-    its.parts.emplace(detail::check_by_parts(params_of(optimizer), scale_.tensor(), norm_type, reader(its)));
+    its.parts.emplace(detail::check_by_parts(params_of(optimizer), scale.tensor(), norm_type, reader(its)));
     if (reader(its)) its.largest = its.reader.take();
     its.found_inf = its.parts->flags();
   }
@@ -140,7 +139,7 @@ class GradientChecks {
   }
 
   bool still_holds(const Optimizer& optimizer, const Stamp& stamp) {
-    return stamp.matches(with_scale(scale_.tensor(), gradients_of(params_of(optimizer))));
+    return stamp.matches(with_scale(scale.tensor(), gradients_of(params_of(optimizer))));
   }
 
   // Turns an earlier check into one by parts, with its clipping; repeats it if gradients or scale changed.
@@ -168,14 +167,14 @@ class GradientChecks {
   Tensor begin_step(const Optimizer& optimizer, PerOptimizer& its) {
     Tensors flags;
     append(flags, its.found_inf);
-    last_found_inf_ = combine(flags, scale_.tensor().device());
+    last_found_inf = combine(flags, scale.tensor().device());
     log_of(optimizer, its).next_step();
-    return last_found_inf_;
+    return last_found_inf;
   }
 
   void record_now(const Optimizer& optimizer, PerOptimizer& its) {
     const Gradients gradients(params_of(optimizer));
-    its.log->record(optimizer, gradients, gradients.stats(), last_found_inf_);
+    its.log->record(optimizer, gradients, gradients.stats(), last_found_inf);
   }
 
   // Moves the scale by what all optimizers found; true if an overflow at the floor was detected.
@@ -183,26 +182,26 @@ class GradientChecks {
     const Lasting guard;
     Tensors flags, largest;
     bool stepped = false;
-    for (const auto& its : optimizers_) {
+    for (const auto& its : optimizers) {
       append(flags, its->found_inf);
       append(largest, its->largest);
       stepped = stepped || its->stage == Stage::stepped;
     }
     if (flags.empty() && !stepped) refuse("No inf checks were recorded prior to update.");
     if (flags.empty()) return false;  // no optimizer had a gradient
-    const c10::Device device = scale_.tensor().device();
-    return scale_.move(combine(flags, device), scale_.follows_gradients() ? largest_on(largest, device) : Tensor());
+    const c10::Device device = scale.tensor().device();
+    return scale.move(combine(flags, device), scale.follows_gradients() ? largest_on(largest, device) : Tensor());
   }
 
   void end_iteration() {
-    for (auto& its : optimizers_) its->end_iteration();
+    for (auto& its : optimizers) its->end_iteration();
     const auto has_ended = [](const auto& its) { return its->has_ended(); };
-    optimizers_.erase(std::remove_if(optimizers_.begin(), optimizers_.end(), has_ended), optimizers_.end());
+    optimizers.erase(std::remove_if(optimizers.begin(), optimizers.end(), has_ended), optimizers.end());
   }
 
-  LossScale scale_;
-  std::vector<std::unique_ptr<PerOptimizer>> optimizers_;
-  Tensor last_found_inf_;
+  LossScale scale;
+  std::vector<std::unique_ptr<PerOptimizer>> optimizers;
+  Tensor last_found_inf;
 };
 
 }  // namespace fusedamp::detail

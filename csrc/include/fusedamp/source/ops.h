@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "rows.h"
+#include "../rows.h"
+#include "../version.h"
 #include "text.h"
-#include "version.h"
 
 namespace fusedamp::detail {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <charconv>
 
-#include "grad_scaler_options.h"
+#include "../grad_scaler_options.h"
 #include "headroom.h"
 
 namespace fusedamp::detail {

@@ -1,65 +1,20 @@
-// What a step of FusedOptimizer does: look, prepare if anything has changed, launch. Part of optimizer.h.
-#pragma once
-#include "optimizer.h"
+// What a step of FusedOptimizer does: look, prepare if anything has changed, launch.
+#include "../optimizer.h"
+
+#include <cmath>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "fields.h"
+#include "mode.h"
+#include "plan.h"
 
 namespace fusedamp::optim {
 namespace detail {
-
-// Names and rules of ops do not change in a process.
-inline const std::vector<std::string>& known_hyper_names(const std::string& op) {
-  thread_local std::unordered_map<std::string, std::vector<std::string>> known;
-  auto found = known.find(op);
-  if (found == known.end()) found = known.emplace(op, hyper_names(op)).first;
-  return found->second;
-}
-inline int64_t known_rule(const std::string& op, int64_t states) {
-  thread_local std::unordered_map<std::string, int64_t> known;
-  const std::string key = op + std::to_string(states);
-  auto found = known.find(key);
-  if (found == known.end()) found = known.emplace(key, rule_of(op, states)).first;
-  return found->second;
-}
-
-// The values of an op's hyper-parameters, in its order.
-inline std::vector<double> hyper_of(Options& options, const std::string& op) {
-  const auto& names = known_hyper_names(op);
-  std::vector<double> values(names.size(), std::nan(""));
-  const auto put = [&](const char* name, double value) {
-    for (size_t i = 0; i < names.size(); ++i)
-      if (names[i] == name) values[i] = value;
-  };
-  for_each_field(options, [&](const char* name, auto& value) {
-    using Value = std::decay_t<decltype(value)>;
-    if constexpr (std::is_same_v<Value, double>) {
-      const bool decays = std::strcmp(name, "momentum_decay") == 0;
-      put(decays ? "decay_base" : name, decays ? std::pow(0.96, value) : value);
-    } else if constexpr (std::is_same_v<Value, bool>) {
-      put(std::strcmp(name, "decoupled_weight_decay") == 0 ? "decoupled" : name, value);
-    } else if constexpr (std::is_same_v<Value, Betas>) {
-      put("beta1", value.first);
-      put("beta2", value.second);
-    }
-  });
-  return values;
-}
-
-inline GroupMode mode_of(const Options& options) {
-  GroupMode mode;
-  mode.op = options.op();
-  mode.storage = options.storage();
-  mode.maximize = options.maximizes();
-  const auto& specs = options.states();
-  for (size_t s = 0; s < specs.size(); ++s)
-    if (options.uses(s)) {
-      mode.used.push_back(s);
-      mode.tensors += !specs[s].scalar;
-    }
-  mode.rule = known_rule(mode.op, static_cast<int64_t>(mode.used.size()));
-  return mode;
-}
+namespace {
 
 // A learning rate that is a tensor, where the op can read it; undefined for a number, which goes to `lr`.
-inline Tensor rate_on(Options& options, c10::Device device, double& lr) {
+Tensor rate_on(Options& options, c10::Device device, double& lr) {
   const Tensor& rate = options.rate_tensor();
   lr = 0.0;
   if (!rate.defined()) lr = options.get_lr();
@@ -71,13 +26,14 @@ inline Tensor rate_on(Options& options, c10::Device device, double& lr) {
   return rate.detach().to(device);
 }
 
+}  // namespace
 }  // namespace detail
 
-inline bool FusedOptimizer::step_with(const detail::DeviceInputs& inputs) {
+bool FusedOptimizer::step_with(const detail::DeviceInputs& inputs) {
   const detail::StepMode mode;
   const auto modes = check_options();
-  if (!plan_.matches(param_groups_, modes, state_)) {
-    plan_.forget();
+  if (!plan_->matches(param_groups_, modes, state_)) {
+    plan_->forget();
     drop_orphans();
     auto slots = slots_of(modes, true);
     prepare(slots, modes, inputs);
@@ -90,9 +46,9 @@ inline bool FusedOptimizer::step_with(const detail::DeviceInputs& inputs) {
   return inputs.size() == 1;
 }
 
-inline void FusedOptimizer::launch(const std::vector<detail::GroupMode>& modes, const detail::DeviceInputs& inputs) {
+void FusedOptimizer::launch(const std::vector<detail::GroupMode>& modes, const detail::DeviceInputs& inputs) {
   std::vector<detail::Tensor> rates;  // that are read on a device
-  plan_.set_numbers([&](size_t g, c10::Device device, StepGroup& group) {
+  plan_->set_numbers([&](size_t g, c10::Device device, StepGroup& group) {
     Options& now = options(g);
     const auto hyper = detail::hyper_of(now, modes[g].op);
     std::copy(hyper.begin(), hyper.end(), group.hyper);
@@ -106,16 +62,16 @@ inline void FusedOptimizer::launch(const std::vector<detail::GroupMode>& modes, 
     if (rate.defined()) rates.push_back(rate);
   });
   std::vector<detail::StepInputs> here;
-  plan_.each([&](const auto&, const auto&, const auto&, const auto&, const auto&, c10::Device device) {
+  plan_->each([&](const auto&, const auto&, const auto&, const auto&, const auto&, c10::Device device) {
     here.push_back(inputs_on(inputs, device));
   });
   size_t t = 0;
-  plan_.each([&](const std::string& op, const auto& rows, const auto& grads, const auto& groups, const auto& like,
-                 c10::Device) { detail::planned_step(op, rows, grads, groups, like, here[t++]); });
-  plan_.bump_versions();
+  plan_->each([&](const std::string& op, const auto& rows, const auto& grads, const auto& groups, const auto& like,
+                  c10::Device) { detail::planned_step(op, rows, grads, groups, like, here[t++]); });
+  plan_->bump_versions();
 }
 
-inline detail::StepInputs FusedOptimizer::inputs_on(const detail::DeviceInputs& inputs, c10::Device device) const {
+detail::StepInputs FusedOptimizer::inputs_on(const detail::DeviceInputs& inputs, c10::Device device) const {
   if (inputs.empty()) return {};
   std::vector<std::string> known;
   for (const auto& [where, found] : inputs) {
@@ -128,7 +84,7 @@ inline detail::StepInputs FusedOptimizer::inputs_on(const detail::DeviceInputs& 
                               "step."));
 }
 
-inline std::vector<detail::GroupMode> FusedOptimizer::check_options() {
+std::vector<detail::GroupMode> FusedOptimizer::check_options() {
   own_defaults();
   std::vector<detail::GroupMode> modes;
   modes.reserve(param_groups_.size());
@@ -142,7 +98,7 @@ inline std::vector<detail::GroupMode> FusedOptimizer::check_options() {
 }
 
 // Forgets the states of parameters that no longer exist.
-inline void FusedOptimizer::drop_orphans() {
+void FusedOptimizer::drop_orphans() {
   for (auto it = state_.begin(); it != state_.end();) {
     const auto* state = dynamic_cast<detail::ParamState*>(it->second.get());
     it = state && state->owner.expired() ? state_.erase(it) : std::next(it);
@@ -150,8 +106,8 @@ inline void FusedOptimizer::drop_orphans() {
 }
 
 // The parameters that take part, with their gradients if they have one.
-inline std::vector<detail::Slot> FusedOptimizer::slots_of(const std::vector<detail::GroupMode>& modes,
-                                                          bool only_with_gradient) const {
+std::vector<detail::Slot> FusedOptimizer::slots_of(const std::vector<detail::GroupMode>& modes,
+                                                   bool only_with_gradient) const {
   std::vector<detail::Slot> slots;
   std::unordered_set<const c10::TensorImpl*> seen;
   int64_t position = 0;  // of a group's first parameter in the optimizer
@@ -190,7 +146,7 @@ inline std::vector<detail::Slot> FusedOptimizer::slots_of(const std::vector<deta
 
 // Makes missing states, and brings others into the options' formats: the same one of all parameters after another, so
 // that what a step reads in turn lies side by side.
-inline void FusedOptimizer::complete(std::vector<detail::Slot>& slots) {
+void FusedOptimizer::complete(std::vector<detail::Slot>& slots) {
   const auto& specs = own_defaults().states();
   const auto each = [&](const auto& body) {
     for (auto& slot : slots) detail::within([&] { return where(slot); }, [&] { body(slot); });
@@ -226,7 +182,7 @@ inline void FusedOptimizer::complete(std::vector<detail::Slot>& slots) {
   });
 }
 
-inline void FusedOptimizer::create_states() {
+void FusedOptimizer::create_states() {
   const detail::StepMode mode;
   const auto modes = check_options();
   std::vector<detail::Slot> slots;
@@ -237,7 +193,7 @@ inline void FusedOptimizer::create_states() {
   complete(slots);
 }
 
-inline std::vector<detail::Batch> FusedOptimizer::batches_of(const std::vector<detail::Slot>& slots) const {
+std::vector<detail::Batch> FusedOptimizer::batches_of(const std::vector<detail::Slot>& slots) const {
   std::vector<detail::Batch> batches;
   for (const auto& slot : slots) {
     const bool has_master = slot.format.has_master;
@@ -252,8 +208,8 @@ inline std::vector<detail::Batch> FusedOptimizer::batches_of(const std::vector<d
 }
 
 // Checks everything, and makes the tables.
-inline void FusedOptimizer::prepare(std::vector<detail::Slot>& slots, const std::vector<detail::GroupMode>& modes,
-                                    const detail::DeviceInputs& inputs) {
+void FusedOptimizer::prepare(std::vector<detail::Slot>& slots, const std::vector<detail::GroupMode>& modes,
+                             const detail::DeviceInputs& inputs) {
   complete(slots);
   for (auto& slot : slots)
     detail::within([&] { return where(slot); },
@@ -275,7 +231,7 @@ inline void FusedOptimizer::prepare(std::vector<detail::Slot>& slots, const std:
                         [&](c10::Device device) { return inputs_on(inputs, device); });
   for (auto& slot : slots)  // only now, as a step that is refused must not lose masters
     if (!slot.format.has_master) slot.state->master.reset();
-  plan_.make(batches, modes, param_groups_);
+  plan_->make(batches, modes, param_groups_);
 }
 
 }  // namespace fusedamp::optim

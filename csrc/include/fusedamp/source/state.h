@@ -3,10 +3,10 @@
 #include <ATen/Functions.h>
 #include <sys/mman.h>
 
+#include "../options.h"
+#include "../rows.h"
 #include "layout.h"
 #include "ops.h"
-#include "options.h"
-#include "rows.h"
 
 namespace fusedamp::optim::detail {
 
