@@ -48,7 +48,7 @@ struct AdamRule : Elementwise {
     m = fma(k.beta1, m, k.w1 * g);
     v = fma(k.beta2, v, (k.w2 * g) * g);
     V root = v;
-    if (kAmsgrad) root = s[kStates - 1] = maximum(s[kStates - 1], v);
+    if constexpr (kAmsgrad) root = s[kStates - 1] = maximum(s[kStates - 1], v);
     return m / fma(sqrt(root), k.rsqrt_bias2, k.eps);
   }
 };

@@ -31,6 +31,7 @@ struct CodeType<true> {
 template <bool kNonNegative>
 using CodeOf = typename CodeType<kNonNegative>::type;
 
+// Of codes as words of 32 bits, of negative ones in two's complement. F, W: float and uint32_t, or vectors of them.
 template <bool kNonNegative>
 struct Codes {
   // Values are divided by the scale, to 0 <= x < 2. Quantized value y represents the x for which float(y) has the bits
@@ -43,11 +44,16 @@ struct Codes {
   static constexpr float kSteep = kNonNegative ? 0x1p25f : 0x1p21f;      // 4 / the x of quantized value 4
   static constexpr uint32_t kRoom = kNonNegative ? 1u << 18 : 1u << 19;  // a step of the grid below 2, as bits
 
+  // What stands for 0 in a block whose scale is 0, and for all values where it is NaN.
+  static constexpr uint32_t kZero = kNonNegative ? 1 : 0;
+
+  static constexpr uint32_t kBelow = 0x7e800000u;  // the bits of 2^126, the largest scale
+
   // `largest`: the bits of the block's largest magnitude.
   FUSEDAMP_FN static float scale(uint32_t largest) {
     const uint32_t power = (largest + kRoom) & 0x7f800000u;  // room to round up
     const bool poisoned = kNonNegative ? largest > 0x7f800000u : largest >= 0x7f800000u;
-    return float_of(poisoned ? 0x7fc00000u : power < 0x7e800000u ? power : 0x7e800000u);
+    return float_of(poisoned ? 0x7fc00000u : power < kBelow ? power : kBelow);
   }
   // The factor of values: 1 / scale, or 0.
   FUSEDAMP_FN static float inverse(float scale) {
@@ -55,28 +61,44 @@ struct Codes {
     return float_of(power == 0u || power > 0x7f800000u ? 0u : 0x7f000000u - power);
   }
 
-  // `random`: 16 bits.
-  FUSEDAMP_FN static int32_t code(float value, float inverse, uint32_t random) {
+  // The code of a value in a block whose scale is not NaN. `random`: 16 bits. In fixed point with 16 binary places, to
+  // which the random bits are added, so nothing but a multiplication can round.
+  FUSEDAMP_FN static uint32_t code(float value, float inverse, uint32_t random) {
     const uint32_t u = bits_of(value * inverse), magnitude = u & 0x7fffffffu;
-    const bool negative = (u >> 31) != 0u && magnitude <= 0x7f800000u;  // the sign of a NaN depends on the compiler
-    const uint32_t x = magnitude < kTop ? magnitude : kTop;
-    const float tapered = float_of((x >> kShift) + kBias), even = float_of(x) * kSteep;
-    const float dither = static_cast<float>(static_cast<int32_t>(random)) * 0x1p-16f;
-    const int32_t code = static_cast<int32_t>((tapered < even ? tapered : even) + dither);
-    if (kNonNegative) return code > 1 ? code : 1;
-    return negative ? -code : code;
+    return coded<float>(u, magnitude < kTop ? magnitude : kTop, random);
   }
-  // The nearest code. In a block whose scale is NaN all values are, so each is stored as 0.
-  FUSEDAMP_FN static int32_t nearest(float value, float scale, float inverse) {
-    return code(scale == scale ? value : 0.0f, inverse, 0x8000u);
+  // The same in a block whose values are all below kBelow: its scale has room for them.
+  template <class F, class W>
+  FUSEDAMP_FN static W code_below(F value, F inverse, W random) {
+    static_assert(sizeof(F) == sizeof(W), "words of 32 bits");
+    const W u = bits_of(value * inverse);
+    return coded<F, W>(u, u & 0x7fffffffu, random);
   }
-  FUSEDAMP_FN static float value(int32_t code, float scale) {
-    const float y = static_cast<float>(code);
-    const uint32_t sign = bits_of(y) & 0x80000000u, magnitude = bits_of(y) & 0x7fffffffu;
-    const float tapered = float_of(((magnitude > kBias ? magnitude : kBias) - kBias) << kShift);
-    const float even = float_of(magnitude) * (1.0f / kSteep);
-    const float x = tapered > even ? tapered : even;
-    return float_of(bits_of(x) | sign) * scale;
+  // The nearest code, in any block.
+  FUSEDAMP_FN static uint32_t nearest(float value, float scale, float inverse) {
+    return scale == scale ? code(value, inverse, 0x8000u) : kZero;
+  }
+  // The value of a code, which is given times 2^kPlaces.
+  template <int kPlaces, class F, class W>
+  FUSEDAMP_FN static F value(W code, F scale) {
+    static_assert(sizeof(F) == sizeof(W), "words of 32 bits");
+    constexpr uint32_t offset = kBias + (static_cast<uint32_t>(kPlaces) << 23);
+    const W u = bits_of(converted(code)), magnitude = kNonNegative ? u : u & 0x7fffffffu;
+    const F tapered = float_of((larger(magnitude, offset) - offset) << kShift);
+    const F even = float_of(magnitude) * (1.0f / (kSteep * static_cast<float>(1 << kPlaces)));
+    const F x = larger(tapered, even);
+    if constexpr (kNonNegative) return x * scale;
+    return float_of(bits_of(x) | (u & 0x80000000u)) * scale;
+  }
+
+ private:
+  template <class F, class W>
+  FUSEDAMP_FN static W coded(W u, W x, W random) {
+    const F tapered = float_of((x >> kShift) + (kBias + (16u << 23))), even = float_of(x) * (kSteep * 0x1p16f);
+    const W code = (truncated(smaller(tapered, even)) + random) >> 16;
+    if constexpr (kNonNegative) return larger(code, kZero);
+    const W sign = 0u - (u >> 31);
+    return (code ^ sign) - sign;
   }
 };
 

@@ -1,8 +1,8 @@
 // Random bits as a function of (seed, step, list, element) only: runs are reproducible and resume bit for bit, on any
 // device, in any order. Keys: the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
-// number generators"). Elements: a 32-bit multiply-xorshift finalizer with the constants that C. Wellons found by
-// search (2018, "Prospecting for hash functions", public domain), keyed before and inside, so that two steps don't
-// permute each other's numbers.
+// number generators"). Elements: a Weyl sequence through a 32-bit multiply-xorshift finalizer with constants that were
+// found by search (C. Wellons and others 2018 to 2022, "Prospecting for hash functions", public domain), keyed before
+// and inside, so that two steps don't permute each other's numbers.
 #pragma once
 #include "../include/fusedamp/rows.h"
 #include "vocab.h"
@@ -26,11 +26,14 @@ struct RandomKey {
 };
 
 constexpr int kWeightList = 3;  // states are lists 0, 1 and 2
+constexpr int kQuad = 4;        // adjacent elements of a whole tensor that share a random word
 
-// The key of one list of the tensor for the kKeyElements elements around `index`, which 2^32 words serve.
-constexpr int64_t kKeyElements = int64_t{1} << 33;
+// The key of one list of the tensor for the kKeyElements elements around `index`, which 2^32 words serve. Lists 0 and 1
+// share their words.
+constexpr int64_t kKeyElements = int64_t{kQuad} << 32;
 FUSEDAMP_FN RandomKey random_key(uint64_t stream, int list, int64_t index) {
-  const uint64_t lists = 4, which = static_cast<uint64_t>(index / kKeyElements) * lists + static_cast<uint64_t>(list);
+  const uint64_t lists = 4, words = static_cast<uint64_t>(list == 1 ? 0 : list);
+  const uint64_t which = static_cast<uint64_t>(index / kKeyElements) * lists + words;
   const uint64_t key = mix(stream ^ ((which + 1) * 0x9e3779b97f4a7c15u));
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
@@ -41,16 +44,21 @@ FUSEDAMP_FN int64_t whole_index(const Placement& place, int64_t i) {
   return place.first + (place.run == 0 ? i : i / place.run * place.stride + i % place.run);
 }
 
-// 32 random bits for two adjacent elements: `pair` is the lower 32 bits of half of the even index.
-FUSEDAMP_FN uint32_t random_bits(RandomKey key, uint32_t pair) {
-  uint32_t x = pair ^ key.outer;
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = ((x ^ (x >> 15)) + key.inner) * 0x846ca68bu;
-  return x ^ (x >> 16);
+// 32 random bits for four adjacent elements. `quad`: the lower 32 bits of a quarter of the first one's index.
+template <class W>
+FUSEDAMP_FN W random_word(RandomKey key, W quad) {
+  W x = quad * 0x9e3779b1u + key.outer;
+  x = (x ^ (x >> 16)) * 0x21f0aaadu;
+  x = ((x ^ (x >> 15)) + key.inner) * 0xd35a2d97u;
+  return x ^ (x >> 15);
 }
 
-// This element's 16 bits: the lower ones if its index is even.
-FUSEDAMP_FN uint32_t random_half(uint32_t bits, int index) { return bits >> (index % 2 * 16) & 0xffffu; }
+// The 16 bits of element 0 to 3 of the four: two neighboring bytes of the word, which is a ring. List 1 takes the two
+// bytes that list 0 leaves, so both lists of an element are independent; neighbors share a byte.
+FUSEDAMP_FN uint32_t random_part(uint32_t word, int element, int list) {
+  const int turn = (element + (list == 1 ? 2 : 0)) % kQuad * 8;
+  return static_cast<uint32_t>(((static_cast<uint64_t>(word) << 32) | word) >> turn) & 0xffffu;
+}
 
 }  // namespace FUSEDAMP_TARGET
 }  // namespace fusedamp

@@ -18,6 +18,15 @@ FUSEDAMP_FN float float_of(uint32_t u) {
   return x;
 }
 
+// Of 0 <= x < 2^31, without its fraction.
+FUSEDAMP_FN uint32_t truncated(float x) { return static_cast<uint32_t>(static_cast<int32_t>(x)); }
+// Of a word as a signed integer.
+FUSEDAMP_FN float converted(uint32_t x) { return static_cast<float>(static_cast<int32_t>(x)); }
+FUSEDAMP_FN uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+// Of numbers, not NaN.
+FUSEDAMP_FN float larger(float a, float b) { return a > b ? a : b; }
+FUSEDAMP_FN float smaller(float a, float b) { return a < b ? a : b; }
+
 // condition ? yes : no, without the branch that would keep a loop scalar.
 FUSEDAMP_FN uint32_t select(bool condition, uint32_t yes, uint32_t no) {
   const uint32_t mask = 0u - static_cast<uint32_t>(condition);

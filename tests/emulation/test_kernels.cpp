@@ -58,7 +58,7 @@ void test_beyond_32_bits(Random& random) {
 // The same for 8-bit states, on either engine: scales and random numbers depend on the index, and the second
 // kKeyElements have other keys. The expected values are computed here.
 void test_compressed_beyond_32_bits(Random& random, bool emulated) {
-  now_testing = "2^33 elements, 8-bit states";
+  now_testing = "2^34 elements, 8-bit states";
   const int64_t chunk = kKeyElements / cuda::kChunk + 1, first = chunk * cuda::kChunk;
   const int block = static_cast<int>(kScaleBlock), count = block + 3;
   Twins grad(DType::f16, count, 0), param(DType::f32, count, 0), codes(DType::i8, count, 0), scales(DType::f32, 2, 0);
@@ -84,7 +84,7 @@ void test_compressed_beyond_32_bits(Random& random, bool emulated) {
 
   const RandomKey key = random_key(random_stream(row.seed, 6), 0, first);
   expect(key.outer != random_key(random_stream(row.seed, 6), 0, kKeyElements - 1).outer,
-         "key of another 2^33 elements");
+         "key of another 2^34 elements");
   for (int b = 0; b < 2; ++b) {
     const int end = std::min((b + 1) * block, count);
     std::vector<float> momenta;
@@ -92,7 +92,7 @@ void test_compressed_beyond_32_bits(Random& random, bool emulated) {
     for (int i = b * block; i < end; ++i) {
       float weight = static_cast<float>(get(param.cpu(), DType::f32, i));
       const int code = static_cast<int>(get(codes.cpu(), DType::i8, i));
-      float state[1] = {Codes<false>::value(code, 0.5f + static_cast<float>(b))};
+      float state[1] = {Codes<false>::value<0>(static_cast<uint32_t>(code), 0.5f + static_cast<float>(b))};
       lane<Lion, float>(coeffs, 1.0f, static_cast<float>(get(grad.cpu(), DType::f16, i)), weight, state);
       put(param.cpu(), DType::f32, i, weight);
       momenta.push_back(state[0]);
@@ -101,9 +101,9 @@ void test_compressed_beyond_32_bits(Random& random, bool emulated) {
     const float scale = Codes<false>::scale(largest), inverse = Codes<false>::inverse(scale);
     put(scales.cpu(), DType::f32, b, scale);
     for (int i = b * block; i < end; ++i) {
-      const uint32_t bits = random_bits(key, static_cast<uint32_t>((first + i) / 2));
-      const uint32_t dither = random_half(bits, i % 2);
-      put(codes.cpu(), DType::i8, i, Codes<false>::code(momenta[i - b * block], inverse, dither));
+      const uint32_t word = random_word(key, static_cast<uint32_t>((first + i) / kQuad));
+      const uint32_t code = Codes<false>::code(momenta[i - b * block], inverse, random_part(word, i % kQuad, 0));
+      put(codes.cpu(), DType::i8, i, static_cast<int32_t>(code));
     }
   }
   if (emulated) {

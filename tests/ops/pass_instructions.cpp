@@ -1,5 +1,6 @@
 // Runs a gradient check or a step with or without counts, for callgrind: the difference between two numbers of rounds
-// is what one costs. usage: pass_instructions check|step f16|bf16 plain|not-due|due rounds elements
+// is what one costs. usage: pass_instructions check|step f16|bf16 plain|not-due|due rounds elements, or
+// pass_instructions split-bf16|split-int8 bf16 plain rounds elements, for a step with such masters and states
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -46,6 +47,8 @@ int main(int argc, char** argv) {
   const bool counts = kind != "plain";
 
   float total_norm, inv_scale, clip_coef, found_inf, steps = 3.0f;
+  std::vector<int16_t> remainder(n);
+  std::vector<float> scales(2 * (n / kScaleBlock + 1));
   const float scale = 8.0f;
   int64_t bad[3];
   GradCheck check = {};
@@ -66,6 +69,13 @@ int main(int argc, char** argv) {
   row.numel = n;
   row.grad_dtype = row.param_dtype = dtype;
   row.master_dtype = row.state_dtype = DType::f32;
+  if (pass.rfind("split-", 0) == 0) {
+    row.master = remainder.data();
+    row.master_dtype = DType::i16;
+    row.state_dtype = pass == "split-int8" ? DType::i8 : DType::bf16;
+    row.scales[0] = scales.data();
+    row.scales[1] = scales.data() + scales.size() / 2;
+  }
   StepGroup group = {};
   const double hyper[] = {0.9, 0.999, 1e-8, 0.01};
   std::copy_n(hyper, 4, group.hyper);

@@ -106,7 +106,7 @@ static void check_vectors(uint32_t first, bool mixed) {
   float from[n];
   uint16_t random[n], to[n];
   for (uint32_t i = 0; i < n; ++i) from[i] = float_of(first + i + (mixed ? i * i * 0x00345000u : 0u));
-  draw(random_key(random_stream(first, 0), 0, 0), first, n, random);
+  draw(random_key(random_stream(first, 0), 0, 0), 0, first, n, random);
   for (const DType half : {DType::f16, DType::bf16}) {
     narrow(half, from, to, n - mixed, random);  // an odd end, too
     for (int i = 0; i < n - mixed; ++i) {

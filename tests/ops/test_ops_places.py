@@ -12,7 +12,7 @@ from op_calls import same_bits, scalar, step_call
 from op_refusals import bad_type, bad_value, option
 
 ROWS, COLUMNS = 13, 37
-KEY = 2**33  # elements that share a key of random numbers (csrc/math/random.h)
+KEY = 2**34  # elements that share a key of random numbers (csrc/math/random.h)
 
 
 def cuts():

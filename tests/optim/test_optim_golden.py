@@ -1,7 +1,8 @@
 """Checkpoints of an earlier version load, and training continues with the same bits.
 
 golden.pt has, for each optimizer with FP32 masters and with split masters and 8-bit states: options, the
-state_dict after 4 steps, the weights then, and after 4 more. It was written by commit 808a531.
+state_dict after 4 steps, the weights then, and after 4 more. It was written by commit 808a531;
+the weights after 4 more steps with 8-bit states again when random numbers changed.
 """
 
 from pathlib import Path

@@ -1,5 +1,7 @@
 // The loop bodies for one instruction set. Compiled several times, with FUSEDAMP_TARGET and compiler flags for the set.
 // Includes nothing that could emit a shared inline function for it (no standard library).
+#include "wide.h"  // first: the templates of math/ find its functions only if they are declared before
+
 #include "kernels.h"
 
 #include "../../math/bins.h"

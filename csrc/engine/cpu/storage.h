@@ -11,8 +11,6 @@
 namespace fusedamp {
 inline namespace FUSEDAMP_TARGET {
 
-static_assert(kBlock % kScaleBlock == 0, "a block consists of whole scale blocks");
-
 // master[i] = tried[i] if that rounds to the weight, else the weight. `tried` may be `master`.
 FUSEDAMP_FN void take_fitting(DType dtype, const uint16_t* param, const float* tried, float* master, int64_t n) {
   alignas(64) uint16_t rounded[kBlock];
@@ -71,24 +69,34 @@ FUSEDAMP_FN void split(DType dtype, const float* master, uint16_t* param, int16_
   for (int64_t i = 0; i < n; ++i) remainder[i] = f16_remainder(master[i], wide[i]);
 }
 
-// 16 random bits per element of a block, in the order of its pairs' words.
+// 16 random bits per element of a block that begins with a quad, for one list. Up to 3 more are written.
+template <int kList>
 static __attribute__((noinline)) void draw(RandomKey key, int64_t first, int64_t n, uint16_t* halves) {
-  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the lower half of a word comes first");
-  const auto pair = static_cast<uint32_t>(first / 2), pairs = static_cast<uint32_t>(n + 1) / 2;
-#pragma omp simd
-  for (uint32_t i = 0; i < pairs; ++i) {
-    const uint32_t bits = random_bits(key, pair + i);
-    __builtin_memcpy(halves + 2 * i, &bits, sizeof bits);
+  const auto quad = static_cast<uint32_t>(first / kQuad), quads = static_cast<uint32_t>((n + kQuad - 1) / kQuad);
+  uint32_t i = 0;
+#if defined(FUSEDAMP_WIDE)
+  for (; i + kWide <= quads; i += kWide)
+    write_rings(halves + kQuad * i, random_word(key, counted() + (quad + i)), kList == 1 ? 2 : 0);
+#endif
+  for (; i < quads; ++i) {
+    const uint32_t word = random_word(key, quad + i);
+    for (int e = 0; e < kQuad; ++e) halves[kQuad * i + e] = static_cast<uint16_t>(random_part(word, e, kList));
   }
 }
+FUSEDAMP_FN void draw(RandomKey key, int list, int64_t first, int64_t n, uint16_t* halves) {
+  list == 1 ? draw<1>(key, first, n, halves) : draw<0>(key, first, n, halves);
+}
 
-// The same for elements first .. first + n - 1 of a whole tensor, wherever they start. `halves` has room for n + 1.
-static __attribute__((noinline)) void draw_run(uint64_t stream, int list, int64_t first, int64_t n, uint16_t* halves) {
+// The same for elements first .. first + n - 1 of a whole tensor, wherever they start.
+FUSEDAMP_FN void draw_run(uint64_t stream, int list, int64_t first, int64_t n, uint16_t* halves) {
   while (n > 0) {
     const RandomKey key = random_key(stream, list, first);
-    const int64_t left = kKeyElements - first % kKeyElements, count = n < left ? n : left, odd = first % 2;
-    if (odd) halves[0] = static_cast<uint16_t>(random_half(random_bits(key, static_cast<uint32_t>(first / 2)), 1));
-    draw(key, first + odd, count - odd, halves + odd);
+    const int64_t left = kKeyElements - first % kKeyElements, count = n < left ? n : left;
+    const int64_t whole = first % kQuad == 0 ? 0 : kQuad - first % kQuad, begin = count < whole ? count : whole;
+    for (int64_t i = 0; i < begin; ++i)
+      halves[i] = static_cast<uint16_t>(random_part(random_word(key, static_cast<uint32_t>((first + i) / kQuad)),
+                                                    static_cast<int>((first + i) % kQuad), list));
+    draw(key, list, first + begin, count - begin, halves + begin);
     first += count;
     halves += count;
     n -= count;
@@ -122,37 +130,42 @@ FUSEDAMP_FN void narrow(DType dtype, const float* from, uint16_t* to, int64_t n,
 }
 
 template <bool kNonNegative, class C>
-FUSEDAMP_FN void dequantize(const C* codes, const float* scales, float* to, int64_t n) {
-  for (int64_t b = 0; b < n; b += kScaleBlock) {
-    const float scale = *scales++;
-    const int64_t end = b + kScaleBlock < n ? b + kScaleBlock : n;
+FUSEDAMP_FN void dequantize(const C* __restrict codes, const float* scales, float* __restrict to, int64_t n) {
+  const float scale = *scales;
 #pragma omp simd
-    for (int64_t i = b; i < end; ++i) to[i] = Codes<kNonNegative>::value(codes[i], scale);
+  for (int64_t i = 0; i < n; ++i)
+    to[i] = Codes<kNonNegative>::template value<0>(static_cast<uint32_t>(codes[i]), scale);
+}
+
+// One scale block whose largest magnitude has the bits `largest`. `random` is null for rounding to nearest.
+template <bool kNonNegative, class C>
+FUSEDAMP_FN void quantize_block(const float* __restrict from, C* __restrict codes, float* scale_at, int64_t n,
+                                const uint16_t* __restrict random, uint32_t largest) {
+  using Code = Codes<kNonNegative>;
+  const float scale = *scale_at = Code::scale(largest), inverse = Code::inverse(scale);
+  if (largest >= Code::kBelow) {  // infinity and NaN, too
+    for (int64_t i = 0; i < n; ++i)
+      codes[i] =
+          static_cast<C>(scale == scale ? Code::code(from[i], inverse, random ? random[i] : 0x8000u) : Code::kZero);
+  } else if (!random) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<C>(Code::code_below(from[i], inverse, 0x8000u));
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<C>(Code::code_below(from[i], inverse, uint32_t{random[i]}));
   }
 }
 
-// `random` is null for rounding to nearest.
 template <bool kNonNegative, class C>
 FUSEDAMP_FN void quantize(const float* from, C* codes, float* scales, int64_t n, const uint16_t* random) {
-  for (int64_t b = 0; b < n; b += kScaleBlock) {
-    const int64_t end = b + kScaleBlock < n ? b + kScaleBlock : n;
-    uint32_t largest = 0;
+  static_assert(kBlock == kScaleBlock, "a block is a scale block");
+  uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
-    for (int64_t i = b; i < end; ++i) {
-      const uint32_t magnitude = bits_of(from[i]) & 0x7fffffffu;  // as integers, NaN > infinity > finite
-      largest = largest > magnitude ? largest : magnitude;
-    }
-    const float scale = *scales++ = Codes<kNonNegative>::scale(largest);
-    const float inverse = Codes<kNonNegative>::inverse(scale);
-    if (!random) {
-#pragma omp simd
-      for (int64_t i = b; i < end; ++i)
-        codes[i] = static_cast<C>(Codes<kNonNegative>::nearest(from[i], scale, inverse));
-      continue;
-    }
-#pragma omp simd
-    for (int64_t i = b; i < end; ++i) codes[i] = static_cast<C>(Codes<kNonNegative>::code(from[i], inverse, random[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = bits_of(from[i]) & 0x7fffffffu;  // as integers, NaN > infinity > finite
+    largest = largest > magnitude ? largest : magnitude;
   }
+  quantize_block<kNonNegative>(from, codes, scales, n, random, largest);
 }
 
 // The value to step: the master if there is one, else the weight.

@@ -154,26 +154,26 @@ __device__ __forceinline__ Numbers weights_of(const StepRow& row, const Words& p
 // Random numbers of a chunk, in shared memory: each warp has its own copy.
 struct Draws {
   RandomKey keys[kWeightList + 1];  // of each list
-  uint32_t shift;                   // of the elements' pairs in the whole tensor
+  uint32_t shift;                   // of the elements' quads in the whole tensor
 };
-// Of a shard of columns, or one that cuts pairs of elements or has several keys: every element takes a word of its own.
+// Of a shard of columns, or one that cuts quads of elements or has several keys: every element takes a word of its own.
 struct CutDraws {
   uint64_t stream;
   int64_t end, shift;  // elements below `end` are in the chunk's first run: `shift` before their index in the whole
   int64_t next;        // index in the whole of the run after it
 };
 
-// True if a lane's elements are two pairs of the whole tensor, and the first chunk's keys serve all of them.
-inline bool draws_in_pairs(const StepRow& row) {
+// True if a lane's elements are a quad of the whole tensor, and the first chunk's keys serve all of them.
+inline bool draws_in_quads(const StepRow& row) {
   const Placement& place = row.place;
-  return is_whole(place) || (place.run == 0 && place.first % 2 == 0 && place.first + row.numel <= kKeyElements);
+  return is_whole(place) || (place.run == 0 && place.first % kQuad == 0 && place.first + row.numel <= kKeyElements);
 }
 
 // The first lanes write `draws`; the others see it after the next __syncwarp.
 __device__ __forceinline__ void prepare(const StepRow& row, uint64_t stream, int64_t first, int lane, Draws& draws) {
   if (lane > kWeightList) return;
   draws.keys[lane] = random_key(stream, lane, row.place.first + first);
-  if (lane == 0) draws.shift = static_cast<uint32_t>(row.place.first / 2);
+  if (lane == 0) draws.shift = static_cast<uint32_t>(row.place.first / kQuad);
 }
 __device__ __forceinline__ void prepare(const StepRow& row, uint64_t stream, int64_t first, int lane, CutDraws& draws) {
   if (lane > 0) return;
@@ -194,11 +194,11 @@ __device__ __forceinline__ int64_t index_of(const Placement& place, const CutDra
 
 // 16 random bits per element from `at`, a multiple of kPerLane.
 __device__ __forceinline__ Stored draw(const StepRow&, const Draws& draws, int list, int64_t at) {
-  const RandomKey key = draws.keys[list];
-  const uint32_t pair = static_cast<uint32_t>(at / 2) + draws.shift;
+  static_assert(kPerLane == kQuad, "a lane's elements share a random word");
+  const uint32_t word = random_word(draws.keys[list], static_cast<uint32_t>(at / kQuad) + draws.shift);
   Stored random;
 #pragma unroll
-  for (int e = 0; e < kPerLane; ++e) random.v[e] = random_half(random_bits(key, pair + e / 2), e);
+  for (int e = 0; e < kPerLane; ++e) random.v[e] = random_part(word, e, list);
   return random;
 }
 __device__ __forceinline__ Stored draw(const StepRow& row, const CutDraws& draws, int list, int64_t at) {
@@ -206,8 +206,8 @@ __device__ __forceinline__ Stored draw(const StepRow& row, const CutDraws& draws
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) {
     const int64_t index = index_of(row.place, draws, at + e);
-    const uint32_t bits = random_bits(random_key(draws.stream, list, index), static_cast<uint32_t>(index / 2));
-    random.v[e] = random_half(bits, static_cast<int>(index % 2));
+    const uint32_t word = random_word(random_key(draws.stream, list, index), static_cast<uint32_t>(index / kQuad));
+    random.v[e] = random_part(word, static_cast<int>(index % kQuad), list);
   }
   return random;
 }
@@ -255,11 +255,10 @@ __device__ __forceinline__ void put_weights(const StepRow& row, int64_t at, int 
 template <bool kNonNegative>
 __device__ __forceinline__ Numbers states_of(const Words& words, DType dtype, float scale) {
   if (!is_8bit(dtype)) return widened(words, dtype);
-  const Stored codes = unpacked<uint8_t>(words);
+  const Stored codes = unpacked<CodeOf<kNonNegative>>(words);
   Numbers x;
 #pragma unroll
-  for (int e = 0; e < kPerLane; ++e)
-    x.v[e] = Codes<kNonNegative>::value(static_cast<CodeOf<kNonNegative>>(codes.v[e]), scale);
+  for (int e = 0; e < kPerLane; ++e) x.v[e] = Codes<kNonNegative>::template value<0>(codes.v[e], scale);
   return x;
 }
 
@@ -286,7 +285,8 @@ __device__ __forceinline__ void put_states(const StepRow& row, int j, int64_t at
   if (threadIdx.x % 32 == 0) *scale_at = scale;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e)
-    stored.v[e] = static_cast<uint32_t>(Codes<kNonNegative>::code(state.v[e], inverse, random.v[e]));
+    stored.v[e] =
+        scale == scale ? Codes<kNonNegative>::code(state.v[e], inverse, random.v[e]) : Codes<kNonNegative>::kZero;
   put<kWhole, uint8_t>(list, at, count, stored);
 }
 

@@ -62,7 +62,7 @@ __device__ __forceinline__ void quantize_lane(const Recoding& job, int64_t first
 template <bool kNonNegative>
 __device__ __forceinline__ float value_of(const Recoding& job, int64_t i) {
   const auto code = static_cast<const CodeOf<kNonNegative>*>(job.source)[i];
-  return Codes<kNonNegative>::value(code, job.scales[i / kBlockSize]);
+  return Codes<kNonNegative>::template value<0>(static_cast<uint32_t>(code), job.scales[i / kBlockSize]);
 }
 
 __global__ void __launch_bounds__(kBlock) recode_kernel(const Recoding job) {

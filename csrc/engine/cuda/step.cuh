@@ -81,7 +81,7 @@ void step_with(const Device& device, const StepTable& table, const StepGroups& g
   StepList singles, compressed, doubles, cut;
   for (int64_t i = 0; i < table.count; ++i) {
     const StepRow& row = table.rows[i];
-    StepList& narrow = !is_compressed(row) ? singles : draws_in_pairs(row) ? compressed : cut;
+    StepList& narrow = !is_compressed(row) ? singles : draws_in_quads(row) ? compressed : cut;
     (row.param_dtype == DType::f64 ? doubles : narrow).add(row, table.grads[i], i);
   }
   step_as<Rule, Kind::kSingle>(device, singles, groups, scalars, log, tally, only_measures);
