@@ -117,7 +117,7 @@ def test_contents_of_the_wheel(name, release, tmp_path, capsys):
                 file.writestr(path, content)
     with tarfile.open(sdist, "w:gz") as file:
         for path in files:
-            source = path.replace("fusedamp", "csrc", 1) if path.endswith(".h") else f"python/{path}"
+            source = path.replace("fusedamp", "csrc", 1) if "/include/" in path else f"python/{path}"
             file.addfile(tarfile.TarInfo(f"fusedamp-0.1.0/{source}"))
         file.addfile(tarfile.TarInfo("fusedamp-0.1.0/csrc/ops/ops.h"))  # not for programs
     if not problem:
