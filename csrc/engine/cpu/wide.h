@@ -1,5 +1,5 @@
 // Vectors of FP32 numbers and 32-bit words, one register wide, for the few loops that mix sizes of elements. The 16-bit
-// lists of a step are read and written in the order in which unpacking leaves them: `Pair` holds the elements of one
+// lists of a step are read and written in the order in which unpacking leaves them: WordPair holds the elements of one
 // register of halves, of which groups of four alternate between `low` and `high`. Arithmetic does not care, and no
 // move across lanes is left.
 #pragma once
@@ -51,6 +51,7 @@ FUSEDAMP_FN Words truncated(Floats x) { return (Words) __builtin_convertvector(x
 FUSEDAMP_FN WordPair interleave(WideRegister a, WideRegister b) {
   return {(Words)FUSEDAMP_MM(unpacklo_epi16)(a, b), (Words)FUSEDAMP_MM(unpackhi_epi16)(a, b)};
 }
+
 // The upper or lower 16 bits of each word: the inverse of interleave().
 #if defined(__AVX512BW__)
 typedef int16_t Places16 __attribute__((vector_size(kWideBytes)));
